@@ -1,0 +1,61 @@
+# Every target makes its environment first; a stamp keeps it from installing twice.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+FIRST_LESSON := notebooks/01_load_lora_adapter.ipynb
+
+# What the notebooks write while they are tested stays out of a learner's own record.
+NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(RUN) -m pytest --nbmake --nbmake-timeout=300
+
+.PHONY: help setup lab test check test-notebooks notebooks classroom base-model lock
+
+help:
+	@echo "make lab         open lesson 1 in JupyterLab (NO_BROWSER=1 serves without a browser)"
+	@echo "make test        all tests: code, then every notebook of both editions"
+	@echo "make check       the tests that run no notebook"
+	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson)"
+	@echo "make classroom   lessons/*.py to classroom/staging/, with grading cells"
+	@echo "make base-model  remake models/ and data/ from nothing (hours)"
+	@echo "make lock        renew constraints.txt from requirements.txt"
+
+# The stamp holds the folder it was made for: the package is installed by its path,
+# so a checkout that was moved must be installed again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) tools/check_python.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	@printf '%s' "$(CURDIR)" > $(STAMP)
+
+setup: $(STAMP)
+
+# JupyterLab's own defaults hold: a token, and localhost only. It refuses to start
+# for root, who has only that account in most containers, so root is let in here.
+lab: $(STAMP)
+	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/$(FIRST_LESSON) \
+		$(if $(NO_BROWSER),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
+
+test: check test-notebooks
+
+check: $(STAMP)
+	$(RUN) -m pytest
+
+test-notebooks: $(STAMP)
+	$(NBMAKE) notebooks
+	COURSE_STRICT=1 $(NBMAKE) solutions
+
+notebooks: $(STAMP)
+	$(RUN) -m tools.build notebooks $(ONLY)
+
+classroom: $(STAMP)
+	$(RUN) -m tools.build classroom $(ONLY)
+
+base-model: $(STAMP)
+	$(RUN) -m pretraining.run
+
+lock: $(STAMP)
+	$(RUN) -m tools.lock

@@ -1,0 +1,1 @@
+"""Maintenance scripts: what turns lessons into notebooks and keeps the set-up in order."""
