@@ -1,0 +1,359 @@
+"""Exercises: checks that judge a learner's answer kindly, and the record of what passed.
+
+A check is a function that receives the learner's object or function, compares it with a
+reference that can be trusted, and raises `TryAgain` with a hint that fits the mistake:
+
+    @exercise("01.size_ratio", title="How small is it?", level="warm-up", minutes=5)
+    def size_ratio(function):
+        ratio = expect_number(call_learner(function, 200, 100), "the ratio")
+        if ratio == 0.5:
+            raise TryAgain("This is adapter over base. Turn the fraction over.")
+        expect_close(ratio, 2.0, "the ratio")
+
+In a lesson, `size_ratio(my_answer)` shows PASS, TRY AGAIN with the hint, or TODO.
+It raises only when the environment variable COURSE_STRICT is 1.
+"""
+import contextlib
+import dis
+import functools
+import importlib
+import json
+import logging
+import math
+import os
+import pkgutil
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from course_utils import runtime
+
+LEVELS = ("warm-up", "core", "stretch")
+_registry = {}
+
+
+class TryAgain(Exception):
+    """Raised by a check: the answer is not right yet. Its message is the learner's hint."""
+
+
+class Todo(Exception):
+    """Raised by a check: the learner has not begun."""
+
+
+class NotPassed(runtime.CourseError):
+    """Raised under COURSE_STRICT=1 by a check that did not pass."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found: `status` is "PASS", "TRY AGAIN" or "TODO"."""
+
+    name: str
+    title: str
+    status: str
+    hint: str = ""
+
+    @property
+    def passed(self):
+        """True for PASS only."""
+        return self.status == "PASS"
+
+    def __str__(self):
+        line = f"{self.status} · {self.title} ({self.name})"
+        return f"{line}\n{self.hint}" if self.hint else line
+
+
+class Exercise:
+    """A check with its name, title, level and minutes. Call it with the learner's answer."""
+
+    def __init__(self, test, name, title, level, minutes):
+        if level not in LEVELS:
+            raise ValueError(f"Exercise {name}: the level is one of {', '.join(LEVELS)}, not {level!r}.")
+        self.test, self.name, self.title, self.level, self.minutes = test, name, title, level, minutes
+        functools.update_wrapper(self, test)
+
+    def outcome(self, *answers, **given):
+        """Judge `answers` without showing or recording anything, and return an `Outcome`.
+
+        `given` is what the lesson hands over beside the answers (the base model, say).
+        Whatever the answer is or does, this returns: no exception of the learner's code
+        or of the check itself gets out.
+        """
+        with _stderr_to_stdout():
+            try:
+                if any(answer is ... or _does_nothing(answer) for answer in answers):
+                    raise Todo
+                self.test(*answers, **given)
+            except Todo:
+                return self._outcome("TODO", "Replace the ... with your answer, then run this cell again.")
+            except TryAgain as wrong:
+                return self._outcome("TRY AGAIN", str(wrong))
+            except (Exception, SystemExit) as error:
+                got = ", ".join(describe(answer) for answer in answers) or "no answer"
+                return self._outcome(
+                    "TRY AGAIN",
+                    f"The check could not use what it was given ({got}): {_error_text(error)}",
+                )
+        return self._outcome("PASS")
+
+    def __call__(self, *answers, **given):
+        """Judge `answers`, show the outcome, and record a pass in runs/progress.json.
+
+        Raises `NotPassed` under COURSE_STRICT=1 when the outcome is not PASS.
+        """
+        outcome = self.outcome(*answers, **given)
+        print(outcome)
+        if outcome.passed:
+            _record(self.name)
+        elif os.environ.get("COURSE_STRICT") == "1":
+            raise NotPassed(str(outcome))
+
+    def _outcome(self, status, hint=""):
+        return Outcome(self.name, self.title, status, hint)
+
+
+def exercise(name, *, title, level, minutes):
+    """Turn a function that receives the learner's answer into an `Exercise`.
+
+    `name` is "NN.slug" (lesson, exercise), `level` one of `LEVELS`, `minutes` a whole
+    number. The function raises `TryAgain(hint)` or `Todo`, or returns to say PASS.
+    Raises ValueError for an unknown level and for a name that another function has.
+    """
+
+    def decorate(test):
+        made = Exercise(test, name, title, level, minutes)
+        other = _registry.get(name)
+        # The same function again is a module being reloaded while a lesson is written.
+        if other and (other.__module__, other.__qualname__) != (made.__module__, made.__qualname__):
+            raise ValueError(f"Two exercises are called {name}.")
+        _registry[name] = made
+        return made
+
+    return decorate
+
+
+def all_exercises():
+    """Import every lesson's checks and return the exercises, ordered by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return [_registry[name] for name in sorted(_registry)]
+
+
+def progress():
+    """Print which exercises are done, from runs/progress.json."""
+    passed = _read_record()
+    exercises = all_exercises()
+    width = max((len(one.name) for one in exercises), default=0)
+    for one in exercises:
+        mark = "done" if one.name in passed else "    "
+        print(f"{mark}  {one.name:<{width}}  {one.title} ({one.level}, {one.minutes} minutes)")
+    print(f"{sum(one.name in passed for one in exercises)} of {len(exercises)} exercises done.")
+
+
+# What checks use
+
+
+def call_learner(function, *arguments, **keywords):
+    """Call the learner's function and return what it returns.
+
+    Raises `TryAgain` when it is not a function or raises (the hint names the error and
+    the learner's line), and `Todo` when it still returns the stub's `...`.
+    """
+    if not callable(function):
+        raise TryAgain(f"A function is expected here, but this is {describe(function)}.")
+    try:
+        value = function(*arguments, **keywords)
+    except (Exception, SystemExit) as error:
+        raise TryAgain(f"Your code stopped with {_error_text(error)}{_where(error, function)}") from None
+    if value is ...:
+        raise Todo
+    return value
+
+
+def expect_type(value, types, name):
+    """Return `value` if it is an instance of `types` (a type or a tuple of types).
+
+    `name` says in the hint what it is ("the answer"). Raises `TryAgain`, or `Todo` for `...`.
+    """
+    if value is ...:
+        raise Todo
+    if not isinstance(value, types):
+        wanted = " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))
+        raise TryAgain(f"{_capital(name)} should be of type {wanted}, but is {describe(value)}.{_forgot(value)}")
+    return value
+
+
+def expect_number(value, name):
+    """Return `value` as a float: an int, a float, or a tensor or array with one element.
+
+    `name` says in the hint what it is. Raises `TryAgain` for anything else, for NaN and
+    for infinity, and `Todo` for `...`.
+    """
+    if value is ...:
+        raise Todo
+    number = value
+    if hasattr(value, "item"):
+        try:
+            number = value.item()
+        except (RuntimeError, ValueError):
+            pass  # More than one element: described below as what it is.
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TryAgain(f"{_capital(name)} should be a number, but is {describe(value)}.{_forgot(value)}")
+    if not math.isfinite(number):
+        raise TryAgain(f"{_capital(name)} is {number}. Look for a division by zero or an empty mean.")
+    return float(number)
+
+
+def expect_close(value, reference, name, tolerance=1e-6):
+    """Return the number `value` if it is within `tolerance` (relative) of `reference`.
+
+    The hint says on which side it lies, not what the reference is. Raises like `expect_number`.
+    """
+    number = expect_number(value, name)
+    if not math.isclose(number, reference, rel_tol=tolerance, abs_tol=tolerance):
+        side = "large" if number > reference else "small"
+        raise TryAgain(f"{_capital(name)} is {number:.6g}, which is too {side}.")
+    return number
+
+
+def expect_tensor(value, shape, name="the result"):
+    """Return `value` if it is a torch tensor of `shape` (a tuple) with finite values.
+
+    Raises `TryAgain`, or `Todo` for `...`.
+    """
+    import torch
+
+    expect_type(value, torch.Tensor, name)
+    if tuple(value.shape) != tuple(shape):
+        raise TryAgain(f"{_capital(name)} has shape {tuple(value.shape)}, but {tuple(shape)} is expected.")
+    if not bool(torch.isfinite(value).all()):
+        raise TryAgain(f"{_capital(name)} holds NaN or infinity.")
+    return value
+
+
+def describe(value):
+    """Return a few words that say what `value` is, whatever it is."""
+    if value is None or value is ...:
+        return str(value)
+    kind = type(value).__name__
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    try:
+        if isinstance(value, (bool, int, float)):
+            return f"{article} {kind}: {value}"
+        if isinstance(value, str):
+            return f"text: {value if len(value) <= 40 else value[:40] + '...'!r}"
+        if hasattr(value, "shape"):
+            return f"{article} {kind} of shape {tuple(value.shape)}"
+        if isinstance(value, (list, tuple, dict, set)):
+            return f"{article} {kind} with {len(value)} item{'' if len(value) == 1 else 's'}"
+    except Exception:
+        pass  # An object may refuse to be looked at; its type is still worth saying.
+    return f"{article} {kind}"
+
+
+def _capital(text):
+    return text[:1].upper() + text[1:]
+
+
+def _forgot(value):
+    return " Is a return missing?" if value is None else ""
+
+
+def _error_text(error):
+    # format_exception_only copes with exceptions that cannot be printed.
+    lines = traceback.format_exception_only(error)
+    return next(line for line in lines if not line.startswith(" ")).strip().split("\n")[0]
+
+
+def _where(error, function):
+    """Say on which of the learner's own lines `error` arose, if that can be told."""
+    code = getattr(function, "__code__", None)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if code and frame.filename == code.co_filename
+    ]
+    return f" (at: {frames[-1].line})" if frames and frames[-1].line else ""
+
+
+def _does_nothing(answer):
+    """True for a function whose body is only `...`, `pass` or a docstring."""
+    if not hasattr(answer, "__code__"):
+        return False
+    return all(
+        step.opname in ("RESUME", "NOP", "COPY_FREE_VARS", "RETURN_VALUE")
+        or (step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None)
+        for step in dis.get_instructions(answer)
+    )
+
+
+@contextlib.contextmanager
+def _stderr_to_stdout():
+    """Send what the learner's code writes to stderr to stdout: a grader counts stderr as failure.
+
+    Log handlers keep the stream that they were made with, so those on stderr are moved too.
+    """
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    moved = {
+        handler
+        for logger in loggers
+        for handler in getattr(logger, "handlers", [])
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stderr, sys.__stderr__)
+    }
+    streams = {handler: handler.setStream(sys.stdout) for handler in moved}
+    try:
+        with contextlib.redirect_stderr(sys.stdout):
+            yield
+    finally:
+        for handler, stream in streams.items():
+            handler.setStream(stream)
+
+
+# The record
+
+
+def _record_path():
+    return Path(runtime.runs_dir()) / "progress.json"
+
+
+def _read_record():
+    """Return {name: when it first passed}. A damaged record is kept aside, and said so."""
+    path = _record_path()
+    try:
+        passed = json.loads(path.read_text(encoding="utf-8"))["passed"]
+        return {str(name): str(when) for name, when in passed.items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        print(f"The record of passed exercises can't be read: {error.strerror}.")
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        aside = path.with_name(f"progress.damaged-{datetime.now():%Y%m%d-%H%M%S}.json")
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+        print(f"The record of passed exercises was damaged. It is kept as {aside.name}, and a new one begins.")
+        return {}
+
+
+def _record(name):
+    """Add `name` to the record in one step, so that a crash leaves the old record whole."""
+    try:
+        passed = _read_record()
+        if name in passed:
+            return
+        passed[name] = datetime.now().isoformat(timespec="seconds")
+        path = _record_path()
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".progress-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"passed": passed}, file, indent=1)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except (OSError, runtime.CourseError) as error:
+        print(f"This pass could not be recorded: {getattr(error, 'strerror', None) or error}.")
