@@ -31,9 +31,9 @@ class ProgressLine:
         """Show that `done` of `total` are done; `note` is shown behind. Cheap to call often."""
         now = time.monotonic()
         finished = done >= self.total
-        if not finished and self._handle is not None and now - self._shown_at < self._interval:
-            return
-        if not finished and self._display is None and now - self._shown_at < self._interval:
+        # In a notebook the first line comes at once: something moves on the screen.
+        waiting = self._display is None or self._handle is not None
+        if waiting and not finished and now - self._shown_at < self._interval:
             return
         self._shown_at = now
         parts = [f"{self.unit} {done} of {self.total}", note]

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN_ADAPTERS_COMMAND = "make adapters"
+TRAIN_ADAPTERS_COMMAND = "python -m pretraining.adapters"
 
 
 class CourseError(Exception):
@@ -278,6 +277,22 @@ def dtype():
     return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def disable_progress_bars() -> None:
+    """Turn off the progress bars of datasets, huggingface_hub and transformers, best before they are imported.
+
+    In a notebook those bars are widgets, of which nothing is left in the saved file, and elsewhere they write to
+    stderr. `Progress` and `ProgressLine` stand in for them.
+    """
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers goes by it too
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "huggingface_hub" in sys.modules:
+        sys.modules["huggingface_hub"].utils.disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators; call it before `get_peft_model`, which draws A."""
     import numpy
@@ -375,6 +390,8 @@ def environment_report() -> EnvironmentReport:
 
 
 def _package_checks(requirements: Path) -> list[Check]:
+    import importlib.metadata  # a third of this module's import time, so only here
+
     pins = re.findall(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?==([^\s;#]+)", requirements.read_text(encoding="utf-8"), re.M)
     checks = []
     for name, wanted in pins:

@@ -1,0 +1,152 @@
+"""Figures in one style, with text in place of the picture for those who can't see it.
+
+A figure is made by one of the functions below, or with matplotlib, and shown with `show(fig, alt)`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import sys
+from pathlib import Path
+
+# Okabe-Ito, which people tell apart with any colour vision (https://jfly.uni-koeln.de/color/)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+STYLE_FILE = Path(__file__).with_name("course.mplstyle")
+
+
+def use_style() -> None:
+    """Draw every later figure in the course's style."""
+    import matplotlib.pyplot as plt
+
+    plt.style.use(STYLE_FILE)
+
+
+def show(fig, alt: str) -> None:
+    """Show a figure with `alt` as its text, and close it.
+
+    The picture goes into the notebook as an HTML image, which keeps its alt text in JupyterLab and in exported
+    pages; metadata of a plain PNG output is lost there. Outside a notebook the text alone is printed.
+
+    Raises ValueError if `alt` is empty.
+    """
+    if not alt.strip():
+        raise ValueError("Give the figure a text: alt should say what it shows to somebody who can't see it.")
+    import matplotlib.pyplot as plt
+
+    picture = io.BytesIO()
+    # Without the version of matplotlib in the file, the same figure is the same bytes.
+    fig.savefig(picture, format="png", metadata={"Software": None})
+    plt.close(fig)  # else the notebook shows it once more at the end of the cell
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        print(alt)
+        return
+    from IPython.display import display
+
+    source = base64.b64encode(picture.getvalue()).decode("ascii")
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
+    display({"text/html": image, "text/plain": alt}, raw=True)
+
+
+def score_matrix(scores, rows, columns, title):
+    """Scores from 0 to 1 as a grid of percentages; `scores` has the shape (len(rows), len(columns)).
+
+    Raises ValueError for another shape.
+    """
+    import matplotlib.pyplot as plt
+    import numpy
+
+    scores = numpy.asarray(scores, dtype=float)
+    if scores.shape != (len(rows), len(columns)):
+        raise ValueError(f"scores has the shape {scores.shape}; {len(rows)} rows and {len(columns)} columns are named.")
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots(figsize=(2.2 + 0.95 * len(columns), 1.3 + 0.5 * len(rows)))
+        axes.imshow(scores, vmin=0, vmax=1, aspect="auto")
+        for row, column in numpy.ndindex(scores.shape):
+            value = scores[row, column]
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.6 else "black")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        _title(fig, title)
+    return fig
+
+
+def curves(series, title, xlabel, ylabel):
+    """Lines of `series`, {label: (x, y)}, each labelled at its end; xlabel and ylabel name the units."""
+    import matplotlib.pyplot as plt
+
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots()
+        ends = []
+        for label, (x, y) in series.items():
+            (line,) = axes.plot(x, y)
+            ends.append((float(y[-1]), float(x[-1]), label, line.get_color()))
+        # Where lines end close together, their labels are moved apart, and keep their order.
+        low, high = axes.get_ylim()
+        ends.sort()
+        heights = _spread([end[0] for end in ends], gap=0.075 * (high - low))
+        right = max(end[1] for end in ends)
+        for height, (_, _, label, color) in zip(heights, ends):
+            axes.annotate(label, (right, height), xytext=(8, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        _title(fig, title)
+    return fig
+
+
+def _spread(heights, gap):
+    """Move sorted heights apart to at least `gap`, around the middle of each crowd."""
+    crowds = []  # each: [mean, number of members]
+    for height in heights:
+        crowds.append([height, 1])
+        while len(crowds) > 1 and crowds[-1][0] - crowds[-2][0] < gap * (crowds[-1][1] + crowds[-2][1]) / 2:
+            mean, count = crowds.pop()
+            before = crowds[-1]
+            before[0] = (before[0] * before[1] + mean * count) / (before[1] + count)
+            before[1] += count
+    return [mean + gap * (member - (count - 1) / 2) for mean, count in crowds for member in range(count)]
+
+
+def weight_picture(matrices, title):
+    """Weights of `matrices`, {name: 2-D array or tensor}, side by side on one colour scale that is white at 0.
+
+    A pixel has the same size everywhere, so a low-rank factor shows as the thin strip that it is.
+    Raises ValueError if one of them isn't 2-D.
+    """
+    import matplotlib.pyplot as plt
+    import numpy
+
+    arrays = {name: _as_array(matrix) for name, matrix in matrices.items()}
+    for name, array in arrays.items():
+        if array.ndim != 2:
+            raise ValueError(f"{name} has the shape {array.shape}; a matrix with two dimensions is needed.")
+    largest = max(float(numpy.abs(array).max()) for array in arrays.values()) or 1.0
+    tallest = max(len(array) for array in arrays.values())
+    with plt.style.context(STYLE_FILE):
+        widths = [max(array.shape[1], 0.15 * tallest) for array in arrays.values()]
+        fig, panels = plt.subplots(1, len(arrays), width_ratios=widths, squeeze=False)
+        for axes, (name, array) in zip(panels[0], arrays.items()):
+            image = axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
+            axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{array.shape[0]} × {array.shape[1]}")
+            axes.grid(False)
+        fig.colorbar(image, ax=panels[0].tolist(), label="weight", shrink=0.8)
+        _title(fig, title)
+    return fig
+
+
+def _as_array(matrix):
+    import numpy
+
+    if hasattr(matrix, "detach"):
+        matrix = matrix.detach().float().cpu()  # NumPy knows no bfloat16
+    return numpy.asarray(matrix, dtype=float)
+
+
+def _title(fig, title):
+    """A sentence may be wider than the axes, so it stands at the left edge of the figure."""
+    fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
