@@ -84,7 +84,7 @@ def curves(series, title, xlabel, ylabel):
         fig, axes = plt.subplots()
         ends = []
         for label, (x, y) in series.items():
-            (line,) = axes.plot(x, y)
+            (line,) = axes.plot(x, y, markevery=max(1, len(x) // 12))
             ends.append((float(y[-1]), float(x[-1]), label, line.get_color()))
         # Where lines end close together, their labels are moved apart, and keep their order.
         low, high = axes.get_ylim()
@@ -115,7 +115,7 @@ def _spread(heights, gap):
 def weight_picture(matrices, title):
     """Weights of `matrices`, {name: 2-D array or tensor}, side by side on one colour scale that is white at 0.
 
-    A pixel has the same size everywhere, so a low-rank factor shows as the thin strip that it is.
+    All are drawn at about one scale, so a low-rank factor shows as the thin strip that it is.
     Raises ValueError if one of them isn't 2-D.
     """
     import matplotlib.pyplot as plt
@@ -134,6 +134,7 @@ def weight_picture(matrices, title):
             image = axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
             axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{array.shape[0]} × {array.shape[1]}")
             axes.grid(False)
+            axes.spines[:].set_visible(True)
         fig.colorbar(image, ax=panels[0].tolist(), label="weight", shrink=0.8)
         _title(fig, title)
     return fig
