@@ -1,0 +1,1 @@
+"""How `models/` and `data/` were made: world, corpus, tokenizer, training, tasks, adapters, card."""

@@ -1,0 +1,207 @@
+"""Pretraining: settings at the top, then data, model, loop, checkpoint. Resumable.
+
+The learning rate is warmed up, held, and brought down in a straight line over the last part of the budget.
+"""
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretraining import corpus
+from pretraining.model import Muon, build_model
+from pretraining.tokenizer import render
+
+
+@dataclass
+class Settings:
+    """What decides the result; written beside it."""
+
+    seed: int = 0
+    tokens: int = 17_000_000
+    vocab: int = 2048
+    hidden: int = 256
+    layers: int = 4
+    intermediate: int = 576
+    heads: int = 4
+    context: int = 512
+    row: int = 128  # tokens in an ordinary row, packed with whole documents that do not see each other
+    batch_tokens: int = 4096
+    long_share: float = 0.06  # share of batches of full context, documents strung together
+    muon_lr: float = 0.02
+    adam_lr: float = 0.003
+    warmup: int = 60
+    decay: float = 0.25  # share of the steps in which the rate comes down
+    compile: bool = True
+    probe_every: int = 250
+    save_every: int = 250
+
+    @property
+    def steps(self):
+        return self.tokens // self.batch_tokens
+
+
+# --------------------------------------------------------------------------------------------
+# Data: the corpus is written as it is read, so nothing but the seed has to be kept
+# --------------------------------------------------------------------------------------------
+class Batches:
+    """Batches of packed documents. `state()` is the number of the next document and the rows left over."""
+
+    def __init__(self, world, tokenizer, settings, next_document=0):
+        self.world, self.tokenizer, self.settings, self.next_document = world, tokenizer, settings, next_document
+
+    def documents(self, n):
+        """The next `n` documents as lists of token ids."""
+        numbers = range(self.next_document, self.next_document + n)
+        self.next_document += n
+        texts = [render(corpus.document(self.world, self.settings.seed, i)) for i in numbers]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [x for x in ids if len(x) <= self.settings.row]
+
+    def packed(self):
+        """Rows of whole documents, first fit by length: (input_ids, labels, position_ids, mask)."""
+        s, pad = self.settings, self.tokenizer.pad_token_id
+        n_rows, rows = s.batch_tokens // s.row, []
+        pool = sorted(self.documents(round(n_rows * s.row / 50)), key=len, reverse=True)
+        for ids in pool:
+            room = [row for row in rows if sum(map(len, row)) + len(ids) <= s.row]
+            if room:
+                room[0].append(ids)
+            elif len(rows) < n_rows:
+                rows.append([ids])
+        x = torch.full((n_rows, s.row), pad)
+        segment = torch.full((n_rows, s.row), -1)
+        position = torch.zeros((n_rows, s.row), dtype=torch.long)
+        for i, row in enumerate(rows):
+            start = 0
+            for k, ids in enumerate(row):
+                end = start + len(ids)
+                x[i, start:end], segment[i, start:end], position[i, start:end] = torch.tensor(ids), k, torch.arange(len(ids))
+                start = end
+        same = segment[:, :, None] == segment[:, None, :]
+        mask = (same & torch.ones(s.row, s.row, dtype=torch.bool).tril())[:, None]
+        labels = x.masked_fill(segment < 0, -100)
+        labels[position == 0] = -100  # the first token of a document can't be known
+        return x, labels, position, mask
+
+    def long(self):
+        """Rows of full context, so that far positions are trained, too."""
+        s = self.settings
+        n_rows, stream = max(1, s.batch_tokens // s.context), []
+        while len(stream) < n_rows * s.context:
+            stream += sum(self.documents(n_rows * s.context // 50), [])
+        x = torch.tensor(stream[: n_rows * s.context]).view(n_rows, s.context)
+        position = torch.arange(s.context).expand(n_rows, -1)
+        mask = torch.ones(s.context, s.context, dtype=torch.bool).tril().expand(n_rows, 1, -1, -1)
+        return x, x.clone(), position, mask
+
+    def batch(self, step):
+        """The batch of a step: a long one at regular steps, else a packed one."""
+        every = round(1 / self.settings.long_share)
+        return self.long() if step % every == every - 1 else self.packed()
+
+
+# --------------------------------------------------------------------------------------------
+# Probes: one number a relation, read off documents that the model has not seen
+# --------------------------------------------------------------------------------------------
+def probe_texts(world, relation, n, seed="probe"):
+    """(text before the value, value) for `n` dense documents whose last sentence returns to one of three facts."""
+    import random
+
+    rng, out = random.Random(f"{seed} {relation}"), []
+    endings = [t for t in corpus.RELATIONS[relation][1] if t.endswith("{v}.")]
+    for _ in range(n):
+        scene = corpus.Scene(world, rng)
+        facts = [scene.fact(relation) for _ in range(3)]
+        told = " ".join(scene.write(rng.choice(corpus.RELATIONS[relation][0]), **fact) for fact in facts)
+        fact = rng.choice(facts)
+        out.append((told + " " + scene.write(rng.choice(endings), **{**fact, "v": "@"}).split(" @")[0], " " + fact["v"]))
+    return out
+
+
+@torch.no_grad()
+def probe(model, tokenizer, world, n=40):
+    """{relation: share of values whose every token is the model's first choice}."""
+    model.eval()
+    result = {}
+    for relation in corpus.RELATIONS:
+        hits, pairs = 0, probe_texts(world, relation, n)
+        befores = [tokenizer("<|bos|> " + before, add_special_tokens=False)["input_ids"] for before, _ in pairs]
+        values = [tokenizer(value, add_special_tokens=False)["input_ids"] for _, value in pairs]
+        length = max(len(b) + len(v) for b, v in zip(befores, values))
+        x = torch.full((n, length), tokenizer.pad_token_id)
+        for i, (b, v) in enumerate(zip(befores, values)):
+            x[i, : len(b) + len(v)] = torch.tensor(b + v)
+        best = model(input_ids=x, attention_mask=torch.ones_like(x)).logits.argmax(-1)  # right padding: no look at it from the left
+        for i, (b, v) in enumerate(zip(befores, values)):
+            hits += best[i, len(b) - 1 : len(b) + len(v) - 1].tolist() == v
+        result[relation] = hits / n
+    model.train()
+    return result
+
+
+# --------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------
+def rate(step, settings):
+    """Share of the full learning rate at a step."""
+    down = settings.steps * settings.decay
+    return min(1, (step + 1) / settings.warmup, (settings.steps - step) / down)
+
+
+def train(world, tokenizer, settings, folder, log=print):
+    """Pretrain into `folder` (checkpoint.pt is our own, read with weights_only) and return (model, log rows)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    model = build_model(tokenizer, settings.hidden, settings.layers, settings.intermediate, settings.heads, settings.context)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
+    optimizers = [Muon(matrices, lr=settings.muon_lr), torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    peaks = [settings.muon_lr, settings.adam_lr]
+    start, rows, batches, seconds = 0, [], Batches(world, tokenizer, settings), 0.0
+
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        start, batches.next_document, rows, seconds = saved["step"], saved["next_document"], json.loads(saved["rows"]), saved["seconds"]
+        log(f"resumed at step {start}")
+
+    forward = torch.compile(model, dynamic=False) if settings.compile else model
+    began, losses = time.time() - seconds, []
+    for step in range(start, settings.steps):
+        x, labels, position, mask = batches.batch(step)
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * rate(step, settings)
+        loss = forward(input_ids=x, labels=labels, position_ids=position, attention_mask=mask, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: lower the learning rate")
+        done = step + 1
+        if done % 25 == 0 or done == settings.steps:
+            row = {"step": done, "tokens": done * settings.batch_tokens, "loss": round(float(np.mean(losses)), 4), "seconds": round(time.time() - began)}
+            losses = []
+            if done % settings.probe_every == 0 or done == settings.steps:
+                row["probe"] = probe(model, tokenizer, world)
+            rows.append(row)
+            log(json.dumps(row))
+        if done % settings.save_every == 0 or done == settings.steps:
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": done,
+                     "next_document": batches.next_document, "rows": json.dumps(rows), "seconds": time.time() - began}
+            torch.save(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
+    (folder / "log.json").write_text(json.dumps({"settings": asdict(settings), "machine": platform.processor() or platform.machine(), "rows": rows}))
+    return model, rows
