@@ -19,6 +19,7 @@ import struct
 import sys
 import tempfile
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -281,8 +282,9 @@ def disable_progress_bars() -> None:
     """Turn off the progress bars of datasets, huggingface_hub and transformers, best before they are imported.
 
     In a notebook those bars are widgets, of which nothing is left in the saved file, and elsewhere they write to
-    stderr. `Progress` and `ProgressLine` stand in for them.
+    stderr. `Progress` and `ProgressLine` stand in for them. tqdm's warning that ipywidgets is missing goes with them.
     """
+    warnings.filterwarnings("ignore", message="IProgress not found")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers goes by it too
     if "datasets" in sys.modules:
@@ -306,7 +308,7 @@ def seed_everything(seed: int) -> None:
 def trainer_settings() -> dict:
     """Keywords for `TrainingArguments` or `SFTConfig` that fit this machine.
 
-    TRL's own defaults (bf16 and gradient checkpointing on) fail on a CPU or slow a small model down.
+    TRL's own defaults, bf16 and activation checkpointing on, fail on a CPU or slow a small model down.
     """
     import torch
 
@@ -314,7 +316,7 @@ def trainer_settings() -> dict:
     return {
         "use_cpu": kind == "cpu",
         "bf16": dtype() is torch.bfloat16,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "dataloader_pin_memory": kind == "cuda",
         "report_to": "none",
         "disable_tqdm": True,

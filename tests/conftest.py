@@ -4,7 +4,6 @@ import os
 
 # Before any library reads it: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
 
 import matplotlib
 import pytest
