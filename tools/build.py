@@ -1,0 +1,165 @@
+"""Build the notebooks from lessons/*.py, the only source.
+
+    make notebooks              both editions of every lesson (ONLY=01 for one)
+    make classroom              the instructor's edition, for nbgrader
+
+The learner's edition is run top to bottom, unsolved, and saved with its outputs; the
+solved one is saved without. Nothing is replaced before the whole lesson ran. The time
+and memory of each run are kept in lessons/measured.json, and shown in the lesson's
+header and in README.md.
+"""
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from tools import editions, form
+from tools.editions import BuildError
+from tools.execute import execute
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE_BEGIN, TABLE_END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
+NOTICEABLE = 0.3  # A measurement is recorded when it moved by more than this fraction.
+
+
+def sources(root, only=""):
+    """Return the lessons' source files in order, those whose name begins with `only`.
+
+    Raises `BuildError` when there is none.
+    """
+    found = sorted(Path(root, "lessons").glob(f"{only}*.py"))
+    if not found:
+        raise BuildError(f"There is no lesson lessons/{only}*.py.")
+    return found
+
+
+def read_lesson(path):
+    """Return the parsed lesson at `path`."""
+    return editions.parse(path.read_text(encoding="utf-8"), path.name)
+
+
+def read_record(root):
+    """Return lessons/measured.json: {lesson: {minutes, seconds, peak_gb, cpu, cores}}."""
+    path = Path(root, "lessons", "measured.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def updated(old, new):
+    """Return the entry to keep: `old`, unless there is none or `new` differs noticeably."""
+
+    def moved(name):
+        return abs(new[name] - old[name]) > NOTICEABLE * old[name]
+
+    names = [name for name in ("seconds", "peak_gb", "first_text_s") if name in new]
+    if old and all(name in old for name in names) and not any(moved(name) for name in names):
+        return old
+    return {"minutes": max(1, round(new["seconds"] / 60)), **new}
+
+
+def edition(make, path, record):
+    """Return one edition of the lesson at `path`, not run, its header filled in from the record.
+
+    `make` is one of `editions.learner`, `editions.solved` and `editions.staging`.
+    """
+    values = dict(record.get(path.stem, {}))
+    if values:
+        values["time"] = f"{values['minutes']} minute{'' if values['minutes'] == 1 else 's'}"
+    return editions.fill(make(read_lesson(path)), values, path.name)
+
+
+def build(path, root):
+    """Run the lesson at `path`, save both editions and its measurement; return the form's complaints."""
+    root = Path(root)
+    notebook = editions.learner(read_lesson(path))
+    folder = root / "notebooks"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as runs:
+        measured = execute(notebook, folder, runs)
+    record = read_record(root)
+    record[path.stem] = updated(record.get(path.stem), measured)
+    learner, solved = edition(editions.learner, path, record), edition(editions.solved, path, record)
+    for cell, run in zip(learner.cells, notebook.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = run.outputs, run.execution_count
+    save_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    found = []
+    for name, notebook in (("notebooks", learner), ("solutions", solved)):
+        target = root / name / f"{path.stem}.ipynb"
+        save_notebook(target, notebook)
+        found += [f"{name}: {complaint}" for complaint in form.complaints(notebook, target, name == "notebooks")]
+    print(f"{path.stem}: {measured['seconds']} s, {measured['peak_gb']} GB")
+    return found
+
+
+def build_classroom(path, root):
+    """Save the instructor's edition where nbgrader looks for an assignment's source."""
+    notebook = edition(editions.staging, path, read_record(root))
+    save_notebook(Path(root, "classroom", "staging", "source", path.stem, f"{path.stem}.ipynb"), notebook)
+
+
+def table(root):
+    """Return README's table of lessons as Markdown."""
+    record = read_record(root)
+    lines = ["| Lesson | Time | Peak memory |", "| --- | --- | --- |"]
+    for path in sources(root):
+        entry = record.get(path.stem)
+        cost = f"{entry['minutes']} min | {entry['peak_gb']:.1f} GB" if entry else "not measured | not measured"
+        lines.append(f"| [{path.stem[:2]} {editions.title(read_lesson(path))}](notebooks/{path.stem}.ipynb) | {cost} |")
+    return "\n".join(lines)
+
+
+def with_table(readme, text):
+    """Return the README's text with `text` between the two markers. Raises `BuildError` without them."""
+    if readme.count(TABLE_BEGIN) != 1 or readme.count(TABLE_END) != 1:
+        raise BuildError(f"README.md needs the lines {TABLE_BEGIN} and {TABLE_END}, once each.")
+    before, rest = readme.split(TABLE_BEGIN)
+    return f"{before}{TABLE_BEGIN}\n{text}\n{TABLE_END}{rest.split(TABLE_END)[1]}"
+
+
+def save_notebook(path, notebook):
+    """Check the notebook against the format and save it in one step."""
+    nbformat.validate(notebook)
+    save_text(path, nbformat.writes(notebook, version=4) + "\n")
+
+
+def save_text(path, text):
+    """Write `text` to `path` so that a full disk or a kill leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read.
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def main(arguments=None, root=ROOT):
+    """Build what the command line asks for. Returns an exit status or a sentence for stderr."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("edition", choices=["notebooks", "classroom"])
+    parser.add_argument("only", nargs="?", default="", help="the beginning of a lesson's name, such as 01")
+    chosen = parser.parse_args(arguments)
+    found = []
+    try:
+        for path in sources(root, chosen.only):
+            if chosen.edition == "classroom":
+                build_classroom(path, root)
+            else:
+                found += [f"{path.stem}, {complaint}" for complaint in build(path, root)]
+        if chosen.edition == "notebooks":
+            readme = Path(root, "README.md")
+            save_text(readme, with_table(readme.read_text(encoding="utf-8"), table(root)))
+    except (BuildError, OSError) as error:
+        return str(error)
+    return "\n".join(found) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Turn one lesson's source into its three editions. Nothing is run or written here.
+
+A lesson is plain text in jupytext's percent format, solved. Two marker rules, no more:
+
+    # %% exercise="01.size_ratio" points=2
+    def size_ratio(base_bytes, adapter_bytes):
+        ### BEGIN SOLUTION
+        return base_bytes / adapter_bytes
+        ### END SOLUTION
+
+    lesson01.size_ratio(size_ratio)
+
+    # %%
+    ### BEGIN HIDDEN TESTS
+    assert size_ratio(6, 2) == 3
+    ### END HIDDEN TESTS
+
+An exercise cell holds one solution and the visible check. The hidden test is a cell of
+its own that follows; only the instructor's edition keeps it.
+"""
+import ast
+import copy
+import re
+import textwrap
+
+import jupytext
+import nbformat
+
+BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
+BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
+NOTEBOOK_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+}
+
+
+class BuildError(Exception):
+    """A lesson's source does not keep the rules, or a lesson failed while it was run."""
+
+
+def parse(text, where="the lesson"):
+    """Return the lesson's cells as a notebook: stable ids, tags, and roles under `metadata.lesson`.
+
+    `text` is the source, `where` names it in messages. Raises `BuildError` when a marker
+    is unbalanced or stands where it may not, and when an exercise lacks its hidden test.
+    """
+    source = jupytext.reads(text, fmt="py:percent")
+    cells, headings, exercise = [], {}, None
+    section, position, tested = "start", 0, set()
+    for cell in source.cells:
+        heading = re.match(r"#{1,6} +(.+)", cell.source) if cell.cell_type == "markdown" else None
+        if heading:
+            section, position = _unique(_slug(heading[1]), headings), 0
+        role = {}
+        if "exercise" in cell.metadata:
+            exercise = {"name": cell.metadata["exercise"], "points": cell.metadata.get("points", 1)}
+            role = {"role": "exercise", **exercise}
+            if any(exercise["name"] == made.metadata.lesson.get("name") for made in cells):
+                raise BuildError(f"{where}: two exercises are called {exercise['name']}.")
+            if not re.fullmatch(r"\d\d\.[a-z0-9_]+", exercise["name"]):
+                raise BuildError(f"{where}: an exercise is named like 01.size_ratio, not {exercise['name']}.")
+            _split(cell.source, BEGIN_SOLUTION, END_SOLUTION, f"{where}, exercise {exercise['name']}")
+            identity = "exercise-" + _slug(exercise["name"])
+        elif BEGIN_HIDDEN in cell.source or END_HIDDEN in cell.source:
+            if exercise is None or exercise["name"] in tested:
+                raise BuildError(f"{where}: a hidden test follows its exercise, one for each.")
+            before, _, after = _split(cell.source, BEGIN_HIDDEN, END_HIDDEN, where)
+            if before.strip() or after.strip():
+                raise BuildError(f"{where}: the hidden test of {exercise['name']} needs a cell of its own.")
+            tested.add(exercise["name"])
+            role = {"role": "hidden test", **exercise}
+            identity = f"exercise-{_slug(exercise['name'])}-test"
+        else:
+            identity = section if heading else f"{section}-{(position := position + 1)}"
+        if role.get("role") != "exercise" and (BEGIN_SOLUTION in cell.source or END_SOLUTION in cell.source):
+            raise BuildError(f"{where}: a solution stands in a cell without an exercise tag ({identity}).")
+        metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        new = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")
+        cells.append(new(cell.source, id=identity, metadata={**metadata, "lesson": role}))
+    untested = {made.metadata.lesson.name for made in cells if made.metadata.lesson} - tested
+    if untested:
+        raise BuildError(f"{where}: no hidden test for {', '.join(sorted(untested))}.")
+    return nbformat.v4.new_notebook(cells=cells, metadata=NOTEBOOK_METADATA)
+
+
+def learner(lesson):
+    """Return the learner's edition of a parsed lesson: stubs for solutions, no hidden tests."""
+    return _edition(lesson, _stubbed)
+
+
+def solved(lesson):
+    """Return the solved edition of a parsed lesson: solutions without markers, no hidden tests."""
+
+    def without_markers(source, name):
+        before, solution, after = _split(source, BEGIN_SOLUTION, END_SOLUTION, name)
+        return before + solution + after
+
+    return _edition(lesson, without_markers)
+
+
+def staging(lesson):
+    """Return the instructor's edition: everything, marked with nbgrader's metadata (schema 3)."""
+    notebook = copy.deepcopy(lesson)
+    for cell in notebook.cells:
+        role = cell.metadata.pop("lesson")
+        if not role:
+            continue
+        graded = role["role"] == "hidden test"
+        identity = _slug(role["name"])
+        cell.metadata["nbgrader"] = {
+            "schema_version": 3,
+            "grade_id": f"{identity}-test" if graded else identity,
+            "grade": graded,
+            "solution": not graded,
+            "locked": graded,
+            "task": False,
+            **({"points": role["points"]} if graded else {}),
+        }
+    return notebook
+
+
+def fill(notebook, values, where="the lesson"):
+    """Return a copy whose text cells have {{name}} replaced by `values[name]`.
+
+    Raises `BuildError` for a name that is not in `values`.
+    """
+
+    def value(match):
+        if match[1] not in values:
+            raise BuildError(f"{where}: nothing is known as {match[0]}; known are {', '.join(sorted(values))}.")
+        return str(values[match[1]])
+
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\{\{(\w+)\}\}", value, cell.source)
+    return notebook
+
+
+def title(lesson):
+    """Return the text of the lesson's first heading. Raises `BuildError` when it has none."""
+    for cell in lesson.cells:
+        heading = re.match(r"# +(.+)", cell.source) if cell.cell_type == "markdown" else None
+        if heading:
+            return heading[1].strip()
+    raise BuildError("The lesson has no title: its first text cell begins with '# '.")
+
+
+def _edition(lesson, of_exercise):
+    notebook = copy.deepcopy(lesson)
+    notebook.cells = [cell for cell in notebook.cells if cell.metadata.lesson.get("role") != "hidden test"]
+    for cell in notebook.cells:
+        role = cell.metadata.pop("lesson")
+        if role:
+            cell.source = of_exercise(cell.source, role["name"])
+    return notebook
+
+
+def _split(source, begin, end, where):
+    """Return what stands before, between and after two marker lines, which occur once each."""
+    lines = source.splitlines(keepends=True)
+    found = [(i, line.strip()) for i, line in enumerate(lines) if begin in line or end in line]
+    if [text for _, text in found] != [begin, end]:
+        raise BuildError(f"{where}: needs one line '{begin}' and, after it, one line '{end}'.")
+    (first, _), (last, _) = found
+    return "".join(lines[:first]), "".join(lines[first + 1 : last]), "".join(lines[last + 1 :])
+
+
+def _stubbed(source, name):
+    """Replace the solution by `...`: for what it returns, or for the names that the cell uses later."""
+    before, solution, after = _split(source, BEGIN_SOLUTION, END_SOLUTION, name)
+    try:
+        body = ast.parse(textwrap.dedent(solution)).body
+    except SyntaxError as error:
+        raise BuildError(f"{name}: the solution is not whole statements of Python: {error.msg}.") from error
+    if any(isinstance(node, ast.Return) for statement in body for node in _own_nodes(statement)):
+        stub = "return ..."
+    else:
+        used = [made for made in _names(body) if re.search(rf"\b{made}\b", after)]
+        stub = " = ".join([*used, "..."])
+    indent = re.match(r"[ \t]*", solution)[0]
+    return f"{before}{indent}# YOUR CODE HERE\n{indent}{stub}\n{after}"
+
+
+def _own_nodes(statement):
+    """Walk a statement without entering the functions and classes that it defines."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+        return
+    yield statement
+    for child in ast.iter_child_nodes(statement):
+        yield from _own_nodes(child)
+
+
+def _names(body):
+    """Return the names that the statements of `body` bind, in order, each once."""
+    names = {}
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            names[statement.name] = None
+        for node in _own_nodes(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names[node.id] = None
+    return list(names)
+
+
+def _slug(text):
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "section"
+
+
+def _unique(name, seen):
+    seen[name] = seen.get(name, 0) + 1
+    return name if seen[name] == 1 else f"{name}-again-{seen[name]}"
