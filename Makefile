@@ -47,6 +47,9 @@ check: $(STAMP)
 test-notebooks: $(STAMP)
 	$(NBMAKE) notebooks
 	COURSE_STRICT=1 $(NBMAKE) solutions
+# The instructor's edition is the solved one with the hidden tests, which run nowhere else.
+	$(RUN) -m tools.build classroom
+	COURSE_STRICT=1 $(NBMAKE) classroom/staging
 
 notebooks: $(STAMP)
 	$(RUN) -m tools.build notebooks $(ONLY)

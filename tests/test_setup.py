@@ -1,0 +1,283 @@
+"""The set-up: what make does, what is pinned, and what a Python that is too old is told."""
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+
+import pytest
+from packaging.requirements import Requirement
+
+from tools import lock
+from tools.build import ROOT
+from tools.check_python import OLDEST, complaint
+
+REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def make(*arguments, folder=ROOT, **environment):
+    """Run make and return its exit status and all that it wrote."""
+    # A make that runs these tests passes its own flags down; they are not wanted here.
+    unwanted = ("MAKE", "MFLAGS", "COURSE_", "NO_BROWSER")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    done = subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=folder, env={**inherited, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+# A Python that is too old
+
+
+def test_an_old_python_is_told_in_one_sentence():
+    assert complaint((3, 11, 0), "python3") is None
+    assert complaint((3, 14, 2), "python3") is None
+    said = complaint((3, 9, 2), "/usr/bin/python3")
+    assert said.startswith("This course needs Python 3.11 or newer, but /usr/bin/python3 is Python 3.9.")
+    assert "make PYTHON=" in said and "\n" not in said
+
+
+def test_the_check_can_be_read_by_old_pythons():
+    source = (ROOT / "tools" / "check_python.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 4))
+    assert 'f"' not in source
+
+
+def test_make_stops_at_an_old_python_before_it_makes_anything(tmp_path):
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "tools").mkdir()
+    checker = (ROOT / "tools" / "check_python.py").read_text(encoding="utf-8")
+    # Stands in for an old Python: the same script sees another version.
+    (tmp_path / "tools" / "check_python.py").write_text(checker.replace("sys.version_info, sys", "(3, 8), sys"))
+    status, said = make("setup", f"PYTHON={sys.executable}", folder=tmp_path)
+    assert status and "This course needs Python 3.11 or newer" in said
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_the_package_asks_for_the_same_python():
+    assert PYPROJECT["project"]["requires-python"] == ">=%d.%d" % OLDEST
+
+
+# What make does
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with spaces and accents, whose Python only notes what it was asked to do."""
+    folder = tmp_path / "un été là-bas"
+    (folder / "tools").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "tools/check_python.py"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    # As system Python it makes .venv/bin/python, a copy of itself, when asked for a venv.
+    script(
+        folder / "python",
+        'echo "$@" >> calls\n'
+        'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp python "$3/bin/python"; fi\n'
+        'if [ "$2" = pip ] && [ -e no-network ]; then exit 1; fi',
+    )
+    return folder
+
+
+def calls(checkout):
+    """Return what Python was asked to do since the last time."""
+    path = checkout / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+INSTALLS = [
+    "tools/check_python.py",
+    "-m venv .venv",
+    "-m pip install --disable-pip-version-check -r requirements.txt",
+]
+
+
+def test_the_second_run_does_not_install_again(checkout):
+    assert make("setup", "PYTHON=./python", folder=checkout)[0] == 0
+    assert calls(checkout) == INSTALLS
+    assert make("setup", "PYTHON=./python", folder=checkout)[0] == 0
+    assert calls(checkout) == []
+
+
+@pytest.mark.parametrize("changed", ["requirements.txt", "constraints.txt", "pyproject.toml"])
+def test_a_changed_pin_installs_again(checkout, changed):
+    make("setup", "PYTHON=./python", folder=checkout)
+    calls(checkout)
+    stamp = (checkout / ".venv" / ".installed").stat().st_mtime
+    os.utime(checkout / changed, (stamp + 5, stamp + 5))
+    make("setup", "PYTHON=./python", folder=checkout)
+    assert calls(checkout) == INSTALLS
+
+
+def test_a_moved_checkout_installs_again(checkout):
+    make("setup", "PYTHON=./python", folder=checkout)
+    moved = checkout.rename(checkout.with_name("elsewhere"))
+    calls(moved)
+    make("setup", "PYTHON=./python", folder=moved)
+    assert calls(moved) == INSTALLS
+    make("setup", "PYTHON=./python", folder=moved)
+    assert calls(moved) == []
+
+
+def test_an_installation_that_failed_is_tried_again(checkout):
+    (checkout / "no-network").touch()
+    assert make("setup", "PYTHON=./python", folder=checkout)[0] != 0
+    (checkout / "no-network").unlink()
+    calls(checkout)
+    assert make("setup", "PYTHON=./python", folder=checkout)[0] == 0
+    assert calls(checkout) == INSTALLS
+
+
+def test_lab_opens_lesson_1_and_keeps_token_and_localhost(checkout):
+    make("setup", "PYTHON=./python", folder=checkout)
+    calls(checkout)
+    assert make("lab", "PYTHON=./python", folder=checkout)[0] == 0
+    (opened,) = calls(checkout)
+    assert opened.startswith("-m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_load_lora_adapter.ipynb")
+    assert not re.search(r"token|password|--ip|no-browser", opened)
+    make("lab", "PYTHON=./python", folder=checkout, NO_BROWSER="1")
+    assert "--no-browser" in calls(checkout)[0]
+
+
+def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
+    make("setup", "PYTHON=./python", folder=checkout)
+    script(checkout / ".venv" / "bin" / "python", 'echo "$COURSE_STRICT|$COURSE_RUNS|$*" >> calls')
+    calls(checkout)
+    assert make("test", "PYTHON=./python", folder=checkout)[0] == 0
+    runs = checkout / "runs" / "testing"
+    assert calls(checkout) == [
+        "||-m pytest",
+        f"|{runs}|-m pytest --nbmake --nbmake-timeout=300 notebooks",
+        f"1|{runs}|-m pytest --nbmake --nbmake-timeout=300 solutions",
+        "||-m tools.build classroom",
+        f"1|{runs}|-m pytest --nbmake --nbmake-timeout=300 classroom/staging",
+    ]
+
+
+def test_the_lesson_that_lab_opens_is_there():
+    lesson = re.search(r"FIRST_LESSON := (\S+)", (ROOT / "Makefile").read_text())[1]
+    assert (ROOT / lesson).is_file()
+
+
+def test_ci_runs_make_test():
+    path = ROOT / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    assert path.read_text().splitlines()[-1] == "exec make test"
+
+
+def test_every_goal_of_make_is_explained():
+    text = (ROOT / "Makefile").read_text()
+    goals = set(re.search(r"^\.PHONY: (.*)", text, re.MULTILINE)[1].split())
+    said = make("help")[1]
+    assert goals - set(re.findall(r"make ([\w-]+)", said)) == {"help", "setup", "test-notebooks"}
+
+
+# What is pinned
+
+
+def test_every_direct_dependency_is_pinned_and_says_what_needs_it():
+    lines = [line for line in REQUIREMENTS.splitlines() if line and not line.startswith(("#", "-"))]
+    assert len(lines) > 10
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+ +# (all lessons|lessons? [0-9, ]+|pretraining|tools|tests).*", line), line
+    names = {line.split("==")[0] for line in lines}
+    assert {"jupyterlab", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "torch"} <= names
+    assert "torch==2.13.0 " in REQUIREMENTS
+
+
+def test_requirements_install_the_package_under_the_constraints():
+    options = [line for line in REQUIREMENTS.splitlines() if line.startswith("-")]
+    assert options == ["-c constraints.txt", "-e ."]
+
+
+def test_constraints_are_portable_and_repeat_no_direct_dependency():
+    pins = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
+    assert len(pins) > 50
+    for line in pins:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line  # No "+cpu".
+        assert not re.match(r"nvidia|cuda|triton|pywin|appnope|colorama|pexpect", line), line
+    direct = {requirement.name for requirement in lock.direct_requirements(REQUIREMENTS)}
+    assert not direct & {line.split("==")[0] for line in pins}
+
+
+def test_the_installed_versions_are_the_pinned_ones():
+    from importlib.metadata import PackageNotFoundError, version
+
+    for line in [*map(str, lock.direct_requirements(REQUIREMENTS)), *CONSTRAINTS.splitlines()]:
+        if line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            pytest.fail(f"{requirement.name} is pinned and not installed: run make setup")
+        assert requirement.specifier.contains(installed), f"{requirement.name} {installed}"
+
+
+def reported(name, version, *requires):
+    return {"metadata": {"name": name, "version": version, "requires_dist": list(requires)}}
+
+
+def test_lock_keeps_what_every_system_needs_and_nothing_else():
+    report = {
+        "install": [
+            reported("Torch", "2.13.0+cpu", "gpu-driver>1; platform_system == 'Linux'", "maths", "extra-tool; extra == 'all'"),
+            reported("gpu_driver", "13.0", "driver-part"),
+            reported("driver.part", "1.0"),
+            reported("maths", "1.4+cpu", "Tidy_Name[fast]"),
+            reported("tidy-name", "2.0", "speed; extra == 'fast'", "only-mac; sys_platform == 'darwin'"),
+            reported("speed", "3.0"),
+            reported("only-mac", "1.0"),
+            reported("extra-tool", "1.0"),
+        ]
+    }
+    text = lock.constraints([Requirement("torch==2.13.0")], report)
+    assert text == lock.HEADER + "maths==1.4\nspeed==3.0\ntidy-name==2.0\n"
+
+
+def test_lock_reads_requirements_without_options_and_comments():
+    found = lock.direct_requirements("# note\n-c constraints.txt\n-e .\n\ntorch==2.13.0   # all lessons\n")
+    assert list(map(str, found)) == ["torch==2.13.0"]
+
+
+# The package
+
+
+def test_the_package_is_course_utils_whole_and_nothing_else():
+    from setuptools import find_packages
+
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "course_utils").rglob("*.py")}
+    found = find_packages(str(ROOT), **PYPROJECT["tool"]["setuptools"]["packages"]["find"])
+    assert sorted(found) == sorted(".".join(folder.parts) for folder in folders)
+
+
+def test_no_file_of_the_set_up_names_a_host():
+    for name in ("Makefile", "pyproject.toml", "requirements.txt", "constraints.txt", ".ci/run"):
+        assert "://" not in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+# Deprecated calls
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_a_deprecated_call_of_ours_is_an_error(category):
+    with pytest.raises(category):
+        warnings.warn("old", category, stacklevel=1)
+
+
+def test_a_librarys_own_deprecated_call_is_not(recwarn):
+    warnings.warn_explicit("old", DeprecationWarning, "library.py", 1, module="library")
+    assert len(recwarn) == 1
