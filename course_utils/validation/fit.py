@@ -79,7 +79,7 @@ def _check_names(report, config, pairs, layers) -> None:
         report.fail("bad_config", f"PEFT refuses the configuration: {error}.", "Save the adapter again.")
         return
     wanted = {name for name in layers if check_target_module_exists(settings, name)}
-    names = [targets] if isinstance(targets, str) else targets
+    names = [targets] if isinstance(targets, str) else sorted(targets)
     unknown = [] if isinstance(targets, str) and wanted else [n for n in names if not _ends_a_name(n, layers)]
     if unknown:
         own = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -92,8 +92,8 @@ def _check_names(report, config, pairs, layers) -> None:
     if uncovered:
         report.fail(
             "layers_not_covered",
-            f"The adapter should sit on {len(wanted)} layers of this base and has weights for {len(wanted) - len(uncovered)}; "
-            f"without: {some(uncovered)}. PEFT leaves B at zero there.",
+            f"The adapter should sit on {len(wanted)} layers of this base and has no weights for {len(uncovered)} of them: "
+            f"{some(uncovered)}. PEFT leaves B at zero there.",
             "This base has more layers than the one that the adapter was trained on, or the file is incomplete.",
         )
 
@@ -114,7 +114,8 @@ def _skeleton(base):
     elif isinstance(base, (str, os.PathLike)):
         if not (Path(base).expanduser() / "config.json").is_file():
             raise CourseError(f"{base} is no folder with a config.json.")
-        config, name = transformers.AutoConfig.from_pretrained(Path(base).expanduser(), local_files_only=True), str(base)
+        config = transformers.AutoConfig.from_pretrained(Path(base).expanduser(), local_files_only=True)
+        name = str(base)
     else:
         raise CourseError(f"It is given as {type(base).__name__}.")
     architecture = getattr(transformers, (config.architectures or [""])[0], None)

@@ -56,7 +56,8 @@ def check_adapter_folder(folder, base=None) -> Report:
         size = (folder / WEIGHTS).stat().st_size
         report.note(
             "adapter",
-            f"LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, on {len(pairs)} layers, {size / 1e6:.2f} MB.",
+            f"LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, on {len(pairs)} layers, "
+            f"{size / 1000:,.0f} kB.",
         )
     return report
 
@@ -195,8 +196,10 @@ def _check_tensors(report, config, shapes) -> dict:
 
 def _allowed(config, name: str) -> bool:
     """Other tensors that a LoRA adapter may hold: DoRA's magnitudes, heads, embeddings, trained tokens, biases."""
-    trained = [*(config.get("modules_to_save") or []), "embed", "wte", "lm_head", "lora_", "trainable_tokens", "token_adapter"]
-    return any(part in name for part in trained) or (config.get("bias", "none") != "none" and name.endswith(".bias"))
+    usual = ("embed", "wte", "lm_head", "lora_", "trainable_tokens", "token_adapter")
+    if any(part in name for part in (*usual, *(config.get("modules_to_save") or ()))):
+        return True
+    return config.get("bias", "none") != "none" and name.endswith(".bias")
 
 
 def _check_numbers(report, folder: Path) -> None:

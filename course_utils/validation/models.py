@@ -45,14 +45,15 @@ def check_adapters(
     if not isinstance(model, torch.nn.Module):
         report.fail(
             "not_a_model",
-            f"This is {type(model).__name__}, not a model.",
+            f"This is {model!r:.60}, not a model.",
             "Pass what PeftModel.from_pretrained returned, or the transformers model that holds the adapters.",
         )
         return report
     if isinstance(model, PeftModel) and not isinstance(model.base_model, BaseTuner):
+        method = next(iter(model.peft_config.values())).peft_type.value
         report.warn(
             "unsupported_method",
-            f"{next(iter(model.peft_config.values())).peft_type.value} does not sit in the model's layers, and this check looks there.",
+            f"{method} does not sit in the model's layers, and this check looks there.",
             "Compare outputs with check_changes_output instead.",
         )
         return report
@@ -249,11 +250,8 @@ def _check_trainable(report, model, statuses, active, expect_trainable) -> None:
             own = module.named_parameters()
             adapter_weights |= {id(p) for name, p in own if not name.startswith(("base_layer.", "original_module."))}
     biases_too = any(getattr(config, "bias", "none") != "none" for config in _configs(model).values())
-    base = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapter_weights and not (biases_too and name.endswith("bias"))
-    ]
+    others = [(name, p) for name, p in model.named_parameters() if id(p) not in adapter_weights]
+    base = [name for name, p in others if p.requires_grad and not (biases_too and name.endswith("bias"))]
     if base:
         report.fail(
             "base_trainable",

@@ -60,19 +60,17 @@ class Report:
         verdict = "ok" if not failed else f"{failed} problem{'s' if failed > 1 else ''}"
         lines = [f"{self.title}: {verdict}"]
         for finding in sorted(self.findings, key=lambda finding: ("fail", "warn", "ok").index(finding.level)):
-            lines.append(_wrapped(f"{_MARKS[finding.level]:<7}{finding.message}"))
+            lines.append(_wrapped(f"{_MARKS[finding.level]:<7}{finding.message}", 7))
             if finding.remedy:
-                lines.append(_wrapped(f"       -> {finding.remedy}"))
+                lines.append(_wrapped(f"       -> {finding.remedy}", 10))
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def _wrapped(line: str) -> str:
+def _wrapped(line: str, indent: int) -> str:
     # Paths and parameter names stay in one piece, so that they can be copied.
-    return textwrap.fill(
-        line, 110, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )
+    return textwrap.fill(line, 110, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def some(names, shown: int = 2) -> str:

@@ -35,7 +35,8 @@ def check_weights(report, layers, loaded) -> None:
                 f"{len(broken)} weights of {adapter!r} hold NaN or infinity: {some(broken)}.",
                 "Training diverged, or the file is damaged: go back to an earlier checkpoint, and lower the learning rate.",
             )
-        starts = {name: tensor for name, tensor in tensors.items() if re.search(r"\.(lora_B\.weight|lora_embedding_A)$", name)}
+        starts_at_zero = re.compile(r"\.(lora_B\.weight|lora_embedding_A)$")
+        starts = {name: tensor for name, tensor in tensors.items() if starts_at_zero.search(name)}
         zero = [name for name, tensor in starts.items() if not tensor.any()]
         if zero:
             trainable = all(tensor.requires_grad for tensor in starts.values())
@@ -59,11 +60,8 @@ def check_twice(report, layers, loaded) -> None:
         for adapter in (layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters))
     }
     for one, other in itertools.combinations(sorted(in_effect & set(loaded)), 2):
-        pairs = [
-            (first[part], second.get(part))
-            for first, second in ((adapter_tensors(layer, one), adapter_tensors(layer, other)) for layer in layers.values())
-            for part in first
-        ]
+        both = [(adapter_tensors(layer, one), adapter_tensors(layer, other)) for layer in layers.values()]
+        pairs = [(first[part], second.get(part)) for first, second in both for part in first]
         same = all(b is not None and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
         if pairs and same and any(a.any() for a, _ in pairs):
             report.fail(
