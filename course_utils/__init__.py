@@ -4,8 +4,14 @@ The submodules load on first use, so that `import course_utils` itself takes no 
 """
 
 import importlib
+import os
 
 __version__ = "0.1.0"
+
+# Lessons work without a network and ask nothing of it. Unless told not to, TRL reports each trainer that is made,
+# and datasets each use of its JSON loader, to servers of their own. Read when those libraries are imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 _SUBMODULES = ("data", "evaluation", "exercises", "plotting", "progress", "runtime", "validation")
 

@@ -44,6 +44,8 @@ def load_task(task: str, split: str | None = None):
 
     # Escaped, since datasets takes a file name for a pattern: a checkout in "courses [old]" would not be found.
     patterns = {name: glob.escape(path) for name, path in files.items()}
+    # Else datasets tells a server, in a request of its own, that the JSON loader was used.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # they write to stderr, or are widgets that leave nothing in a saved notebook
     try:

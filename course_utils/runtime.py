@@ -336,13 +336,17 @@ def _is_not_kernel_notice(record: logging.LogRecord) -> bool:
 
 
 def quiet_imports() -> None:
-    """Call before importing peft or bitsandbytes: hides one known message, and nothing else.
+    """Call before importing peft or bitsandbytes: hides two known messages, and nothing else.
 
     On a processor with AVX512-BF16, bitsandbytes (`backends/cpu/ops.py`) logs a warning while it is imported if the
     optional package `kernels` is missing. The course leaves that package out on purpose, since bitsandbytes would
     use it to fetch code from the hub. Any other record of the same logger still shows.
+
+    peft 0.21 asks each model for `is_gradient_checkpointing`, which transformers 5.23 renamed, so every
+    `get_peft_model` would warn of a call that the learner never made.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_kernel_notice)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 # ---------------------------------------------------------------------------------------------- environment

@@ -44,23 +44,23 @@ def make_tiny_tokenizer():
     return fast
 
 
-def make_tiny_model(vocabulary_size, seed=0):
+def make_tiny_model(tokenizer, seed=0):
     """A random two-layer Llama, every linear dimension a multiple of 64 as in the shipped one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary_size,
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.3,  # with the usual 0.02 a random model repeats its input, which hides faults
     )
     return LlamaForCausalLM(config).eval()
@@ -73,7 +73,7 @@ def tiny_tokenizer():
 
 @pytest.fixture
 def tiny_model(tiny_tokenizer):
-    return make_tiny_model(len(tiny_tokenizer))
+    return make_tiny_model(tiny_tokenizer)
 
 
 @pytest.fixture

@@ -449,6 +449,54 @@ def test_quiet_imports_leaves_stderr_empty_and_other_records_alone():
     ]
 
 
+# ---------------------------------------------------------------------------------------------- a whole session
+
+SESSION = """
+import socket, sys, warnings
+attempts = []
+def forbid(*args, **kwargs):
+    attempts.append(args)
+    raise OSError("no network here")
+socket.getaddrinfo = socket.socket.connect = socket.socket.connect_ex = forbid
+
+from course_utils.runtime import Progress, disable_progress_bars, quiet_imports, saving, trainer_settings
+quiet_imports()
+disable_progress_bars()
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
+rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}] * 4
+trainer = SFTTrainer(
+    model=model, args=SFTConfig(output_dir=OUT, max_steps=2, save_strategy="no", **trainer_settings()),
+    train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+Progress().attach(trainer).train()
+with saving(OUT) as folder:
+    trainer.model.save_pretrained(folder)
+PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), OUT)
+import huggingface_hub.utils._telemetry as telemetry
+telemetry._TELEMETRY_QUEUE.join()  # reports are sent by a thread of their own
+print("attempts", attempts)
+warnings.warn("another library's warning", FutureWarning)
+"""
+
+
+def test_loading_training_and_saving_call_no_server_and_say_nothing_on_stderr(tiny_model_folder, tmp_path):
+    done = run_python(
+        f"BASE = {str(tiny_model_folder)!r}; OUT = {str(tmp_path / 'out')!r}\n" + SESSION,
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_TELEMETRY=None,
+        HF_UPDATE_DOWNLOAD_COUNTS=None,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "attempts []"
+    # The last line shows that warnings do reach stderr.
+    said = [line for line in done.stderr.splitlines() if line]
+    assert len(said) == 1 and said[0].endswith("FutureWarning: another library's warning"), done.stderr
+
+
 # ---------------------------------------------------------------------------------------------- environment
 
 

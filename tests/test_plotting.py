@@ -1,0 +1,171 @@
+"""Figures: what stands on them, and that a notebook keeps their text."""
+
+import base64
+import html
+import io
+import re
+
+import numpy
+import pytest
+
+from course_utils import plotting
+
+SCORES = [[0.034, 0.98], [0.5, 1.0]]
+
+
+@pytest.fixture
+def figures():
+    """The three kinds of figure, closed afterwards."""
+    import matplotlib.pyplot as plt
+
+    yield {
+        "matrix": plotting.score_matrix(SCORES, ["base", "sailor"], ["mood", "sailor"], "Adapters learn their task"),
+        "curves": plotting.curves({"a": ([0, 1], [1, 0.5]), "b": ([0, 2], [1, 0.5])}, "Both end alike", "step", "loss (nats)"),
+        "weights": plotting.weight_picture({"B": numpy.ones((64, 4)), "A": -2 * numpy.ones((4, 64))}, "Thin strips"),
+    }
+    plt.close("all")
+
+
+def texts(fig):
+    import matplotlib.text
+
+    return [text.get_text() for text in fig.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def test_titles_and_labels(figures):
+    assert {"Adapters learn their task", "base", "sailor", "mood", "3%", "98%", "50%", "100%"} <= set(texts(figures["matrix"]))
+    assert {"Both end alike", "step", "loss (nats)", "a", "b"} <= set(texts(figures["curves"]))
+    assert {"Thin strips", "B\n64 × 4", "A\n4 × 64", "weight"} <= set(texts(figures["weights"]))
+
+
+def test_score_matrix_shows_rows_as_rows_and_has_a_fixed_scale(figures):
+    (image,) = figures["matrix"].axes[0].images
+    assert numpy.array_equal(image.get_array(), SCORES) and image.get_clim() == (0, 1)
+
+
+def test_score_matrix_refuses_names_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"\(2, 2\); 1 rows and 2 columns"):
+        plotting.score_matrix(SCORES, ["base"], ["mood", "sailor"], "x")
+
+
+def test_lines_differ_in_colour_style_and_marker():
+    fig = plotting.curves({str(i): ([0, 1], [i, i]) for i in range(4)}, "t", "x", "y")
+    lines = fig.axes[0].lines
+    assert [line.get_color().upper() for line in lines] == list(plotting.COLORS)
+    assert len({line.get_linestyle() for line in lines}) == len({line.get_marker() for line in lines}) == 4
+    assert not fig.axes[0].get_legend()
+    labels = {text.get_text(): text for text in fig.axes[0].texts}
+    assert all(labels[str(i)].get_color() == lines[i].get_color() for i in range(4))
+    plotting.show(fig, "closed")
+
+
+def test_labels_of_lines_that_end_alike_do_not_overlap():
+    ends = {"full": 0.200, "rank 8": 0.201, "rank 64": 0.2005, "rank 1": 0.9}
+    fig = plotting.curves({name: ([0, 1], [1.5, end]) for name, end in ends.items()}, "t", "x", "y")
+    fig.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in fig.axes[0].texts}
+    in_order = [boxes[name] for name in sorted(ends, key=ends.get)]
+    assert all(below.y1 <= above.y0 + 1 for below, above in zip(in_order, in_order[1:]))
+    assert all(box.x1 <= fig.bbox.x1 + 1 for box in boxes.values())
+    plotting.show(fig, "closed")
+
+
+def test_spread_keeps_order_and_leaves_room():
+    assert plotting._spread([0.0, 5.0], gap=1) == [0.0, 5.0]
+    assert plotting._spread([1.0, 1.0, 1.0], gap=1) == [0.0, 1.0, 2.0]
+    rng = numpy.random.default_rng(0)
+    for _ in range(50):
+        spread = plotting._spread(sorted(rng.random(6)), gap=0.2)
+        assert all(b - a >= 0.2 - 1e-9 for a, b in zip(spread, spread[1:]))
+
+
+def test_weight_picture_has_one_scale_around_zero_and_takes_tensors(figures):
+    import torch
+
+    limits = {image.get_clim() for axes in figures["weights"].axes for image in axes.images if axes.get_xlabel()}
+    assert limits == {(-2.0, 2.0)}
+    fig = plotting.weight_picture({"W": torch.full((3, 3), 0.5, dtype=torch.bfloat16, requires_grad=True)}, "t")
+    assert fig.axes[0].images[0].get_array().max() == 0.5
+    plotting.show(fig, "closed")
+    with pytest.raises(ValueError, match=r"bias has the shape \(3,\)"):
+        plotting.weight_picture({"bias": numpy.zeros(3)}, "t")
+
+
+def test_drawing_leaves_other_figures_alone_until_asked(figures):
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        plotting.curves({"a": ([0, 1], [0, 1])}, "t", "x", "y")
+        assert matplotlib.rcParams["axes.spines.top"]
+        plotting.use_style()
+        assert not matplotlib.rcParams["axes.spines.top"]
+        assert [entry["color"].upper().lstrip("#") for entry in matplotlib.rcParams["axes.prop_cycle"]] == [
+            color.lstrip("#") for color in plotting.COLORS
+        ]
+
+
+# ---------------------------------------------------------------------------------------------- show
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What reaches the notebook."""
+    import IPython
+    import IPython.display
+
+    bundles = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr(IPython.display, "display", lambda data, raw: bundles.append(data))
+    return bundles
+
+
+def test_show_gives_a_picture_with_its_text_and_closes_the_figure(figures, shown):
+    import matplotlib.image
+    import matplotlib.pyplot as plt
+
+    alt = 'Scores < 5% for "base" & 98% for sailor: é'
+    open_before = len(plt.get_fignums())
+    plotting.show(figures["matrix"], alt)
+    assert len(plt.get_fignums()) == open_before - 1
+    (bundle,) = shown
+    assert bundle["text/plain"] == alt
+    found = re.fullmatch(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', bundle["text/html"])
+    assert html.unescape(found[1]) == alt
+    picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(found[2])))
+    assert picture.shape[0] > 100 and picture.shape[1] > 100 and picture[..., :3].std() > 0.05
+
+
+def test_the_same_figure_is_the_same_bytes(shown):
+    for _ in range(2):
+        plotting.show(plotting.curves({"a": ([0, 1], [0, 1])}, "t", "x", "y"), "a line")
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("alt", ["", "  \n"])
+def test_show_refuses_a_figure_without_text(alt, figures):
+    with pytest.raises(ValueError, match="alt"):
+        plotting.show(figures["matrix"], alt)
+
+
+def test_show_prints_the_text_outside_a_notebook(figures, capsys):
+    plotting.show(figures["curves"], "two lines that meet")
+    assert capsys.readouterr().out == "two lines that meet\n"
+
+
+def test_a_notebook_keeps_the_text_and_shows_the_figure_once():
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = f"""
+import sys
+sys.path.insert(0, {str(plotting.STYLE_FILE.parent.parent)!r})
+from course_utils import plotting
+plotting.use_style()
+fig = plotting.curves({{"a": ([0, 1], [0, 1])}}, "t", "x", "y")
+plotting.show(fig, "a line going up")
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+    (output,) = notebook.cells[0].outputs
+    assert set(output.data) == {"text/html", "text/plain"} and 'alt="a line going up"' in output.data["text/html"]
