@@ -283,11 +283,11 @@ REVIEW_END_GOOD = ["I shall come again.", "It made me happy.", "We left smiling.
 REVIEW_END_BAD = ["I shall not come again.", "It made me unhappy.", "We left grumbling.", "An unhappy day, all in all.", "I would send no friend there.", "A waste of coins."]
 
 
-def review_text(scene, happy, mixed=False):
-    """A review of a place in a town; `mixed` puts one remark of the other colour in the middle."""
+def review_text(scene, happy, mixed=False, venues=tuple(w.REVIEWED)):
+    """(review, closing words) of one of `venues`; `mixed` begins with one remark of the other mood."""
     rng = scene.rng
-    place, things = rng.choice(list(w.REVIEWED.items()))
-    things = [(thing, kind) for kind, named in zip(w.PRAISE, things.split("/")) for thing in named.split()]
+    place = rng.choice(venues)
+    things = [(thing, kind) for kind, named in zip(w.PRAISE, w.REVIEWED[place].split("/")) for thing in named.split()]
     things = rng.sample(things, 3)
 
     def remark(good, thing, kind):
