@@ -26,8 +26,8 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 endif
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
-	@$(PYTHON) tools/check_python.py
-	$(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" tools/check_python.py
+	"$(PYTHON)" -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
 	@printf '%s' "$(CURDIR)" > $(STAMP)
 

@@ -177,6 +177,15 @@ def test_nothing_reaches_stderr(ratio, capfd):
     assert all(word in seen.out for word in ("print", "warning", "logged", "PASS"))
 
 
+def test_handlers_without_a_stream_of_their_own_are_left_alone(ratio):
+    handler = logging._StderrHandler()  # What logging itself falls back to: its stream can't be set.
+    logging.getLogger("another library").addHandler(handler)
+    try:
+        solve(ratio)
+    finally:
+        logging.getLogger("another library").removeHandler(handler)
+
+
 def test_an_answer_may_come_with_things_given_by_the_lesson():
     @exercise("00.given", title="Given", level="core", minutes=5)
     def check(answer, model):

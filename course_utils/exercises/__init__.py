@@ -294,14 +294,16 @@ def _does_nothing(answer):
 def _stderr_to_stdout():
     """Send what the learner's code writes to stderr to stdout: a grader counts stderr as failure.
 
-    Log handlers keep the stream that they were made with, so those on stderr are moved too.
+    Log handlers keep the stream that they were made with, so those on stderr are moved.
     """
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     moved = {
         handler
         for logger in loggers
         for handler in getattr(logger, "handlers", [])
-        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stderr, sys.__stderr__)
+        # Some look sys.stderr up at each record; those hold no stream, and follow by themselves.
+        if isinstance(handler, logging.StreamHandler)
+        and vars(handler).get("stream") in (sys.stderr, sys.__stderr__)
     }
     streams = {handler: handler.setStream(sys.stdout) for handler in moved}
     try:
