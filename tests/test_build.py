@@ -203,11 +203,11 @@ def test_the_build_runs_the_unsolved_lesson_and_keeps_its_outputs(course, tmp_pa
     assert outputs["count-the-apples-1"] == "3\n"
     assert outputs["exercise-01-share"] == "Ellipsis\n"
     assert outputs["share-them-1"] == "None notebooks\n"
-    assert "About 1 minute." in learner.cells[0].source
+    assert "About 1 minute" in learner.cells[0].source
     solved = nbformat.read(tmp_path / "solutions" / "01_apples.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in solved.cells)
     record = json.loads((tmp_path / "lessons" / "measured.json").read_text(encoding="utf-8"))["01_apples"]
-    assert record["minutes"] == 1 and 0 < record["seconds"] < 60
+    assert record["minutes"] >= 1 and record["seconds"] > 0
     assert 0.01 < record["peak_gb"] < 3 and record["cpu"] and record["cores"] == os.cpu_count()
 
 
@@ -222,11 +222,11 @@ def test_a_lesson_that_fails_leaves_the_old_notebooks_whole(course, tmp_path):
 
 def test_peak_memory_is_that_of_the_kernel(course, tmp_path):
     course.write_text(
-        LESSON.replace("apples = 3", "apples = 3\nheavy = bytearray(10**9)\nfor i in range(0, 10**9, 4096): heavy[i] = 1"),
+        LESSON.replace("apples = 3", "apples = 3\nheavy = bytearray(b'x') * 400_000_000"),
         encoding="utf-8",
     )
     build.build(course, tmp_path)
-    assert 1.0 < build.read_record(tmp_path)["01_apples"]["peak_gb"] < 1.5
+    assert 0.4 < build.read_record(tmp_path)["01_apples"]["peak_gb"] < 0.8
 
 
 def test_the_build_tells_what_is_wrong_with_a_notebooks_form(course, tmp_path):
@@ -295,7 +295,7 @@ def test_the_command_builds_all_and_writes_the_table(course, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Course\n{build.TABLE_BEGIN}\n{build.TABLE_END}\n", encoding="utf-8")
     assert build.main(["notebooks"], tmp_path) == 0
-    assert "| 1 min |" in readme.read_text(encoding="utf-8")
+    assert " min | 0.1 GB |" in readme.read_text(encoding="utf-8")
     assert build.main(["classroom", "01"], tmp_path) == 0
     assert len(list(tmp_path.rglob("*.ipynb"))) == 3
 
