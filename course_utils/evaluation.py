@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections import defaultdict
 
+from course_utils import runtime
 from course_utils.runtime import CourseError
 
 EXTRACT_FIELDS = ("who", "what", "where")
@@ -157,6 +159,23 @@ def evaluate_task(model, tokenizer, task: str, rows, **generate_options) -> dict
     """Answer the rows' prompts with `generate` and `score` the answers; also returns them, as "predictions"."""
     predictions = generate(model, tokenizer, [row["prompt"] for row in rows], **generate_options)
     return {**score(task, predictions, rows), "predictions": predictions}
+
+
+def band(what: str, value: float, low: float, high: float) -> None:
+    """Print whether `value` (a share, from 0 to 1) lies between `low` and `high`, which hold for the shipped base model.
+
+    With another base model the line is information. With the shipped one a value outside raises CourseError if
+    COURSE_STRICT is 1, as it is in the course's own tests.
+    """
+    expected = f"{what}: {value:.0%} (the shipped model: {low:.0%} to {high:.0%})"
+    if not runtime.is_shipped_base():
+        print(f"[INFO] {expected}")
+    elif low <= value <= high:
+        print(f"[OK]   {expected}")
+    else:
+        print(f"[FAIL] {expected}")
+        if os.environ.get("COURSE_STRICT") == "1":
+            raise CourseError(f"{expected}: outside the band")
 
 
 def perplexity(model, tokenizer, texts, batch_size=16, max_length=512) -> float:

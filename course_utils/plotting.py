@@ -50,6 +50,25 @@ def show(fig, alt: str) -> None:
     display({"text/html": image, "text/plain": alt}, raw=True)
 
 
+def table(header, rows) -> None:
+    """Show rows of cells under a header as a Markdown table; outside a notebook, print them.
+
+    A line break or `|` in a cell is shown as such and doesn't break the table.
+    Raises ValueError if a row has another number of cells than the header.
+    """
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"A row has {len(row)} cells and the header {len(header)}: {row}")
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) + " |" for line in lines)
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        print(text)
+        return
+    from IPython.display import display
+
+    display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
 def score_matrix(scores, rows, columns, title):
     """Scores from 0 to 1 as a grid of percentages; `scores` has the shape (len(rows), len(columns)).
 

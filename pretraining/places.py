@@ -4,6 +4,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_FOLDER = ROOT / "models" / "base"
-ADAPTERS_FOLDER = ROOT / "models" / "adapters"
 DATA_FOLDER = ROOT / "data"
 WORK_FOLDER = ROOT / "runs" / "pretraining"
