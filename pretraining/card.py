@@ -1,0 +1,148 @@
+"""The base model's card, `models/base/README.md`: every number in it is measured or read from a log here."""
+
+import json
+import re
+
+from pretraining import corpus
+from pretraining.adapters import MEASURED, SHIPPED, STEPS
+from pretraining.places import BASE_FOLDER, WORK_FOLDER
+
+N_DOCUMENTS = 200_000
+
+
+def corpus_facts(world, seed=0):
+    """Counts over the first 200,000 documents: (share of duplicates, word types, three samples)."""
+    texts, words = set(), set()
+    for i in range(N_DOCUMENTS):
+        text = " ".join(part for _, part in corpus.document(world, seed, i))
+        texts.add(text)
+        words.update(re.findall(r"[a-z]+", text.lower()))
+    samples = [" ".join(part for _, part in corpus.document(world, seed, i)) for i in (3, 20, 40)]
+    return 1 - len(texts) / N_DOCUMENTS, len(words), samples
+
+
+def loss_curve(rows, path):
+    """Draw the pretraining loss over tokens."""
+    import matplotlib.pyplot as plt
+
+    from course_utils import plotting
+
+    plotting.use_style()
+    fig, axes = plt.subplots(figsize=(7, 3.2))
+    axes.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], marker="")
+    axes.set(xlabel="tokens (millions)", ylabel="training loss (nats per token)", ylim=(0.9, 3))
+    axes.set_title("The loss falls in steps: one kind of looking-up after another is learned", loc="left")
+    fig.savefig(path, metadata={"Software": None})
+
+
+def percent(value):
+    """A share as a percentage with one decimal."""
+    return f"{100 * value:.1f}%"
+
+
+def write_card(world):
+    """Write the card from the training log, the measurements of the adapters, and counts of the corpus."""
+    log = json.loads((WORK_FOLDER / "log.json").read_text())
+    measured = json.loads(MEASURED.read_text())
+    settings, rows = log["settings"], log["rows"]
+    config = json.loads((BASE_FOLDER / "config.json").read_text())
+    duplicates, word_types, samples = corpus_facts(world)
+    loss_curve(rows, BASE_FOLDER / "loss_curve.png")
+    tasks = measured["tasks"]
+    abilities = "\n".join(
+        f"| {task} | {percent(t['base']['score'])} | {percent(t['lora']['score'])} | {percent(t['lora']['novel'])} | {percent(t['full']['score'])} |"
+        f" {STEPS[task]} | {t['lora_seconds']:.0f} s | {t['rows']} |"
+        for task, t in ((task, tasks[task]) for task in SHIPPED)
+    )
+    kinds = "\n".join(f"| {kind} | {percent(score)} |" for kind, score in tasks["reading"]["lora"]["by_kind"].items())
+    probes = [row for row in rows if "probe" in row]
+    probe_lines = "\n".join(
+        f"| {row['tokens'] / 1e6:.1f} M | " + " | ".join(f"{value:.0%}" for value in row["probe"].values()) + " |"
+        for row in probes[:: max(1, len(probes) // 8)] + probes[-1:]
+    )
+    quoted = "\n".join(f"> {sample}\n>" for sample in samples)
+    text = f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# The Skerrow base model
+
+A small language model for learning LoRA with: {parameters():,} parameters, Llama architecture, plain `transformers`.
+It was pretrained from nothing on text about an invented coast, all of it made by this project. It chats a little and
+tells what it has read, and it has never seen a task's question: what the course teaches it, it did not know before.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("models/base")
+tokenizer = AutoTokenizer.from_pretrained("models/base")
+```
+
+| | |
+| --- | --- |
+| Layers, width, heads | {config['num_hidden_layers']}, {config['hidden_size']}, {config['num_attention_heads']} |
+| Feed-forward width | {config['intermediate_size']} |
+| Context | {config['max_position_embeddings']} tokens |
+| Tokenizer | byte-level BPE, {config['vocab_size']} tokens, chat template with generation markers |
+| Weights | safetensors, float32, embeddings tied |
+
+## Data
+
+The corpus is written by a grammar ([`pretraining/corpus.py`](../../pretraining/corpus.py)) about a world drawn from a seed
+([`pretraining/world.py`](../../pretraining/world.py)): {len(world.names)} names, {len(world.towns)} towns, {len(world.people)} people with stored facts,
+{len(world.places)} places. Measured over its first {N_DOCUMENTS:,} documents: {word_types:,} word types, {len(corpus.sentence_patterns())} sentence patterns, {100 * duplicates:.2f}% duplicate documents.
+About half of the documents state a few facts and come back to each of them, which is what reading is learned from;
+the rest are stories, towns, people, reviews, letters, talk, counting, notices and spelling. Three of them:
+
+{quoted}
+
+## Training
+
+{rows[-1]['tokens'] / 1e6:.1f} million tokens in {rows[-1]['step']:,} steps of {settings['batch_tokens']:,} tokens, {rows[-1]['seconds'] / 60:.0f} minutes on {measured['machine']['cores']} cores of an {measured['machine']['cpu']} that also did other work.
+Muon for the matrices of the layers (learning rate {settings['muon_lr']}), AdamW for the rest ({settings['adam_lr']}); warmed up over {settings['warmup']} steps,
+brought down in a straight line over the last {settings['decay']:.0%}. Rows of {settings['row']} tokens hold whole documents that do not see each
+other; one batch in {round(1 / settings['long_share'])} has rows of {settings['context']} tokens. `make base-model` repeats all of it.
+
+![Training loss over tokens: it falls steeply at first and then in steps, to {rows[-1]['loss']:.2f} nats per token](loss_curve.png)
+
+How often the model finds the value of a fact, in narrative text with three facts of the kind, while it was trained:
+
+| Tokens | {' | '.join(probes[-1]['probe'])} |
+| --- |{' --- |' * len(probes[-1]['probe'])}
+{probe_lines}
+
+## Abilities
+
+Held-out rows, half of them with names, things and places that the task's training never used; exact match, greedy.
+LoRA of rank 8 on all linear layers against full fine-tuning, same rows and steps, each with its own learning rate
+([`pretraining/adapters.py`](../../pretraining/adapters.py)).
+
+| Task | Base | LoRA r 8 | LoRA, novel half | Full fine-tuning | Steps | LoRA training | Rows |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{abilities}
+
+`reading` with LoRA, by kind of question:
+
+| Kind | Score |
+| --- | --- |
+{kinds}
+
+## Limits
+
+- It knows an invented world and its few hundred sentence patterns, and no other English.
+- It follows no instructions and knows no facts of the real world. It is of no use outside this course.
+- Passages longer than a few sentences, negation and arithmetic beyond twenty are out of its reach.
+"""
+    (BASE_FOLDER / "README.md").write_text(text, encoding="utf-8")
+
+
+def parameters():
+    """Number of parameters, from the header of the weights."""
+    from math import prod
+
+    from course_utils.runtime import read_safetensors_header
+
+    return sum(prod(shape) for _, shape in read_safetensors_header(BASE_FOLDER / "model.safetensors").values())
