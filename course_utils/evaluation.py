@@ -52,7 +52,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, adapte
         pad_token_id=_pad_id(tokenizer),
     )
     answers = []
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), _without_own_settings(model), torch.no_grad():
         for start in range(0, len(encoded), batch_size):
             input_ids, attention_mask = _pad(model, tokenizer, encoded[start : start + batch_size], side="left")
             chosen = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
@@ -98,6 +98,26 @@ def _evaluating(model):
     finally:
         for module in were_training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _without_own_settings(model):
+    """Set a model's own generation settings aside, which `generate` would mix into ours.
+
+    Many hub models come with a temperature, which draws a warning, or a repetition penalty, which changes the answer.
+    """
+    from transformers import GenerationConfig
+
+    # While it generates, a PEFT model lays its own settings over those of the model inside.
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, own):
+            holder.generation_config = settings
 
 
 def _same_text(prediction: str, answer: str) -> bool:

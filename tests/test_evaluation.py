@@ -77,13 +77,19 @@ def test_generate_stops_at_a_turn_token_that_only_the_generation_config_names(ti
     assert len(calls) == 1
 
 
-def test_generate_is_greedy_and_quiet_though_the_model_comes_with_sampling_settings(tiny_model, tiny_tokenizer, capfd):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_generate_is_greedy_and_quiet_though_the_model_has_settings_of_its_own(wrapped, tiny_model, tiny_tokenizer, caplog):
+    from peft import LoraConfig, get_peft_model
+
     expected = evaluation.generate(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=8)
-    tiny_model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9, top_k=7)
+    settings = tiny_model.generation_config
+    settings.update(do_sample=True, temperature=5.0, top_p=0.9, top_k=7, repetition_penalty=9.0, num_beams=2)
+    model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])) if wrapped else tiny_model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert evaluation.generate(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=8) == expected
-    assert capfd.readouterr().err == ""
+        assert evaluation.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8) == expected
+    assert not caplog.records
+    assert model.generation_config is settings and tiny_model.generation_config is settings
 
 
 def test_generate_leaves_model_and_tokenizer_as_they_were(tiny_model, tiny_tokenizer):
