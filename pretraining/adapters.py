@@ -7,7 +7,9 @@ With COURSE_BASE_MODEL set, the same recipe trains the adapters of that model in
 
 import json
 import os
+import platform
 import time
+from pathlib import Path
 
 from course_utils import data, evaluation, runtime
 from pretraining.places import BASE_FOLDER, ROOT
@@ -30,7 +32,7 @@ def recipe(task, learning_rate, folder, seed=0):
 
 
 def train_one(task, method="lora", seed=0):
-    """Train on one task with LoRA or with all weights: (model, tokenizer, seconds of training, last training loss)."""
+    """Train on one task with LoRA or with all weights: (model, tokenizer, seconds of training)."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer
@@ -47,8 +49,7 @@ def train_one(task, method="lora", seed=0):
     )
     began = time.perf_counter()
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return trainer.model, tokenizer, time.perf_counter() - began, losses[-1]
+    return trainer.model, tokenizer, time.perf_counter() - began
 
 
 def save_adapter(model, folder):
@@ -66,35 +67,48 @@ def train_adapters():
 
     runtime.quiet_imports()
     runtime.disable_progress_bars()
-    shipped = runtime.is_shipped_base()
-    measured = {"machine": {"cores": os.cpu_count(), "cpu": processor()}, "tasks": {}}
+    results = {}
     for task in SHIPPED:
-        rows, tokens = data.load_task(task, "test"), LONGEST_ANSWER[task]
-
-        def measure(model, tokenizer):
-            result = evaluation.evaluate_task(model, tokenizer, task, rows, max_new_tokens=tokens, batch_size=64)
-            return {key: value for key, value in result.items() if key != "predictions"}
-
-        adapter, tokenizer, seconds, loss = train_one(task, "lora")
+        adapter, tokenizer, seconds = train_one(task, "lora")
         save_adapter(adapter, runtime.adapters_dir() / task)
-        entry = {"rows": len(rows), "lora": measure(adapter, tokenizer), "lora_seconds": round(seconds, 1), "lora_loss": round(loss, 4)}
-        print(task, json.dumps(entry), flush=True)
-        if shipped:
+        results[task] = {"lora": measure(adapter, tokenizer, task), "lora_seconds": round(seconds, 1)}
+        print(task, json.dumps(results[task]), flush=True)
+        if runtime.is_shipped_base():
             base = AutoModelForCausalLM.from_pretrained(runtime.base_model())
-            entry["base"] = measure(base, AutoTokenizer.from_pretrained(runtime.base_model()))
-            full, tokenizer, seconds, loss = train_one(task, "full")
-            entry |= {"full": measure(full, tokenizer), "full_seconds": round(seconds, 1), "full_loss": round(loss, 4)}
-            print(task, "base", entry["base"]["score"], "full", entry["full"]["score"], round(seconds), flush=True)
-        measured["tasks"][task] = entry
-    if shipped:
+            results[task]["base"] = measure(base, tokenizer, task)
+            full, tokenizer, seconds = train_one(task, "full")
+            results[task] |= {"full": measure(full, tokenizer, task), "full_seconds": round(seconds, 1)}
+            print(task, json.dumps(results[task]["full"]), round(seconds), flush=True)
+    if runtime.is_shipped_base():
+        measured = {"machine": {"cores": os.cpu_count(), "cpu": processor()}, "tasks": results, "matrix": score_matrix()}
         MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def measure(model, tokenizer, task, rows=None):
+    """Scores on the task's whole test split, or on its first `rows` rows."""
+    test = data.load_task(task, "test")
+    test = test if rows is None else test.select(range(rows))
+    result = evaluation.evaluate_task(model, tokenizer, task, test, max_new_tokens=LONGEST_ANSWER[task], batch_size=64)
+    return {key: value for key, value in result.items() if key != "predictions"}
+
+
+def score_matrix(rows=128):
+    """{adapter, or "none": {task: score}}: every adapter on every task, on the first `rows` test rows."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(runtime.base_model())
+    model = AutoModelForCausalLM.from_pretrained(runtime.base_model())
+    scores = {"none": {task: measure(model, tokenizer, task, rows)["score"] for task in SHIPPED}}
+    for adapter in SHIPPED:
+        adapted = PeftModel.from_pretrained(model, runtime.adapter_path(adapter))
+        scores[adapter] = {task: measure(adapted, tokenizer, task, rows)["score"] for task in SHIPPED}
+        model = adapted.unload()
+    return scores
 
 
 def processor():
     """The processor's model as Linux tells it, else the machine type."""
-    import platform
-    from pathlib import Path
-
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]

@@ -51,7 +51,7 @@ def write_card(world):
     tasks = measured["tasks"]
     abilities = "\n".join(
         f"| {task} | {percent(t['base']['score'])} | {percent(t['lora']['score'])} | {percent(t['lora']['novel'])} | {percent(t['full']['score'])} |"
-        f" {STEPS[task]} | {t['lora_seconds']:.0f} s | {t['rows']} |"
+        f" {STEPS[task]} | {t['lora_seconds']:.0f} s | {t['lora']['n']} |"
         for task, t in ((task, tasks[task]) for task in SHIPPED)
     )
     kinds = "\n".join(f"| {kind} | {percent(score)} |" for kind, score in tasks["reading"]["lora"]["by_kind"].items())
