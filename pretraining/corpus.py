@@ -209,6 +209,19 @@ def retold(scene):
     return [(None, " ".join(first + between + second))]
 
 
+RHYME_OPENINGS = ["The children sang: {line}.", "{x} hummed: {line}.", "There is a rhyme that goes: {line}.", "To skip the rope they call: {line}."]
+
+
+def rhyme(scene):
+    """A counting rhyme: a line of words that rhyme with nothing, sung two or three times."""
+    rng = scene.rng
+    draws = [scene.name, scene.object, scene.object, lambda: rng.choice(w.COLOURS), lambda: rng.choice(w.NUMBERS[1:13]), scene.place]
+    words = [rng.choice(draws)() for _ in range(rng.randint(4, 9))]
+    line = rng.choice([" ", " ", ", ", " and "]).join(words)
+    again = rng.choice([" ", ", ", ". "]).join([line] * rng.choice([2, 2, 3]))
+    return [(None, scene.write(rng.choice(RHYME_OPENINGS), x=scene.name(), line=again))]
+
+
 EVENTS = [
     "{time} {v} left the {o} {l}.", "{v} hid the {o} {l}.", "{v} put the {o} {l}.", "{v} dropped the {o} {l}.", "{v} mended the {o} {l}.",
     "{v} cleaned the {o} {l}.", "{v} sold the {o} {l}.", "{v} lost the {o} {l}.", "{v} saw the {o} {l}.", "{v} painted the {o} {l}.",
@@ -465,17 +478,22 @@ def talk(scene):
     return turns
 
 
-# Shares of documents, in the two parts of the corpus. About half of each part states facts and comes back to them; the second
-# part does so in ever the same words, too, since training stood still at one answer in three (the right kind, the wrong fact).
-FIRST_PART = {dense: 46, news: 8, event: 10, town: 5, person: 5, story: 7, review: 6, letter: 3, counting: 3, word_book: 2, notices: 1, talk: 4}
-SECOND_PART = {retold: 46, dense: 14, news: 8, event: 9, town: 3, person: 3, story: 4, review: 5, letter: 2, counting: 2, word_book: 1, notices: 1, talk: 2}
-SECOND_PART_FROM = 144_856  # number of its first document: where step 1,750 of the training begins
+# Shares of documents, in the parts of the corpus: (number of the first document, shares). About half of each part states facts and
+# comes back to them. The later parts were added while training stood still at one answer in three (the right kind, the wrong fact):
+# the second says facts again in the very same words, the third has rhymes, in which every word of a repetition can be known.
+PARTS = [
+    (0, {dense: 46, news: 8, event: 10, town: 5, person: 5, story: 7, review: 6, letter: 3, counting: 3, word_book: 2, notices: 1, talk: 4}),
+    (144_856, {retold: 46, dense: 14, news: 8, event: 9, town: 3, person: 3, story: 4, review: 5, letter: 2, counting: 2, word_book: 1, notices: 1,
+               talk: 2}),
+    (165_422, {rhyme: 22, retold: 34, dense: 14, news: 8, event: 8, town: 2, person: 2, story: 3, review: 4, letter: 1, counting: 1, word_book: 1,
+               notices: 1, talk: 2}),
+]
 
 
 def document(world, seed, index):
     """The document number `index` of the corpus of `seed`: a list of (role or None, text)."""
     rng = random.Random(f"document {seed} {index}")
-    mix = FIRST_PART if index < SECOND_PART_FROM else SECOND_PART
+    mix = next(shares for first, shares in reversed(PARTS) if index >= first)
     kind = rng.choices(list(mix), weights=list(mix.values()))[0]
     return kind(Scene(world, rng))
 
@@ -484,6 +502,6 @@ def sentence_patterns():
     """Every sentence pattern of the grammar, once each."""
     lists = [EVENTS, EVENT_BACK, FILLERS, TOWN_FACTS, PERSON_FACTS, OPENINGS, STORY_MOVES, STORY_FINDS, STORY_MEETS, STORY_TALK, STORY_GIVES,
              STORY_KEEPS, STORY_ENDS_GIVEN, STORY_ENDS_KEPT, REVIEW_OPEN, REVIEW_GOOD, REVIEW_BAD, REVIEW_END_GOOD, REVIEW_END_BAD, LETTER_OPEN,
-             LETTER_BODY, LETTER_CLOSE, LIST_OPENINGS, AGAIN, COUNTS, WORD_BOOK, NOTICES, NOTICE_FRAMES, SYSTEMS, *RELATIONS["holder"]]
+             LETTER_BODY, LETTER_CLOSE, LIST_OPENINGS, AGAIN, RHYME_OPENINGS, COUNTS, WORD_BOOK, NOTICES, NOTICE_FRAMES, SYSTEMS, *RELATIONS["holder"]]
     lists += [part for relation in list(RELATIONS.values()) for part in relation] + [list(pair) for pair in TALK]
     return sorted({pattern for patterns in lists for pattern in patterns})

@@ -36,10 +36,12 @@ class Settings:
     muon_lr: float = 0.02
     adam_lr: float = 0.003
     warmup: int = 60
+    slower_from: int = 2000  # step from which a quarter of the learning rates is used: with small batches the full ones
+    slower: float = 0.25  #    move fast at first and then drown fine structure in noise
     decay: float = 0.25  # share of the steps in which the rate comes down
     compile: bool = True
-    probe_every: int = 250
-    save_every: int = 250
+    probe_every: int = 125
+    save_every: int = 125
 
     @property
     def steps(self):
@@ -151,7 +153,8 @@ def probe(model, tokenizer, world, n=40):
 def rate(step, settings):
     """Share of the full learning rate at a step."""
     down = settings.steps * settings.decay
-    return min(1, (step + 1) / settings.warmup, (settings.steps - step) / down)
+    held = 1 if step < settings.slower_from else settings.slower
+    return held * min(1, (step + 1) / settings.warmup, (settings.steps - step) / down)
 
 
 def train(world, tokenizer, settings, folder, log=print):
