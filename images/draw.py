@@ -5,12 +5,13 @@
 The same version of matplotlib draws the same bytes.
 """
 
-from pathlib import Path
+import pathlib
 
 import matplotlib.colors
 import matplotlib.style
 from matplotlib.figure import Figure
-from matplotlib.patches import Arc, Circle, FancyBboxPatch, Polygon
+from matplotlib.patches import Arc, Circle, FancyArrowPatch, FancyBboxPatch, Polygon
+from matplotlib.path import Path
 
 from course_utils.plotting import COLORS, STYLE_FILE
 
@@ -62,11 +63,8 @@ class Canvas:
 
     def arrow(self, *points, color=FLOW, line=1.8, head=11):
         """A line through the points, with a head at the last."""
-        self.axes.plot(*zip(*points[:-1]), color=color, linewidth=line, linestyle="-", marker="", solid_capstyle="projecting",
-                       solid_joinstyle="round", zorder=1.5)
-        style = {"arrowstyle": "-|>", "mutation_scale": head, "color": color, "linewidth": line, "shrinkA": 0, "shrinkB": 0,
-                 "joinstyle": "miter"}
-        self.axes.annotate("", points[-1], points[-2], arrowprops=style, zorder=1.5)
+        self.axes.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>", mutation_scale=head, color=color, linewidth=line,
+                                            joinstyle="miter", capstyle="butt", snap=False, zorder=1.5))
 
     def lock(self, x, y, color=QUIET):
         """A closed padlock, its middle at (x, y)."""
@@ -190,8 +188,8 @@ PICTURES = {"adapter.png": draw_adapter}
 def draw_all(folder):
     """Draw every picture into `folder`."""
     for name, draw in PICTURES.items():
-        draw().save(Path(folder) / name)
+        draw().save(pathlib.Path(folder) / name)
 
 
 if __name__ == "__main__":
-    draw_all(Path(__file__).parent)
+    draw_all(pathlib.Path(__file__).parent)

@@ -94,7 +94,7 @@ tokenizer = AutoTokenizer.from_pretrained("models/base")
 The corpus is written by a grammar ([`pretraining/corpus.py`](../../pretraining/corpus.py)) about a world drawn from a seed
 ([`pretraining/world.py`](../../pretraining/world.py)): {len(world.names)} names, {len(world.towns)} towns, {len(world.people)} people with stored facts,
 {len(world.places)} places. Measured over its first {N_DOCUMENTS:,} documents: {word_types:,} word types, {len(corpus.sentence_patterns())} sentence patterns, {100 * duplicates:.2f}% duplicate documents.
-About half of the documents state a few facts and come back to each of them, which is what reading is learned from;
+Two thirds of the documents state a few facts and come back to each of them, or repeat a line; that is what reading is learned from;
 the rest are stories, towns, people, reviews, letters, talk, counting, notices and spelling. Three of them:
 
 {quoted}

@@ -213,12 +213,12 @@ RHYME_OPENINGS = ["The children sang: {line}.", "{x} hummed: {line}.", "There is
 
 
 def rhyme(scene):
-    """A counting rhyme: a line of words that rhyme with nothing, sung two or three times."""
+    """A counting rhyme: a line of words that rhyme with nothing, sung two to four times."""
     rng = scene.rng
     draws = [scene.name, scene.object, scene.object, lambda: rng.choice(w.COLOURS), lambda: rng.choice(w.NUMBERS[1:13]), scene.place]
-    words = [rng.choice(draws)() for _ in range(rng.randint(4, 9))]
+    words = [rng.choice(draws)() for _ in range(rng.randint(4, 12))]
     line = rng.choice([" ", " ", ", ", " and "]).join(words)
-    again = rng.choice([" ", ", ", ". "]).join([line] * rng.choice([2, 2, 3]))
+    again = rng.choice([" ", ", ", ". "]).join([line] * rng.choice([2, 3, 4]))
     return [(None, scene.write(rng.choice(RHYME_OPENINGS), x=scene.name(), line=again))]
 
 
@@ -478,14 +478,18 @@ def talk(scene):
     return turns
 
 
-# Shares of documents. Two thirds of them state facts and come back to them, or repeat a line: see the module's docstring.
+# Shares of documents. The corpus begins with rhymes: to go on with a repeated line is what the looking-up of facts is built on, and a
+# model that has learned it goes on to the rest much sooner. Then two thirds of the documents state facts and come back to them.
+RHYMES_UNTIL = 30_000  # number of the first document after them
+RHYMES = {rhyme: 60, retold: 20, dense: 6, event: 4, talk: 4, review: 3, story: 3}
 MIX = {dense: 24, retold: 26, rhyme: 10, news: 8, event: 9, town: 3, person: 3, story: 4, review: 5, letter: 2, counting: 2, word_book: 2, notices: 1, talk: 4}
 
 
 def document(world, seed, index):
     """The document number `index` of the corpus of `seed`: a list of (role or None, text)."""
     rng = random.Random(f"document {seed} {index}")
-    kind = rng.choices(list(MIX), weights=list(MIX.values()))[0]
+    mix = RHYMES if index < RHYMES_UNTIL else MIX
+    kind = rng.choices(list(mix), weights=list(mix.values()))[0]
     return kind(Scene(world, rng))
 
 

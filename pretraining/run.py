@@ -11,15 +11,15 @@ import os
 import sys
 
 from pretraining import world as world_module
-from pretraining.corpus import document
+from pretraining.corpus import RHYMES_UNTIL, document
 from pretraining.places import BASE_FOLDER, WORK_FOLDER
 from pretraining.tokenizer import render, train_tokenizer
 from pretraining.train import Settings, train
 
 
 def make_tokenizer(world, settings):
-    """The tokenizer of the corpus, trained on its first 40,000 documents."""
-    texts = (render(document(world, settings.seed, i)) for i in range(40_000))
+    """The tokenizer of the corpus, trained on 40,000 documents after the rhymes that it begins with."""
+    texts = (render(document(world, settings.seed, RHYMES_UNTIL + i)) for i in range(40_000))
     return train_tokenizer(texts, settings.vocab, settings.context)
 
 

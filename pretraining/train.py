@@ -23,7 +23,7 @@ class Settings:
     """What decides the result; written beside it."""
 
     seed: int = 0
-    tokens: int = 7_600_000
+    tokens: int = 5_700_000
     vocab: int = 2048
     hidden: int = 256
     layers: int = 4
@@ -33,10 +33,10 @@ class Settings:
     row: int = 128  # tokens in an ordinary row, packed with whole documents that do not see each other
     batch_tokens: int = 4096
     long_share: float = 0.06  # share of batches of full context, documents strung together
-    muon_lr: float = 0.007  # at 0.02 the queries and keys grew until every head looked at one token only, and nothing more was learned
+    muon_lr: float = 0.01  # at 0.02 the queries and keys grew until every head looked at one token only, and nothing more was learned
     adam_lr: float = 0.003
     warmup: int = 60
-    decay: float = 0.7  # share of the steps in which the rate comes down
+    decay: float = 0.8  # share of the steps in which the rate comes down
     compile: bool = True
     probe_every: int = 125
     save_every: int = 125
