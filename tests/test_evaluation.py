@@ -266,3 +266,17 @@ def test_perplexity_cuts_long_texts_and_skips_those_with_nothing_to_predict(tiny
     with pytest.raises(ValueError, match="nothing to predict"):
         evaluation.perplexity(tiny_model, tiny_tokenizer, ["", "x"])
     assert not tiny_model.training
+
+
+def test_band_fails_outside_only_for_the_shipped_model_and_only_strictly(monkeypatch, capsys):
+    monkeypatch.delenv("COURSE_BASE_MODEL", raising=False)
+    monkeypatch.delenv("COURSE_STRICT", raising=False)
+    evaluation.band("reading", 0.95, 0.9, 1)
+    evaluation.band("reading", 0.5, 0.9, 1)
+    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["[OK]  ", "[FAIL]"]
+    monkeypatch.setenv("COURSE_STRICT", "1")
+    with pytest.raises(CourseError, match="outside the band"):
+        evaluation.band("reading", 0.5, 0.9, 1)
+    monkeypatch.setenv("COURSE_BASE_MODEL", "organisation/model")
+    evaluation.band("reading", 0.5, 0.9, 1)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("[INFO]")

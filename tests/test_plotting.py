@@ -169,3 +169,13 @@ plotting.show(fig, "a line going up")
     NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
     (output,) = notebook.cells[0].outputs
     assert set(output.data) == {"text/html", "text/plain"} and 'alt="a line going up"' in output.data["text/html"]
+
+
+def test_table_is_markdown_and_survives_bars_and_line_breaks(capsys):
+    plotting.table(["a", "b"], [["1|2", "x\ny"]])
+    assert capsys.readouterr().out.splitlines() == ["| a | b |", "| --- | --- |", "| 1\\|2 | x<br>y |"]
+
+
+def test_table_refuses_a_row_of_another_length():
+    with pytest.raises(ValueError, match="1 cells and the header 2"):
+        plotting.table(["a", "b"], [["1"]])
