@@ -10,6 +10,7 @@ import warnings
 import pytest
 from packaging.requirements import Requirement
 
+from tests.waiting import needs_base_model
 from tools import lock
 from tools.build import ROOT
 from tools.check_python import OLDEST, complaint
@@ -153,6 +154,8 @@ def test_lab_opens_lesson_1_and_keeps_token_and_localhost(checkout):
 
 
 def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
+    (checkout / "notebooks").mkdir()
+    (checkout / "notebooks" / "01_apples.ipynb").touch()
     make("setup", "PYTHON=./python", folder=checkout)
     script(checkout / ".venv" / "bin" / "python", 'echo "$COURSE_STRICT|$COURSE_RUNS|$*" >> calls')
     calls(checkout)
@@ -167,6 +170,15 @@ def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
     ]
 
 
+def test_before_there_is_a_notebook_test_says_so_and_runs_the_code_tests(checkout):
+    make("setup", "PYTHON=./python", folder=checkout)
+    calls(checkout)
+    status, said = make("test", "PYTHON=./python", folder=checkout)[:2]
+    assert status == 0 and "no notebook to test yet" in said
+    assert calls(checkout) == ["-m pytest"]
+
+
+@needs_base_model
 def test_the_lesson_that_lab_opens_is_there():
     lesson = re.search(r"FIRST_LESSON := (\S+)", (ROOT / "Makefile").read_text())[1]
     assert (ROOT / lesson).is_file()

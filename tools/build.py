@@ -108,7 +108,9 @@ def table(root):
     for path in sources(root):
         entry = record.get(path.stem)
         cost = f"{entry['minutes']} min | {entry['peak_gb']:.1f} GB" if entry else "not measured | not measured"
-        lines.append(f"| [{path.stem[:2]} {editions.title(read_lesson(path))}](notebooks/{path.stem}.ipynb) | {cost} |")
+        notebook = f"notebooks/{path.stem}.ipynb"
+        target = notebook if Path(root, notebook).exists() else f"lessons/{path.name}"
+        lines.append(f"| [{path.stem[:2]} {editions.title(read_lesson(path))}]({target}) | {cost} |")
     return "\n".join(lines)
 
 
