@@ -63,14 +63,16 @@ class _PeakMemory:
         self._thread.join()
 
     def _watch(self):
+        stopped = False
         while True:
             try:
                 family = [self.process, *self.process.children(recursive=True)]
                 self.peak = max(self.peak, sum(one.memory_info().rss for one in family))
             except psutil.Error:
                 pass  # A child may end between being listed and being looked at.
-            if self._stop.wait(self.interval):
-                return
+            if stopped:
+                return  # After a last look: on a busy machine the thread may have had no turn for a while.
+            stopped = self._stop.wait(self.interval)
 
 
 def _processor():
