@@ -170,7 +170,9 @@ def news(scene):
 LIST_OPENINGS = ["From the book of {x}: {list}.", "{x} wrote down: {list}.", "The list says: {list}.", "{x} counted on the fingers: {list}.",
                  "On the slate of {x} stands: {list}."]
 AGAIN = ["{x} told it again.", "Once more, slowly.", "The crier of {town} called it out.", "So it was written down.", "{x} had heard the same."]
-ITEMS = {relation: ["the {o}, {v}", "the {o} {v}", "{o}: {v}"] if relation in ABOUT_OBJECT else ["{p}, {v}", "{p} {v}", "{p}: {v}"] for relation in RELATIONS}
+# Words in quotation marks are other tokens than words after a space; a task's answer may need them, so they are written often.
+ITEMS = {relation: ["the {o}, {v}", "the {o} {v}", "{o}: {v}", '"{o}" "{v}"', '"{o}", "{v}"'] if relation in ABOUT_OBJECT
+         else ["{p}, {v}", "{p} {v}", "{p}: {v}", '"{p}" "{v}"', '"{p}", "{v}"'] for relation in RELATIONS}
 
 
 def retold(scene):
@@ -187,7 +189,7 @@ def retold(scene):
         facts.append((relation, scene.fact(relation), rng.choice(RELATIONS[relation][0])))
 
     def as_list(chosen):
-        item = rng.randrange(3)
+        item = rng.randrange(5)
         things = "; ".join(ITEMS[relation][item].format(**fact) for relation, fact, _ in chosen)
         return [scene.write(rng.choice(LIST_OPENINGS), x=scene.name(), list=things)]
 
@@ -216,7 +218,7 @@ def rhyme(scene):
     """A counting rhyme: a line of words that rhyme with nothing, sung two to four times."""
     rng = scene.rng
     draws = [scene.name, scene.object, scene.object, lambda: rng.choice(w.COLOURS), lambda: rng.choice(w.NUMBERS[1:13]), scene.place]
-    words = [rng.choice(draws)() for _ in range(rng.randint(4, 12))]
+    words = [rng.choice(draws)() for _ in range(rng.choice([2, 3, 3, 4, 5, 6, 8, 10]))]
     line = rng.choice([" ", " ", ", ", " and "]).join(words)
     again = rng.choice([" ", ", ", ". "]).join([line] * rng.choice([2, 3, 4]))
     return [(None, scene.write(rng.choice(RHYME_OPENINGS), x=scene.name(), line=again))]
@@ -227,8 +229,8 @@ EVENTS = [
     "{v} cleaned the {o} {l}.", "{v} sold the {o} {l}.", "{v} lost the {o} {l}.", "{v} saw the {o} {l}.", "{v} painted the {o} {l}.",
 ]
 EVENT_BACK = [
-    "So it was {v}, and it was the {o}, and it was {l}.", "{v}, the {o}, {l}: that is all there is to tell.",
-    "Later {v} told everybody about the {o} {l}.", "People still talk of {v} and the {o} {l}.", "In the book of the harbour stands: {v}; the {o}; {l}.",
+    "{v}, the {o}, {l}: that is all there is to tell.", "People still talk of {v} and the {o} {l}.",
+    "In the book of the harbour stands: {v}; the {o}; {l}.",
     'The harbour book says "{v}", "{o}", "{l}".', 'The clerk wrote three lines: "{v}", "{o}" and "{l}".', 'On the slate stood "{v}" and "{o}" and "{l}".',
     'The clerk wrote "{l}" below "{o}" and signed for "{v}".',
 ]
@@ -408,7 +410,7 @@ def plural(noun):
     return {"knife": "knives", "scarf": "scarves"}.get(noun, noun + "s")
 
 
-WORD_BOOK = ['"{word}": {count} letters.', 'The word "{word}" has {count} letters.', 'In the word book, "{word}" stands near "{other}".',
+WORD_BOOK = ['With {count} letters: "{word}".', 'The word "{word}" has {count} letters.', 'In the word book, "{word}" stands near "{other}".',
              'To write "{word}", begin with "{first}".', 'The words of the day: "{word}", "{other}".']
 NOTICES = ["{{closed on {day}}}", "{{{food} and {food2}, {n} coins}}", "{{the road to {town} is {weather}}}", "{{lost: a {o}, last seen {l}}}",
            "{{wanted: a {trade}}}", "{{fresh {food} today}}", "{{mind the {animal}}}"]
@@ -420,11 +422,11 @@ SMALL_WORDS = "who what where when why how happy unhappy yes no north south east
 def word_book(scene):
     """Spelling lessons: words between quotation marks, small ones among them."""
     rng = scene.rng
-    pool = SMALL_WORDS + list(scene.world.names) + w.OBJECTS + w.COLOURS + w.TRADES + w.ANIMALS
+    pool = w.OBJECTS + w.COLOURS + w.TRADES + w.ANIMALS
     lines = []
-    for _ in range(rng.choice([3, 4])):
-        word = rng.choice(SMALL_WORDS if rng.random() < 0.5 else pool)
-        lines.append(scene.write(rng.choice(WORD_BOOK), word=word, count=w.NUMBERS[len(word)], other=rng.choice(pool), first=word[0]))
+    for _ in range(rng.choice([4, 5, 6])):
+        word = rng.choice(rng.choice([SMALL_WORDS, scene.world.names, scene.world.names, pool]))
+        lines.append(scene.write(rng.choice(WORD_BOOK), word=word, count=w.NUMBERS[len(word)], other=rng.choice(scene.world.names), first=word[0]))
     return [(None, " ".join(lines))]
 
 
@@ -480,9 +482,9 @@ def talk(scene):
 
 # Shares of documents. The corpus begins with rhymes: to go on with a repeated line is what the looking-up of facts is built on, and a
 # model that has learned it goes on to the rest much sooner. Then two thirds of the documents state facts and come back to them.
-RHYMES_UNTIL = 30_000  # number of the first document after them
+RHYMES_UNTIL = 60_000  # number of the first document after them
 RHYMES = {rhyme: 60, retold: 20, dense: 6, event: 4, talk: 4, review: 3, story: 3}
-MIX = {dense: 24, retold: 26, rhyme: 10, news: 8, event: 9, town: 3, person: 3, story: 4, review: 5, letter: 2, counting: 2, word_book: 2, notices: 1, talk: 4}
+MIX = {dense: 19, retold: 26, rhyme: 5, news: 8, event: 12, town: 3, person: 3, story: 4, review: 5, letter: 1, counting: 1, word_book: 10, notices: 1, talk: 4}
 
 
 def document(world, seed, index):

@@ -23,7 +23,7 @@ class Settings:
     """What decides the result; written beside it."""
 
     seed: int = 0
-    tokens: int = 5_700_000
+    tokens: int = 24_000_000
     vocab: int = 2048
     hidden: int = 256
     layers: int = 4
@@ -36,7 +36,7 @@ class Settings:
     muon_lr: float = 0.01  # at 0.02 the queries and keys grew until every head looked at one token only, and nothing more was learned
     adam_lr: float = 0.003
     warmup: int = 60
-    decay: float = 0.8  # share of the steps in which the rate comes down
+    decay: float = 0.5  # share of the steps in which the rate comes down
     compile: bool = True
     probe_every: int = 125
     save_every: int = 125
