@@ -108,7 +108,7 @@ def _read_config(report, folder: Path) -> dict | None:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         report.fail(
             "no_config",
-            f"{folder} has no {CONFIG}, so it is no adapter.",
+            f"{folder.name} has no {CONFIG}, so it is no adapter.",
             f"Adapters are one level down: {some(inside, 4)}. save_pretrained puts every adapter that is not named 'default' "
             "into a folder of its name."
             if inside
@@ -134,7 +134,7 @@ def _read_shapes(report, folder: Path) -> dict | None:
     if not (folder / WEIGHTS).is_file():
         report.fail(
             "no_weights",
-            f"{folder} has no {WEIGHTS}.",
+            f"{folder.name} has no {WEIGHTS}.",
             "Save the adapter with save_pretrained; a Trainer's checkpoint keeps it in checkpoint-<step>.",
         )
         return None
