@@ -31,7 +31,7 @@ def loss_curve(rows, path):
     fig, axes = plt.subplots(figsize=(7, 3.2))
     axes.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], marker="")
     axes.set(xlabel="tokens (millions)", ylabel="training loss (nats per token)", ylim=(0.9, 3))
-    axes.set_title("The loss falls in steps: one kind of looking-up after another is learned", loc="left")
+    axes.set_title(f"Pretraining ends at {rows[-1]['loss']:.2f} nats per token", loc="left")
     fig.savefig(path, metadata={"Software": None})
 
 
@@ -106,7 +106,7 @@ Muon for the matrices of the layers (learning rate {settings['muon_lr']}), AdamW
 brought down in a straight line over the last {settings['decay']:.0%}. Rows of {settings['row']} tokens hold whole documents that do not see each
 other; one batch in {round(1 / settings['long_share'])} has rows of {settings['context']} tokens. `make base-model` repeats all of it.
 
-![Training loss over tokens: it falls steeply at first and then in steps, to {rows[-1]['loss']:.2f} nats per token](loss_curve.png)
+![Training loss over tokens, which ends at {rows[-1]['loss']:.2f} nats per token](loss_curve.png)
 
 How often the model finds the value of a fact, in narrative text with three facts of the kind, while it was trained:
 

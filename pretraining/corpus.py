@@ -178,8 +178,8 @@ ITEMS = {relation: ["the {o}, {v}", "the {o} {v}", "{o}: {v}", '"{o}" "{v}"', '"
 def retold(scene):
     """Two to five facts told twice, each time as sentences, as a list, or in the very same words.
 
-    To repeat in the same words, and to look up what follows a word in a list, are the first steps of reading:
-    a model learns them soon, and the freer ways of coming back to a fact lean on them.
+    To repeat in the same words, and to look up what follows a word in a list, are the first steps of reading;
+    the freer ways of coming back to a fact lean on them.
     """
     rng = scene.rng
     relations = rng.sample(list(RELATIONS), rng.choice([1, 1, 2]))
@@ -480,8 +480,8 @@ def talk(scene):
     return turns
 
 
-# Shares of documents. The corpus begins with rhymes: to go on with a repeated line is what the looking-up of facts is built on, and a
-# model that has learned it goes on to the rest much sooner. Then two thirds of the documents state facts and come back to them.
+# Shares of documents. The corpus begins with rhymes: to go on with a repeated line is what the looking-up of facts is built on.
+# Then two thirds of the documents state facts and come back to them.
 RHYMES_UNTIL = 60_000  # number of the first document after them
 RHYMES = {rhyme: 60, retold: 20, dense: 6, event: 4, talk: 4, review: 3, story: 3}
 MIX = {dense: 19, retold: 26, rhyme: 5, news: 8, event: 12, town: 3, person: 3, story: 4, review: 5, letter: 1, counting: 1, word_book: 10, notices: 1, talk: 4}

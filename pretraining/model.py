@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum whose update is made orthogonal, for the matrices of hidden layers.
 
     `torch.optim.Muon` orthogonalises in bfloat16, which took 9 s a step on a processor without bfloat16
-    units (this one: 0.1 s, in float32). Matrices of one shape are treated together.
+    units (this one: 0.2 s, in float32). Matrices of one shape are treated together.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95):
