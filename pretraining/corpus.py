@@ -12,6 +12,7 @@ live in. No document asks a task's question or has a task's format: people in th
 """
 
 import random
+from functools import lru_cache
 
 from pretraining import world as w
 
@@ -81,15 +82,25 @@ FILLERS = [
 ]
 
 
-class Scene:
-    """Draws names, things and places for one document, each at most once, and fills templates."""
+@lru_cache
+def order_of_entry(things):
+    """The order in which the corpus comes to speak of `things`, whatever the order that they are listed in."""
+    return random.Random("order of entry").sample(things, len(things))
 
-    def __init__(self, world, rng):
+
+class Scene:
+    """Draws names, things and places for one document, each at most once, and fills templates.
+
+    `cast` is the number of each kind that it may speak of (None: all).
+    """
+
+    def __init__(self, world, rng, cast=None):
         self.world, self.rng = world, rng
-        self.names = iter(rng.sample(world.names, 24))
-        self.objects = iter(rng.sample(w.OBJECTS, 24))
-        self.places = iter(rng.sample(world.places, 24))
-        self.rooms = iter(rng.sample(world.rooms, 24))
+
+        def draw(things):
+            return iter(rng.sample(order_of_entry(tuple(things))[:cast], 24))
+
+        self.names, self.objects, self.places, self.rooms = draw(world.names), draw(w.OBJECTS), draw(world.places), draw(world.rooms)
 
     def name(self):
         return next(self.names)
@@ -481,8 +492,12 @@ def talk(scene):
 
 
 # Shares of documents. The corpus begins with rhymes: to go on with a repeated line is what the looking-up of facts is built on.
-# Then two thirds of the documents state facts and come back to them.
-RHYMES_UNTIL = 60_000  # number of the first document after them
+# They speak of 24 names, things and places only, which are joined by the others once the model has learned to look back:
+# two heads must find each other for that, and each pair of equal words shows them the way the clearer, the fewer words there are.
+# (Measured after 1.4M tokens: a pair of words told before was continued rightly 86 times in 100 with the small cast; with the
+# whole one the share was still on its first plateau.) After the rhymes two thirds of the documents state facts and come back to them.
+SMALL_CAST, SMALL_CAST_UNTIL, DOCUMENTS_PER_ENTRY = 24, 40_000, 50
+RHYMES_UNTIL = 60_000  # number of the first document after them; by then everybody is known
 RHYMES = {rhyme: 60, retold: 20, dense: 6, event: 4, talk: 4, review: 3, story: 3}
 MIX = {dense: 19, retold: 26, rhyme: 5, news: 8, event: 12, town: 3, person: 3, story: 4, review: 5, letter: 1, counting: 1, word_book: 10, notices: 1, talk: 4}
 
@@ -492,7 +507,8 @@ def document(world, seed, index):
     rng = random.Random(f"document {seed} {index}")
     mix = RHYMES if index < RHYMES_UNTIL else MIX
     kind = rng.choices(list(mix), weights=list(mix.values()))[0]
-    return kind(Scene(world, rng))
+    cast = SMALL_CAST + max(0, index - SMALL_CAST_UNTIL) // DOCUMENTS_PER_ENTRY if index < RHYMES_UNTIL else None
+    return kind(Scene(world, rng, cast))
 
 
 def sentence_patterns():
