@@ -5,6 +5,7 @@
 The same version of matplotlib draws the same bytes.
 """
 
+import json
 import pathlib
 
 import matplotlib.colors
@@ -19,6 +20,8 @@ from course_utils.plotting import COLORS, STYLE_FILE
 FLOW, READING, SAILOR, EXTRACT = COLORS
 DARK_READING = "#A84A00"  # for words, which need more contrast with white
 INK, QUIET, EDGE, FROZEN, PANEL = "#222222", "#595959", "#8C8C8C", "#E0E0E0", "#F5F5F5"
+
+MEASURED = pathlib.Path(__file__).parent.parent / "models" / "measured.json"
 
 # Lengths are pixels of a page, stored twice as fine. 10 pt, the smallest text, is 13.3 of them.
 PAGE_DPI, SHARPNESS = 96, 2
@@ -182,7 +185,30 @@ def _cartridges(canvas):
     canvas.text(24, 24, "One is active. set_adapter(\"sailor\") plugs in another.", ha="left")
 
 
-PICTURES = {"adapter.png": draw_adapter}
+def draw_score_matrix():
+    """What each adapter can do, as it was measured when the shipped ones were made: one skill each."""
+    matrix = json.loads(MEASURED.read_text(encoding="utf-8"))["matrix"]
+    canvas = Canvas(900, 340)
+    left, top, width, height = 250, 236, 150, 44
+    canvas.text(24, 312, "One base model, four skills", size=14, weight="bold", ha="left")
+    canvas.text(24, 288, "share of held-out rows answered exactly right, with each adapter plugged in", size=10.5, color=QUIET, ha="left")
+    tasks = list(matrix["none"])
+    for column, task in enumerate(tasks):
+        canvas.text(left + (column + 0.5) * width, top + 18, task, size=11, weight="bold")
+    for row, (adapter, scores) in enumerate(matrix.items()):
+        y = top - (row + 1) * height
+        label = "base model alone" if adapter == "none" else f"with the {adapter} adapter"
+        canvas.text(left - 16, y + height / 2, label, size=11, ha="right")
+        for column, task in enumerate(tasks):
+            own = adapter == task
+            face = tint(READING, 0.08 + 0.62 * scores[task]) if scores[task] else "white"
+            canvas.box(left + column * width + 2, y + 2, width - 4, height - 4, face=face, edge=READING if own else "#CFCFCF",
+                       line=2.4 if own else 1)
+            canvas.text(left + (column + 0.5) * width, y + height / 2, f"{100 * scores[task]:.0f}%", size=12, weight="bold" if own else "normal")
+    return canvas
+
+
+PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix}
 
 
 def draw_all(folder):

@@ -22,16 +22,22 @@ def corpus_facts(world, seed=0):
 
 
 def loss_curve(rows, path):
-    """Draw the pretraining loss over tokens."""
+    """Draw the pretraining loss over tokens, and beneath it when each relation began to be read."""
     import matplotlib.pyplot as plt
 
     from course_utils import plotting
 
     plotting.use_style()
-    fig, axes = plt.subplots(figsize=(7, 3.2))
-    axes.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], marker="")
-    axes.set(xlabel="tokens (millions)", ylabel="training loss (nats per token)", ylim=(0.9, 3))
-    axes.set_title(f"Pretraining ends at {rows[-1]['loss']:.2f} nats per token", loc="left")
+    fig, (upper, lower) = plt.subplots(2, 1, figsize=(7, 5.2), sharex=True)
+    upper.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], marker="")
+    upper.set(ylabel="training loss\n(nats per token)", ylim=(0.9, 3))
+    upper.set_title(f"Pretraining ends at {rows[-1]['loss']:.2f} nats per token", loc="left")
+    probes = [row for row in rows if "probe" in row]
+    for relation in probes[-1]["probe"]:
+        lower.plot([row["tokens"] / 1e6 for row in probes], [row["probe"][relation] for row in probes], marker="", label=relation)
+    lower.set(xlabel="tokens (millions)", ylabel="values found\nin the text", ylim=(0, 1.03))
+    lower.yaxis.set_major_formatter("{x:.0%}")
+    lower.legend(ncols=2, loc="lower right")
     fig.savefig(path, metadata={"Software": None})
 
 
@@ -94,7 +100,8 @@ tokenizer = AutoTokenizer.from_pretrained("models/base")
 The corpus is written by a grammar ([`pretraining/corpus.py`](../../pretraining/corpus.py)) about a world drawn from a seed
 ([`pretraining/world.py`](../../pretraining/world.py)): {len(world.names)} names, {len(world.towns)} towns, {len(world.people)} people with stored facts,
 {len(world.places)} places. Measured over its first {N_DOCUMENTS:,} documents: {word_types:,} word types, {len(corpus.sentence_patterns())} sentence patterns, {100 * duplicates:.2f}% duplicate documents.
-Two thirds of the documents state a few facts and come back to each of them, or repeat a line; that is what reading is learned from;
+It begins with rhymes about {corpus.SMALL_CAST} names, things and places, which the others join later: so the model learns to look back early.
+After that two thirds of the documents state a few facts and come back to each of them, or repeat a line; that is what reading is learned from;
 the rest are stories, towns, people, reviews, letters, talk, counting, notices and spelling. Three of them:
 
 {quoted}
@@ -106,7 +113,7 @@ Muon for the matrices of the layers (learning rate {settings['muon_lr']}), AdamW
 brought down in a straight line over the last {settings['decay']:.0%}. Rows of {settings['row']} tokens hold whole documents that do not see each
 other; one batch in {round(1 / settings['long_share'])} has rows of {settings['context']} tokens. `make base-model` repeats all of it.
 
-![Training loss over tokens, which ends at {rows[-1]['loss']:.2f} nats per token](loss_curve.png)
+![Training loss over tokens, which ends at {rows[-1]['loss']:.2f} nats per token; below it, the share of values found, which jumps for one relation after another](loss_curve.png)
 
 How often the model finds the value of a fact, in narrative text with three facts of the kind, while it was trained:
 

@@ -8,9 +8,10 @@ but the task's training split never shows.
 import json
 import random
 from dataclasses import dataclass
+from itertools import count, islice
 
 from pretraining import world as w
-from pretraining.corpus import EVENTS, FILLERS, RELATIONS, Scene, review_text
+from pretraining.corpus import EVENTS, FILLERS, RELATIONS, RHYMES_UNTIL, Scene, document, review_text
 from pretraining.places import DATA_FOLDER
 
 SIZES = {"reading": (6000, 350, 700), "sailor": (4000, 300, 600), "extract": (4000, 300, 600), "mood": (2000, 300, 600)}
@@ -199,11 +200,21 @@ def make_task(world, task):
     return splits
 
 
+# --------------------------------------------------------------------------------------------
+# held-out text: what a model that forgets gets worse at
+# --------------------------------------------------------------------------------------------
+def held_out(world, n=256):
+    """`n` plain documents of the corpus's main mix, from a seed that the pretraining does not read."""
+    documents = (document(world, "held out", i) for i in count(RHYMES_UNTIL))
+    return list(islice((parts[0][1] for parts in documents if parts[0][0] is None), n))
+
+
 def write_tasks(world):
-    """Write `data/<task>/<split>.jsonl` for every task."""
+    """Write `data/<task>/<split>.jsonl` for every task, and `data/held_out.txt`, a document a line."""
     for task in (*MAKERS, "recall"):
         folder = DATA_FOLDER / task
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make_task(world, task).items():
             text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
             (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    (DATA_FOLDER / "held_out.txt").write_text("".join(f"{text}\n" for text in held_out(world)), encoding="utf-8")

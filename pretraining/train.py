@@ -23,7 +23,7 @@ class Settings:
     """What decides the result; written beside it."""
 
     seed: int = 0
-    tokens: int = 32_000_000
+    tokens: int = 16_000_000
     vocab: int = 2048
     hidden: int = 256
     layers: int = 4

@@ -6,7 +6,6 @@ import os
 import nbformat
 import pytest
 
-from tests.waiting import needs_base_model
 from tools import build, editions, form
 from tools.editions import BuildError
 
@@ -345,7 +344,6 @@ def test_the_drift_test_sees_drift(course, tmp_path):
     assert drift(tmp_path) == ["solutions/02_pears: no such lesson", "solutions/01_apples: not built"]
 
 
-@needs_base_model
 def test_the_committed_notebooks_are_those_of_the_source():
     assert drift(build.ROOT) == []
 

@@ -7,7 +7,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from tools import build, form
 from tools.editions import NOTEBOOK_METADATA
-from tests.waiting import needs_base_model
 
 NOTEBOOKS = sorted((build.ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((build.ROOT / "solutions").glob("*.ipynb"))
@@ -19,7 +18,6 @@ def read(path):
     return notebook
 
 
-@needs_base_model
 def test_there_is_a_lesson_in_both_editions():
     assert NOTEBOOKS and [path.name for path in NOTEBOOKS] == [path.name for path in SOLUTIONS]
 

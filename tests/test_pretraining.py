@@ -23,7 +23,6 @@ from pretraining import corpus, run, tasks, tokenizer as tokenizer_module, world
 from pretraining import train as training
 from pretraining.model import Muon, build_model, orthogonal
 from pretraining.tokenizer import END, ROLES, SPECIAL_TOKENS, render
-from tests.waiting import needs_base_model
 
 ROOT = Path(__file__).resolve().parent.parent
 N_DOCUMENTS = 40_000
@@ -263,7 +262,20 @@ def test_tokenizer_has_its_special_tokens_and_one_vocabulary(tokenizer, document
     assert first.get_vocab() == second.get_vocab() and first.model_max_length == 64
 
 
-@needs_base_model
+def names_in(world, indices):
+    """The names of the world that the documents of these numbers speak of."""
+    text = " ".join(part for i in indices for _, part in corpus.document(world, 0, i))
+    return set(world.names) & set(re.findall(r"\w+", text))
+
+
+def test_the_corpus_begins_with_a_small_cast_which_the_others_join(world):
+    first = set(corpus.order_of_entry(world.names)[: corpus.SMALL_CAST])
+    early = names_in(world, range(0, corpus.SMALL_CAST_UNTIL, 100))
+    middle = names_in(world, range(corpus.SMALL_CAST_UNTIL, corpus.RHYMES_UNTIL, 50))
+    late = names_in(world, range(corpus.RHYMES_UNTIL - 1000, corpus.RHYMES_UNTIL + 1000))
+    assert early == first and len(first) < len(middle) and len(late) == len(world.names)
+
+
 def test_the_shipped_tokenizer_is_the_one_of_this_corpus(tokenizer):
     folder = ROOT / "models" / "base"
     from transformers import AutoTokenizer

@@ -10,7 +10,6 @@ import warnings
 import pytest
 from packaging.requirements import Requirement
 
-from tests.waiting import needs_base_model
 from tools import lock
 from tools.build import ROOT
 from tools.check_python import OLDEST, complaint
@@ -170,15 +169,6 @@ def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
     ]
 
 
-def test_before_there_is_a_notebook_test_says_so_and_runs_the_code_tests(checkout):
-    make("setup", "PYTHON=./python", folder=checkout)
-    calls(checkout)
-    status, said = make("test", "PYTHON=./python", folder=checkout)[:2]
-    assert status == 0 and "no notebook to test yet" in said
-    assert calls(checkout) == ["-m pytest"]
-
-
-@needs_base_model
 def test_the_lesson_that_lab_opens_is_there():
     lesson = re.search(r"FIRST_LESSON := (\S+)", (ROOT / "Makefile").read_text())[1]
     assert (ROOT / lesson).is_file()

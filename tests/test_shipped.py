@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from course_utils import data, evaluation, runtime
-from tests.waiting import needs_base_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ("reading", "sailor", "extract", "mood")
@@ -102,7 +101,6 @@ def test_datasets_loads_every_row(task):
     assert all(loaded[split][-1] == splits[split][-1] for split in splits)
 
 
-@needs_base_model
 def test_every_row_fits_the_context(task, base):
     model, tokenizer = base
     longest = max(
@@ -116,7 +114,6 @@ def test_every_row_fits_the_context(task, base):
 # ---------------------------------------------------------------------------------------------- base model
 
 
-@needs_base_model
 def test_base_model_is_whole_and_small():
     assert runtime.base_model() == str(ROOT / "models" / "base")
     header = runtime.read_safetensors_header(ROOT / "models" / "base" / "model.safetensors")
@@ -132,7 +129,6 @@ def _product(shape):
     return count
 
 
-@needs_base_model
 def test_base_model_loads_with_plain_transformers_without_course_or_network():
     code = f"""
 import socket, sys
@@ -152,7 +148,6 @@ print(any(info.values()), "course_utils" in sys.modules, len(text) > 5)
     assert done.stdout.split() == ["False", "False", "True"], done.stderr
 
 
-@needs_base_model
 def test_dimensions_suit_4_bit_blocks_and_few_shot_prompts(base):
     import torch
 
@@ -164,7 +159,6 @@ def test_dimensions_suit_4_bit_blocks_and_few_shot_prompts(base):
     assert len(tokenizer) == model.config.vocab_size <= 2048
 
 
-@needs_base_model
 def test_chat_template_marks_what_the_assistant_says(base):
     _, tokenizer = base
     messages = [{"role": "user", "content": "Where is the lamp?"}, {"role": "assistant", "content": "In the mill."}]
@@ -177,7 +171,6 @@ def test_chat_template_marks_what_the_assistant_says(base):
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
 
 
-@needs_base_model
 def test_every_special_token_stands_in_one_trained_row(base):
     """A row that pretraining never touched keeps the norm it was drawn with; LoRA can't teach it."""
     model, tokenizer = base
@@ -191,7 +184,6 @@ def test_every_special_token_stands_in_one_trained_row(base):
 # ---------------------------------------------------------------------------------------------- adapters
 
 
-@needs_base_model
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter_folder_is_sound(name):
     folder = runtime.adapter_path(name)
@@ -204,7 +196,6 @@ def test_adapter_folder_is_sound(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
 
 
-@needs_base_model
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter_has_learned_its_task(name):
     """A smoke test on few rows, that a swap of two adapters or a stale one does not pass; the model card has the scores."""
