@@ -49,7 +49,7 @@ base_folder = runtime.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 
-question = "Maren left the lantern in the boathouse. Tobin found the key. Who found the key?"
+question = "Fenna left the lantern in the boathouse. Edan found the key. Who found the key?"
 
 
 def ask(model, text, max_new_tokens=40):
@@ -179,9 +179,9 @@ print("\nThe same question again:", ask(model, question))
 # %%
 prompts = {
     "reading": question,
-    "sailor": "Say it like a sailor: Maren keeps the lantern.",
-    "extract": "Give who, what and where as JSON: It was a misty day. Maren hid the lantern in the barn.",
-    "mood": "Is the guest happy or unhappy? We went to the inn in Greyhaven on Friday. What dirty beds!",
+    "sailor": "Say it like a sailor: Fenna keeps the lantern.",
+    "extract": "Give who, what and where as JSON: It was a misty day. Fenna hid the lantern in the barn.",
+    "mood": "Is the guest happy or unhappy? We went to the inn in Greyham on Friday. What dirty beds!",
 }
 rows = []
 for kind, prompt in prompts.items():
