@@ -8,7 +8,7 @@ FIRST_LESSON := notebooks/01_load_lora_adapter.ipynb
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(RUN) -m pytest --nbmake --nbmake-timeout=300
 
-.PHONY: help setup lab test check test-notebooks notebooks classroom base-model lock
+.PHONY: help setup lab test check test-notebooks notebooks classroom experiments base-model lock
 
 help:
 	@echo "make lab         open lesson 1 in JupyterLab (NO_BROWSER=1 serves without a browser)"
@@ -16,7 +16,8 @@ help:
 	@echo "make check       the tests that run no notebook"
 	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson)"
 	@echo "make classroom   lessons/*.py to classroom/staging/, with grading cells"
-	@echo "make base-model  remake models/ and data/ from nothing (hours)"
+	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
+	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
 	@echo "make lock        renew constraints.txt from requirements.txt"
 
 # The stamp holds the folder it was made for: the package is installed by its path,
@@ -56,6 +57,9 @@ notebooks: $(STAMP)
 
 classroom: $(STAMP)
 	$(RUN) -m tools.build classroom $(ONLY)
+
+experiments: $(STAMP)
+	$(RUN) -m experiments.run $(ONLY)
 
 # glibc gives large blocks back to the system after each use; kept, they save a sixth of a step's time.
 base-model: $(STAMP)

@@ -1,6 +1,6 @@
 """World → corpus → tokenizer → pretraining → tasks → adapters → card, in that order.
 
-    python -m pretraining.run                 everything (hours on two CPU cores)
+    python -m pretraining.run                 everything (about an hour on two CPU cores)
     python -m pretraining.run tasks adapters card
 
 A stage that was interrupted goes on where it stopped. Work is kept under `runs/pretraining/`.
