@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
-_SUBMODULES = ("data", "evaluation", "exercises", "plotting", "progress", "runtime", "validation")
+_SUBMODULES = ("counting", "data", "evaluation", "exercises", "memory", "plotting", "progress", "runtime", "validation")
 
 
 def __getattr__(name):
