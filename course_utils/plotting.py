@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import sys
 from pathlib import Path
 
@@ -67,6 +68,38 @@ def table(header, rows) -> None:
     from IPython.display import display
 
     display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
+def token_strip(tokenizer, input_ids, labels) -> None:
+    """Show the tokens of one row, and which of them carry loss; outside a notebook, print them.
+
+    input_ids, labels: the row's token ids and labels, lists or tensors of shape (length,); loss falls on a token
+    whose label isn't -100. Such tokens are bold, white on blue, and between ⟦ and ⟧, so that nobody needs the
+    colour. A line break shows as ↵. Raises ValueError if the two aren't rows of one length.
+    """
+    ids, labels = (row.tolist() if hasattr(row, "tolist") else list(row) for row in (input_ids, labels))
+    if len(ids) != len(labels) or any(isinstance(entry, (list, tuple)) for entry in ids + labels):
+        raise ValueError(f"Give one row's input_ids and labels, equally long; these have {len(ids)} and {len(labels)} entries.")
+    supervised = [label != -100 for label in labels]
+    count = f"{sum(supervised)} of {len(ids)} tokens carry loss; they stand between ⟦ and ⟧."
+    text, page = "", ""
+    for carries_loss, group in itertools.groupby(zip(supervised, ids), key=lambda pair: pair[0]):
+        tokens = [tokenizer.decode([token]).replace("\n", "↵") for _, token in group]
+        spans = "".join(f'<span style="{_TOKEN}">{html.escape(token)}</span>' for token in tokens)
+        text += f"⟦{''.join(tokens)}⟧" if carries_loss else "".join(tokens)
+        page += f'<b><mark style="{_MARKED}">⟦{spans}⟧</mark></b>' if carries_loss else spans
+    text = f"{count}\n{text}"
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        print(text)
+        return
+    from IPython.display import display
+
+    display({"text/html": f'<p>{count}</p><p style="line-height: 1.8">{page}</p>', "text/plain": text}, raw=True)
+
+
+# A token's outline shows where it ends; white space in it is kept.
+_TOKEN = "border: 1px solid #999; border-radius: 3px; white-space: pre-wrap"
+_MARKED = f"background: {COLORS[0]}; color: white"
 
 
 def score_matrix(scores, rows, columns, title):
@@ -132,10 +165,11 @@ def _spread(heights, gap):
 
 
 def weight_picture(matrices, title):
-    """Weights of `matrices`, {name: 2-D array or tensor}, side by side on one colour scale that is white at 0.
+    """Weights of `matrices`, {name: 2-D array or tensor}, side by side; white is 0 and the darkest colour the largest weight.
 
-    All are drawn at about one scale, so a low-rank factor shows as the thin strip that it is.
-    Raises ValueError if one of them isn't 2-D.
+    Each has a colour scale of its own, whose end stands below it: the change that an adapter makes is far smaller than
+    the weight that it changes, and on one scale would be white. All are drawn at about one size, so a low-rank factor
+    shows as the thin strip that it is. Raises ValueError if one of them isn't 2-D.
     """
     import matplotlib.pyplot as plt
     import numpy
@@ -144,17 +178,16 @@ def weight_picture(matrices, title):
     for name, array in arrays.items():
         if array.ndim != 2:
             raise ValueError(f"{name} has the shape {array.shape}; a matrix with two dimensions is needed.")
-    largest = max(float(numpy.abs(array).max()) for array in arrays.values()) or 1.0
     tallest = max(len(array) for array in arrays.values())
     with plt.style.context(STYLE_FILE):
-        widths = [max(array.shape[1], 0.15 * tallest) for array in arrays.values()]
+        widths = [max(array.shape[1], 0.3 * tallest) for array in arrays.values()]
         fig, panels = plt.subplots(1, len(arrays), width_ratios=widths, squeeze=False)
         for axes, (name, array) in zip(panels[0], arrays.items()):
-            image = axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
-            axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{array.shape[0]} × {array.shape[1]}")
+            largest = float(numpy.abs(array).max()) or 1.0
+            axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
+            axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{array.shape[0]} × {array.shape[1]}\n±{largest:.2g}")
             axes.grid(False)
             axes.spines[:].set_visible(True)
-        fig.colorbar(image, ax=panels[0].tolist(), label="weight", shrink=0.8)
         _title(fig, title)
     return fig
 

@@ -35,7 +35,7 @@ def texts(fig):
 def test_titles_and_labels(figures):
     assert {"Adapters learn their task", "base", "sailor", "mood", "3%", "98%", "50%", "100%"} <= set(texts(figures["matrix"]))
     assert {"Both end alike", "step", "loss (nats)", "a", "b"} <= set(texts(figures["curves"]))
-    assert {"Thin strips", "B\n64 × 4", "A\n4 × 64", "weight"} <= set(texts(figures["weights"]))
+    assert {"Thin strips", "B\n64 × 4\n±1", "A\n4 × 64\n±2"} <= set(texts(figures["weights"]))
 
 
 def test_score_matrix_shows_rows_as_rows_and_has_a_fixed_scale(figures):
@@ -79,11 +79,11 @@ def test_spread_keeps_order_and_leaves_room():
         assert all(b - a >= 0.2 - 1e-9 for a, b in zip(spread, spread[1:]))
 
 
-def test_weight_picture_has_one_scale_around_zero_and_takes_tensors(figures):
+def test_weight_picture_has_a_scale_around_zero_for_each_matrix_and_takes_tensors(figures):
     import torch
 
-    limits = {image.get_clim() for axes in figures["weights"].axes for image in axes.images if axes.get_xlabel()}
-    assert limits == {(-2.0, 2.0)}
+    limits = {axes.get_xlabel(): axes.images[0].get_clim() for axes in figures["weights"].axes}
+    assert limits == {"B\n64 × 4\n±1": (-1.0, 1.0), "A\n4 × 64\n±2": (-2.0, 2.0)}
     fig = plotting.weight_picture({"W": torch.full((3, 3), 0.5, dtype=torch.bfloat16, requires_grad=True)}, "t")
     assert fig.axes[0].images[0].get_array().max() == 0.5
     plotting.show(fig, "closed")
@@ -179,3 +179,56 @@ def test_table_is_markdown_and_survives_bars_and_line_breaks(capsys):
 def test_table_refuses_a_row_of_another_length():
     with pytest.raises(ValueError, match="1 cells and the header 2"):
         plotting.table(["a", "b"], [["1"]])
+
+
+# ---------------------------------------------------------------------------------------------- token_strip
+
+ROW = ("<|user|>a<\n<|end|><|assistant|>", "Tobin <b>&<|end|>")  # without loss, with loss
+
+
+def row_of(tokenizer):
+    asked, answered = (tokenizer(part)["input_ids"] for part in ROW)
+    return asked + answered, [-100] * len(asked) + answered
+
+
+def test_token_strip_marks_tokens_with_loss_in_text_and_not_by_colour_alone(tiny_tokenizer, shown):
+    plotting.token_strip(tiny_tokenizer, *row_of(tiny_tokenizer))
+    (bundle,) = shown
+    # A byte is a token here, and so is each special token: 6 in the question, 11 in the answer.
+    assert bundle["text/plain"] == (
+        "11 of 17 tokens carry loss; they stand between ⟦ and ⟧.\n<|user|>a<↵<|end|><|assistant|>⟦Tobin <b>&<|end|>⟧"
+    )
+    page = bundle["text/html"]
+    before, marked, after = re.fullmatch(r"(.*)<b><mark[^>]*>⟦(.*)⟧</mark></b>(.*)", page).groups()
+    assert html.unescape(re.sub("<[^>]*>", "", marked)) == ROW[1]
+    assert html.unescape(re.sub("<[^>]*>", "", before)).endswith("<|user|>a<↵<|end|><|assistant|>")
+    assert "⟦" not in re.sub("<p>.*?</p>", "", before) and after == "</p>"
+    assert page.count("<span") == len(row_of(tiny_tokenizer)[0]), "each token has an outline of its own"
+
+
+def test_token_strip_follows_the_labels(tiny_tokenizer, capsys):
+    import torch
+
+    ids = tiny_tokenizer("abcd")["input_ids"]
+    for labels, line in (
+        (ids, "⟦abcd⟧"),
+        ([-100] * 4, "abcd"),
+        ([-100, ids[1], -100, ids[3]], "a⟦b⟧c⟦d⟧"),
+    ):
+        plotting.token_strip(tiny_tokenizer, torch.tensor(ids), torch.tensor(labels))
+        assert capsys.readouterr().out.splitlines()[1] == line
+
+
+@pytest.mark.parametrize("labels", [[-100], [[-100, 1]], []])
+def test_token_strip_refuses_what_is_not_one_row(labels, tiny_tokenizer):
+    with pytest.raises(ValueError, match="equally long"):
+        plotting.token_strip(tiny_tokenizer, [1, 2] if labels != [[-100, 1]] else [[1, 2]], labels)
+
+
+def test_token_strip_is_readable():
+    """White on the strip's blue: a contrast of at least 4.5 (WCAG 2.1, success criterion 1.4.3)."""
+    channels = [int(plotting.COLORS[0][place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    assert f"background: {plotting.COLORS[0]}; color: white" in plotting._MARKED
+    assert 1.05 / (luminance + 0.05) >= 4.5

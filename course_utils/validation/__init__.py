@@ -7,12 +7,18 @@ pickle, and none leaves the model other than it found it.
     check_adapters         which adapters does this model hold, and are they in effect?
     check_changes_output   does the adapter change the output at all?
     compare_models         do two models, or two routes, give the same output?
+    check_sft_data         is each row for fine-tuning whole: an answer, with its end, within max_length?
+    check_supervision      which tokens carry loss: the answer and its end, and not the prompt?
+    check_lora_config      will a LoraConfig do what it says on this model?
+    check_training         is a trainer set up to train the adapter, and after a few steps: did it?
 """
 
 from course_utils.validation.compare import Comparison, check_changes_output, compare_models
 from course_utils.validation.folders import check_adapter_folder
 from course_utils.validation.models import check_adapters
 from course_utils.validation.report import Finding, Report
+from course_utils.validation.sft import check_sft_data, check_supervision
+from course_utils.validation.training import check_lora_config, check_training
 
 __all__ = [
     "Comparison",
@@ -21,5 +27,9 @@ __all__ = [
     "check_adapter_folder",
     "check_adapters",
     "check_changes_output",
+    "check_lora_config",
+    "check_sft_data",
+    "check_supervision",
+    "check_training",
     "compare_models",
 ]
