@@ -1,14 +1,23 @@
-"""The shipped tasks, loaded with `datasets` from local files: no network, nothing written into the checkout."""
+"""What the course ships beside models: tasks, held-out text, results of the experiments.
+
+Everything is read from local files: no network, nothing written into the checkout.
+"""
 
 from __future__ import annotations
 
+import csv
 import glob
+from pathlib import Path
 
 from course_utils import runtime
 from course_utils.runtime import CourseError
 
 TASKS = ("reading", "sailor", "extract", "mood", "recall")
 SPLITS = ("train", "validation", "test")
+
+# What every file of results begins with: seed; seconds of the whole run; processor model; cores that torch computed on;
+# base model (the beginning of its weights' digest, or its hub id).
+RESULT_COLUMNS = ("seed", "seconds", "cpu", "cores", "base")
 
 
 def task_files(task: str) -> dict[str, str]:
@@ -59,3 +68,78 @@ def load_task(task: str, split: str | None = None):
         if bars_were_on:
             datasets.enable_progress_bars()
     return loaded if split is None else loaded[split]
+
+
+def held_out_texts(tokenizer) -> list[str]:
+    """Documents like those of the pretraining, which it never read; loss on them tells what a fine-tuned model forgot.
+
+    Each is framed as the shipped base model read its documents: begin token, space, text, end token, as far as the
+    tokenizer has them.
+
+    Raises CourseError if the file is missing.
+    """
+    path = runtime.data_dir() / "held_out.txt"
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise CourseError(f"There is no file {path}. Restore it with `git checkout -- data`.") from None
+    return [f"{tokenizer.bos_token or ''} {text}{tokenizer.eos_token or ''}" for text in texts]
+
+
+def results_dir() -> Path:
+    """The folder of the committed results of `experiments/`."""
+    return runtime.project_root() / "experiments" / "results"
+
+
+def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
+    """The rows of the results `name` of an experiment, committed ones unless a `folder` is given.
+
+    A row is {column: int, float or str}; the columns begin with RESULT_COLUMNS.
+
+    Raises CourseError if there are no such results, or if a line is cut short, lacks a value, or holds a word where
+    the others hold a number; the message names the line.
+    """
+    folder = results_dir() if folder is None else Path(folder)
+    path = folder / f"{name}.csv"
+    remedy = f"Restore it with `git checkout -- experiments/results`, or delete it and run `python -m experiments.run {name}`."
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+        reader = csv.reader(text.splitlines(keepends=True), strict=True)
+        header, *rows = [(reader.line_num, cells) for cells in reader] or [(1, [])]
+    except FileNotFoundError:
+        there = sorted(other.stem for other in folder.glob("*.csv"))
+        raise CourseError(
+            f"There are no results {name!r} in {folder} ({'only ' + ', '.join(there) if there else 'it has none'}). "
+            f"Make them with `python -m experiments.run {name}`."
+        ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CourseError(f"{path} can't be read as CSV ({error}). {remedy}") from error
+    columns = header[1]
+    if tuple(columns[: len(RESULT_COLUMNS)]) != RESULT_COLUMNS or len(set(columns)) < len(columns):
+        raise CourseError(f"{path} doesn't begin with the columns {', '.join(RESULT_COLUMNS)}, each name once. {remedy}")
+    if not text.endswith("\n"):
+        raise CourseError(f"The last line of {path} is cut short. {remedy}")
+    results = []
+    for line, cells in rows:
+        if len(cells) != len(columns) or not all(cell.strip() for cell in cells):
+            filled = sum(bool(cell.strip()) for cell in cells)
+            raise CourseError(f"Line {line} of {path} has {filled} values for {len(columns)} columns. {remedy}")
+        result = dict(zip(columns, map(_number, cells)))
+        for column, value in result.items():
+            if results and isinstance(value, str) != isinstance(results[0][column], str):
+                raise CourseError(
+                    f"Line {line} of {path} has {value!r} as {column}, where the first line has {results[0][column]!r}. {remedy}"
+                )
+        results.append(result)
+    return results
+
+
+def _number(text: str):
+    """The number that `text` spells, else `text` itself."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

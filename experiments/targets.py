@@ -1,0 +1,30 @@
+"""Which layers should get an adapter: attention only, the feed-forward layers only, or all linear ones?
+
+At one rank these train different numbers of parameters, so attention also runs at rank 18, where it trains about as many
+(147,456) as all linear layers do at rank 8 (145,408).
+"""
+
+from course_utils import data
+from experiments import training
+from experiments.learning_rate import best_rate, lora_config
+
+TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "feed_forward": ["gate_proj", "up_proj", "down_proj"],
+    "all_linear": "all-linear",
+}
+CHOICES = (("attention", 8), ("attention", 18), ("feed_forward", 8), ("all_linear", 8))
+RUNS = [{"seed": seed, "targets": targets, "rank": rank} for seed in training.SEEDS for targets, rank in CHOICES]
+
+
+def measure(seed, targets, rank):
+    """Train once with LoRA on these layers."""
+    rate = best_rate("lora")
+    trainer, clock = training.make_trainer(
+        data.load_task(training.TASK, "train"), rate, seed, lora=lora_config(rank=rank, target_modules=TARGETS[targets])
+    )
+    trainer.train()
+    return {
+        "learning_rate": rate, **training.scores(trainer, training.TASK), **training.size_and_speed(trainer, clock),
+        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class), **training.loss_curve(trainer),
+    }
