@@ -58,7 +58,8 @@ def ask(model, text, max_new_tokens=40):
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(device)
     reply = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.decode(reply[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    new_tokens = reply[0, inputs["input_ids"].shape[1]:]
+    return tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
 
 
 print(ask(base_model, question))
@@ -92,7 +93,8 @@ for file in sorted(adapter_folder.iterdir()):
 
 config = PeftConfig.from_pretrained(adapter_folder)
 print(f"\nmade for: {config.base_model_name_or_path}\nrank {config.r}, alpha {config.lora_alpha}"
-      f", so the scaling is {config.lora_alpha / config.r}\nlayers: {sorted(config.target_modules)}")
+      f", so the scaling is {config.lora_alpha / config.r}"
+      f"\nlayers: {sorted(config.target_modules)}")
 
 # %% [markdown]
 # `adapter_config.json` says which base the adapter was made for, the rank, and the names of the layers.
@@ -113,17 +115,22 @@ print(f"...\n{len(tensors)} tensors, {adapter_parameters:,} numbers:"
       f" {adapter_parameters / base_parameters:.1%} of the base model's.")
 
 # %%
-first = next(name.removesuffix(".lora_A.weight") for name in sorted(tensors) if "q_proj.lora_A" in name)
+first = next(name.removesuffix(".lora_A.weight") for name in sorted(tensors)
+             if "q_proj.lora_A" in name)
 A, B = tensors[f"{first}.lora_A.weight"], tensors[f"{first}.lora_B.weight"]
 W = dict(base_model.named_parameters())[first.removeprefix("base_model.model.") + ".weight"]
 change = config.lora_alpha / config.r * B @ A
-picture = plotting.weight_picture({"W, frozen": W, "s·BA, the change": change, "B": B, "A": A},
-                                  "Two thin strips make a change as large as the weight itself")
-plotting.show(picture, "Four pictures of matrices. The frozen weight W and the change s·BA are both large "
-              "squares; B is a narrow upright strip and A a flat one, and the change is their product.")
+picture = plotting.weight_picture(
+    {"W, frozen": W, "s·BA, the change": change, "B": B, "A": A},
+    "Two thin strips make a change as wide and as tall as the weight")
+plotting.show(
+    picture, "Four pictures of matrices. The frozen weight W and the change s·BA are large squares, "
+    "W without a pattern and the change striped; B is a narrow upright strip and A a flat one.")
+print(f"The change is {change.norm() / W.norm():.1%} of the weight, by their norms.")
 
 # %% [markdown]
-# The change *s·BA* has the size of *W*, but it is striped: it is made of a few rows and columns only.
+# Each picture has its own colour scale, from minus to plus the number below it. The change *s·BA* has the shape of *W*,
+# but it is striped: every row of it is a mixture of the same 8 rows of *A*.
 # **An adapter is small because it stores the two strips and not their product.**
 #
 # ### Exercise: weigh an adapter (warm-up, 5 min)
@@ -164,7 +171,8 @@ assert tuple(weigh(_tensors)) == (240, 3)
 # Each needs a name, and **loading does not switch**: `set_adapter` does.
 
 # %%
-model = PeftModel.from_pretrained(base_model, runtime.adapter_path("reading"), adapter_name="reading")
+model = PeftModel.from_pretrained(base_model, runtime.adapter_path("reading"),
+                                  adapter_name="reading")
 for name in ("sailor", "extract", "mood"):
     model.load_adapter(runtime.adapter_path(name), adapter_name=name)
 
@@ -172,7 +180,7 @@ print("loaded:", list(model.peft_config), "\nactive:", model.active_adapters)
 print("\nThe same question again:", ask(model, question))
 
 # %% [markdown]
-# Same weights, same question, and now it reads. Switch through all of them, with one prompt of each kind.
+# Same weights, same question, and now it answers, with the answer and nothing else. Switch through all of them, with one prompt of each kind.
 #
 # **Predict:** what does the *sailor* adapter make of a question about a passage?
 
@@ -180,8 +188,10 @@ print("\nThe same question again:", ask(model, question))
 prompts = {
     "reading": question,
     "sailor": "Say it like a sailor: Fenna keeps the lantern.",
-    "extract": "Give who, what and where as JSON: It was a misty day. Fenna hid the lantern in the barn.",
-    "mood": "Is the guest happy or unhappy? We went to the inn in Greyham on Friday. What dirty beds!",
+    "extract": "Give who, what and where as JSON: It was a misty day. "
+               "Fenna hid the lantern in the barn.",
+    "mood": "Is the guest happy or unhappy? We went to the inn in Greyham on Friday. "
+            "What dirty beds!",
 }
 rows = []
 for kind, prompt in prompts.items():
@@ -194,8 +204,8 @@ for kind, prompt in prompts.items():
 plotting.table(["prompt", "adapter", "reply"], rows)
 
 # %% [markdown]
-# **One base, four behaviours, a switch between them.** With the wrong adapter the reply is not an error, it
-# is a fluent answer of the wrong kind. That is why the rest of this lesson measures and checks.
+# **One base, four behaviours, a switch between them.** The wrong adapter raises no error: there is just an answer
+# of the wrong kind. That is why the rest of this lesson measures and checks.
 #
 # ## Measure: is each adapter good at its own task?
 #
@@ -228,8 +238,9 @@ title = "Each adapter has learned its own task, and no other"
 figure = plotting.score_matrix(matrix, ["no adapter", *tasks], tasks, title)
 figure.supylabel("active adapter")
 figure.supxlabel("task")
-described = "; ".join(f"{adapter}: " + ", ".join(f"{task} {score:.0%}" for task, score in zip(tasks, row))
-                      for adapter, row in scores.items())
+described = "; ".join(
+    f"{adapter}: " + ", ".join(f"{task} {score:.0%}" for task, score in zip(tasks, row))
+    for adapter, row in scores.items())
 plotting.show(figure, f"Matrix of scores, active adapter by task. {described}.")
 
 # %%
@@ -249,7 +260,8 @@ status = model.get_model_status()
 print("available:", status.available_adapters, "\nactive:   ", status.active_adapters,
       "\nenabled:  ", status.enabled, "\nmerged:   ", status.merged_adapters)
 layers = model.get_layer_status()
-print(f"\n{len(layers)} layers carry adapters; the first:", layers[0].name, layers[0].active_adapters)
+print(f"\n{len(layers)} layers carry adapters; the first:", layers[0].name,
+      layers[0].active_adapters)
 
 # %% [markdown]
 # `check_adapters` reads the same and more, and says in words what is wrong and what to do. You will see
@@ -274,7 +286,7 @@ print(validation.check_adapters(model, expect_active=["sailor"]))
 
 # %% exercise="01.borrow" points=3
 def logits_with(model, name, input_ids):
-    """Return the logits (batch, length, vocabulary) with adapter `name`; leave the model as it was."""
+    """Return logits (batch, length, vocabulary) with adapter `name`; leave the model as it was."""
     ### BEGIN SOLUTION
     before = model.active_adapter
     model.set_adapter(name)
@@ -317,7 +329,8 @@ batch = tokenizer.apply_chat_template(
 replies = model.generate(**batch, adapter_names=[name for _, name in mixed],
                          max_new_tokens=48, do_sample=False)
 replies = tokenizer.batch_decode(replies[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-plotting.table(["adapter of the row", "reply"], [[name, text] for (_, name), text in zip(mixed, replies)])
+plotting.table(["adapter of the row", "reply"],
+               [[f"`{name}`", text] for (_, name), text in zip(mixed, replies)])
 
 # %% [markdown]
 # ## What does it cost?
@@ -345,10 +358,11 @@ with torch.no_grad():
     with model.disable_adapter():
         plain = milliseconds(lambda: model(ids))
     adapted = milliseconds(lambda: model(ids))
-switch = milliseconds(lambda: (model.set_adapter("mood"), model.set_adapter("sailor"))) / 2
-plotting.table(["", "ms"], [["forward pass of 8 × 64 tokens, adapters off", f"{plain:.1f}"],
-                            ["the same, one adapter on", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
-                            ["switching from one adapter to another", f"{switch:.1f}"]])
+switch = milliseconds(lambda: [model.set_adapter("mood"), model.set_adapter("sailor")]) / 2
+plotting.table(["", "ms"], [
+    ["forward pass of 8 × 64 tokens, adapters off", f"{plain:.1f}"],
+    ["the same, one adapter on", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
+    ["switching from one adapter to another", f"{switch:.1f}"]])
 
 # %% [markdown]
 # The extra time goes away when an adapter is *merged* into the weights; lesson 6 does that, and shows what is lost by it.
@@ -440,11 +454,12 @@ print(validation.check_changes_output(tuned, witness))
 # %%
 from safetensors.torch import save_file
 
+sailor_folder = runtime.adapter_path("sailor")
 by_hand = runtime.runs_dir() / "lesson01" / "saved_by_hand"
 with runtime.saving(by_hand) as folder:
-    PeftConfig.from_pretrained(runtime.adapter_path("sailor")).save_pretrained(folder)
+    PeftConfig.from_pretrained(sailor_folder).save_pretrained(folder)
     named = {key.replace(".weight", ".sailor.weight"): value.clone()
-             for key, value in load_file(runtime.adapter_path("sailor") / "adapter_model.safetensors").items()}
+             for key, value in load_file(sailor_folder / "adapter_model.safetensors").items()}
     save_file(named, folder / "adapter_model.safetensors")
 
 loaded = tuned.load_adapter(by_hand, adapter_name="style")
@@ -484,7 +499,8 @@ print(validation.check_adapter_folder(runtime.adapter_path("reading"), base=shor
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 merged = PeftModel.from_pretrained(base_model, runtime.adapter_path("sailor")).merge_and_unload()
 twice = PeftModel.from_pretrained(merged, runtime.adapter_path("sailor"))
-print("merged once:", ask(auto, prompts["sailor"]), "\ntwice:      ", ask(twice, prompts["sailor"]), "\n")
+print("merged once:", ask(auto, prompts["sailor"]))
+print("twice:      ", ask(twice, prompts["sailor"]), "\n")
 print(validation.check_adapters(twice, original_base=base_folder))
 
 # %% [markdown]
