@@ -124,8 +124,8 @@ picture = plotting.weight_picture(
     {"W, frozen": W, "s·BA, the change": change, "B": B, "A": A},
     "Two thin strips make a change as wide and as tall as the weight")
 plotting.show(
-    picture, "Four pictures of matrices. The frozen weight W and the change s·BA are large squares, "
-    "W without a pattern and the change striped; B is a narrow upright strip and A a flat one.")
+    picture, "Four pictures of matrices. The frozen weight W and the change s·BA are large "
+    "squares, W without a pattern, the change striped; B is an upright strip and A a flat one.")
 print(f"The change is {change.norm() / W.norm():.1%} of the weight, by their norms.")
 
 # %% [markdown]
