@@ -497,6 +497,13 @@ def test_loading_training_and_saving_call_no_server_and_say_nothing_on_stderr(ti
     assert len(said) == 1 and said[0].endswith("FutureWarning: another library's warning"), done.stderr
 
 
+def test_threads_sleep_while_they_wait_unless_told_otherwise():
+    """The setting counts only if it is there before torch is."""
+    code = "import os, sys, course_utils; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    assert run_python(code, OMP_WAIT_POLICY=None).stdout.split() == ["False", "PASSIVE"]
+    assert run_python(code, OMP_WAIT_POLICY="ACTIVE").stdout.split() == ["False", "ACTIVE"]
+
+
 # ---------------------------------------------------------------------------------------------- environment
 
 
