@@ -9,7 +9,11 @@ import html
 import sys
 import time
 
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from course_utils.runtime import quiet_imports
+
+quiet_imports()  # the trainer's callbacks bring bitsandbytes in
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
 
 
 class ProgressLine:
