@@ -1,0 +1,185 @@
+"""Checks of lesson 2: put LoRA into a model, count its parameters, cut a matrix to rank r, merge into a Conv1D."""
+
+from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor
+
+
+def tiny_model(seed=0):
+    """A random two-layer Llama in float64, its output layer tied to nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.3)
+        return LlamaForCausalLM(config).double().eval()
+
+
+@exercise("02.inject", title="Put LoRA into a model", level="core", minutes=15)
+def inject(function):
+    """Which layers were replaced, what is trainable, is step 0 the base, and is the change s·BA with s = alpha/r?"""
+    import torch
+
+    rank, alpha, input_ids = 3, 12, torch.tensor([[3, 1, 4, 1, 5]])
+    # "head" is the end of a name ("lm_head"), and no layer's name.
+    for names, expected in ((["v_proj"], 2), (["q_proj", "down_proj"], 4), (["head"], 0)):
+        model = tiny_model()
+        with torch.no_grad():
+            before = model(input_ids=input_ids).logits
+        old_layers = dict(model.named_modules())
+        old_parameters = {id(parameter) for parameter in model.parameters()}
+        wanted = {name for name in old_layers if name.split(".")[-1] in names}
+        found = expect_number(call_learner(function, model, names, rank, alpha), "the number of layers")
+        replaced = {name for name, layer in model.named_modules() if name in old_layers and old_layers[name] is not layer}
+        if replaced - wanted:
+            raise TryAgain(f"{sorted(replaced - wanted)[0]} was replaced, and {names} was asked for. "
+                           "Compare the whole last part of the name: name.split('.')[-1].")
+        if wanted - replaced:
+            raise TryAgain(f"Nothing was replaced at {sorted(wanted - replaced)[0]}. Set the new layer on its parent: "
+                           "setattr(model.get_submodule(parent_name), last_part, new_layer).")
+        if found != expected:
+            raise TryAgain(f"{expected} layers were replaced, and you returned {found:g}. Count the layers, not the names.")
+        _check_trainable(model, old_parameters, expected)
+        with torch.no_grad():
+            if not torch.equal(model(input_ids=input_ids).logits, before):
+                raise TryAgain("Before any training the output has changed. Hand the old layer over to LoRALinear, and leave B zero.")
+        for name in wanted:
+            _check_change(model.get_submodule(name), old_layers[name], rank, alpha)
+
+
+def _check_trainable(model, old_parameters, layers):
+    frozen = [parameter.requires_grad for parameter in model.parameters() if id(parameter) in old_parameters]
+    new = [parameter.requires_grad for parameter in model.parameters() if id(parameter) not in old_parameters]
+    if any(frozen):
+        raise TryAgain(f"{sum(frozen)} of the base's own parameters are still trainable. Freeze all of them: requires_grad_(False).")
+    if len(new) != 2 * layers:
+        raise TryAgain(f"{layers} layers should bring {2 * layers} new matrices, A and B for each; there are {len(new)}.")
+    if not all(new):
+        raise TryAgain("A and B are frozen, too. Freeze the model first, and put the new layers in afterwards.")
+
+
+def _check_change(layer, old_layer, rank, alpha):
+    """With random A and B the layer must give W x + (alpha / rank) B A x."""
+    import torch
+
+    outputs, inputs = old_layer.weight.shape
+    new = [parameter for parameter in layer.parameters() if parameter is not old_layer.weight]
+    A = next((p for p in new if tuple(p.shape) == (rank, inputs)), None)
+    B = next((p for p in new if tuple(p.shape) == (outputs, rank)), None)
+    if A is None or B is None:
+        raise TryAgain(f"For rank {rank} and a layer from {inputs} to {outputs}, A should be {(rank, inputs)} and B {(outputs, rank)}; "
+                       f"found {[tuple(p.shape) for p in new]}. Are rank and alpha passed on in the right order?")
+    with torch.no_grad():
+        torch.nn.init.normal_(A)
+        torch.nn.init.normal_(B)
+        x = torch.randn(5, inputs, dtype=A.dtype)
+        found, change = layer(x) - old_layer(x), x @ A.T @ B.T
+    if not torch.allclose(found, alpha / rank * change, atol=1e-9):
+        raise TryAgain("The change of a layer is not (alpha / rank)·BA. Are rank and alpha passed on in the right order?")
+
+
+@exercise("02.count", title="Count before you train", level="warm-up", minutes=5)
+def count(function):
+    """Compare with rank times (inputs + outputs), over random layers."""
+    import random
+
+    rng = random.Random(3)
+    for _ in range(4):
+        rank = rng.choice([2, 3, 5])
+        shapes = [(rng.randint(20, 60), rng.randint(61, 99)) for _ in range(rng.randint(2, 4))]
+        found = expect_number(call_learner(function, list(shapes), rank), "the count")
+        if found == sum(rank * (inputs + outputs) for inputs, outputs in shapes):
+            continue
+        mistakes = {
+            sum(i * o for i, o in shapes): "That is the count of the full weights. A and B are thin: one side of each is the rank.",
+            sum(rank * i * o for i, o in shapes): "That multiplies the two sides. A and B are two matrices: add them up.",
+            sum(rank * i for i, o in shapes): "That is A only. B has the shape (outputs, rank).",
+            sum(rank * o for i, o in shapes): "That is B only. A has the shape (rank, inputs).",
+            sum(2 * rank * i for i, o in shapes): "That takes every layer for a square one. A has rank × inputs numbers, B outputs × rank.",
+            sum(i + o for i, o in shapes): "That is the count for rank 1. Multiply by the rank.",
+            rank * sum(shapes[0]): "That is the first layer only. Add up all of them.",
+        }
+        raise TryAgain(mistakes.get(found, "The count is not right. Write down the shapes of A and B for one layer first."))
+
+
+@exercise("02.truncate", title="Keep r directions", level="core", minutes=10)
+def truncate(function):
+    """Compare with the truncated singular value decomposition, the closest matrix of that rank (Eckart and Young 1936)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(4)
+    for rows, columns, rank in ((12, 12, 3), (9, 14, 2), (15, 8, 5), (6, 10, 1)):
+        matrix = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+        given = matrix.clone()
+        found = expect_tensor(call_learner(function, given, rank), (rows, columns), "the result").double()
+        if not torch.equal(given, matrix):
+            raise TryAgain("The matrix that you were given has changed. Make a new one.")
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        if torch.allclose(found, U[:, :rank] * S[:rank] @ Vh[:rank], atol=1e-8):
+            continue
+        if torch.allclose(found, matrix, atol=1e-8):
+            raise TryAgain("This is the whole matrix again. Keep the first r singular values only.")
+        if torch.allclose(found, U[:, :rank] @ Vh[:rank], atol=1e-8):
+            raise TryAgain("The directions are right, their sizes are missing: multiply with the singular values.")
+        if torch.allclose(found, U[:, -rank:] * S[-rank:] @ Vh[-rank:], atol=1e-8):
+            raise TryAgain("These are the smallest directions. The singular values come in descending order: keep the first.")
+        found_rank = int(torch.linalg.matrix_rank(found))
+        if found_rank > rank:
+            raise TryAgain(f"The result has rank {found_rank}, and {rank} was asked for.")
+        if rows == columns and torch.allclose(found, U[:, :rank] * S[:rank] @ Vh.T[:rank], atol=1e-8):
+            raise TryAgain("The right-hand factor is turned. torch.linalg.svd returns V transposed already: take its first r rows.")
+        if found_rank < rank:
+            raise TryAgain(f"The result has rank {found_rank} only, and {rank} was asked for.")
+        raise TryAgain(f"The rank is right, but there is a closer matrix of rank {rank}: yours is {(found - matrix).norm():.2f} away, the "
+                       f"closest {S[rank:].norm():.2f}. Use torch.linalg.svd, and take U, S and Vh from one call.")
+
+
+@exercise("02.merge", title="Merge into a layer that lies on its side", level="stretch", minutes=15)
+def merge(function):
+    """Compare with PEFT's own merge into a Conv1D, square and not, with and without rsLoRA."""
+    import torch
+
+    for seed, (inputs, outputs, rank, alpha, use_rslora) in enumerate(
+        ((10, 10, 4, 8, False), (6, 18, 4, 6, False), (12, 9, 4, 6, True))
+    ):
+        weight, A, B, merged = conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed)
+        given = weight.clone()
+        # The call itself can fail on shapes that a square layer hides, so a square one comes first.
+        found = expect_tensor(call_learner(function, given, A.clone(), B.clone(), alpha, use_rslora), weight.shape, "the merged weight")
+        if not torch.equal(given, weight):
+            raise TryAgain("The weight that you were given has changed. Return a new one: weight + ..., not weight += ...")
+        if torch.allclose(found, merged, atol=1e-10):
+            continue
+        change, scaling = merged - weight, alpha / (rank**0.5 if use_rslora else rank)
+        if torch.allclose(found, weight, atol=1e-10):
+            raise TryAgain("This is the weight as it was. Add the change.")
+        if torch.allclose(found, change, atol=1e-10):
+            raise TryAgain("This is the change alone. Add it to the weight.")
+        if inputs == outputs and torch.allclose(found, weight + change.T, atol=1e-10):
+            raise TryAgain("The change lies the wrong way. A Conv1D's weight is (inputs, outputs), and BA is (outputs, inputs).")
+        for used, name in ((alpha, "alpha itself"), (1, "no scaling"), (alpha / rank, "alpha / r"), (alpha / rank**0.5, "alpha / sqrt(r)")):
+            if torch.allclose(found, weight + used / scaling * change, atol=1e-10):
+                wanted = "alpha / sqrt(r)" if use_rslora else "alpha / r"
+                raise TryAgain(f"You have used {name}. With use_rslora={use_rslora} the scaling is {wanted}, r being the rank of A and B.")
+        raise TryAgain("This is not what PEFT gives. Write down the shape of each factor, and multiply B with A first.")
+
+
+def conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed):
+    """weight (inputs, outputs), A (rank, inputs), B (outputs, rank) and PEFT's merged weight, all in float64."""
+    from collections import OrderedDict
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = torch.nn.Sequential(OrderedDict(proj=Conv1D(outputs, inputs).double()))
+        torch.nn.init.normal_(layer.proj.weight)
+        weight = layer.proj.weight.detach().clone()
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["proj"], fan_in_fan_out=True, use_rslora=use_rslora)
+        model = get_peft_model(layer, config)
+        A, B = (getattr(model.base_model.model.proj, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
+        torch.nn.init.normal_(B)
+        merged = model.merge_and_unload().proj.weight.detach()
+    return weight, A, B, merged

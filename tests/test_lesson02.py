@@ -1,0 +1,265 @@
+"""The checks of lesson 2: the stub is to do, the solution passes, each typical mistake gets its own hint."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from course_utils import counting
+from course_utils.exercises import lesson02
+from tools import build, editions
+
+LESSON = editions.parse(Path(build.ROOT, "lessons", "02_lora_from_scratch.py").read_text(encoding="utf-8"))
+
+
+def from_the_lesson(name):
+    """The class or function `name` as the lesson defines it."""
+    source = next(cell.source for cell in LESSON.cells if re.search(rf"^(class|def) {name}\b", cell.source, flags=re.MULTILINE))
+    names = {"math": math, "nn": nn, "torch": torch}
+    exec(compile(source, name, "exec"), names)
+    return names[name]
+
+
+LoRALinear = from_the_lesson("LoRALinear")
+
+
+# The solutions
+
+
+def right_inject(model, names, rank, alpha, make=LoRALinear, matches=None):
+    matches = matches or (lambda name: name.split(".")[-1] in names)
+    model.requires_grad_(False)
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and matches(name)]
+    for name in targets:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, make(model.get_submodule(name), rank, alpha))
+    return len(targets)
+
+
+def right_count(shapes, rank):
+    return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
+
+
+def right_truncate(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ Vh[:rank]
+
+
+def right_merge(weight, A, B, alpha, use_rslora):
+    rank = A.shape[0]
+    return weight + alpha / (math.sqrt(rank) if use_rslora else rank) * (B @ A).T
+
+
+# Typical mistakes
+
+
+def train_all(model, names, rank, alpha):
+    number = right_inject(model, names, rank, alpha)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return number
+
+
+def freeze_last(model, names, rank, alpha):
+    number = right_inject(model, names, rank, alpha)
+    model.requires_grad_(False)
+    return number
+
+
+def only_count(model, names, rank, alpha):
+    return sum(name.split(".")[-1] in names for name, _ in model.named_modules())
+
+
+def new_layer(base_layer, rank, alpha):
+    """A LoRA layer around fresh weights instead of the old ones."""
+    layer = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False, dtype=torch.float64)
+    return LoRALinear(layer, rank, alpha)
+
+
+def random_b(base_layer, rank, alpha):
+    layer = LoRALinear(base_layer, rank, alpha)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def unscaled(base_layer, rank, alpha):
+    layer = LoRALinear(base_layer, rank, alpha)
+    layer.scaling = alpha
+    return layer
+
+
+def one_matrix(base_layer, rank, alpha):
+    layer = LoRALinear(base_layer, rank, alpha)
+    layer.lora_A = None
+    return layer
+
+
+def only_first_rows(matrix, rank):
+    kept = torch.zeros_like(matrix)
+    kept[:rank] = matrix[:rank]
+    return kept
+
+
+def in_place(matrix, rank):
+    return matrix.copy_(right_truncate(matrix, rank))
+
+
+def turned(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ Vh[:, :rank].T
+
+
+def smallest(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, -rank:] * S[-rank:] @ Vh[-rank:]
+
+
+def merged_with(scaling):
+    def merge(weight, A, B, alpha, use_rslora):
+        return weight + scaling(alpha, A.shape[0]) * (B @ A).T
+
+    return merge
+
+
+def merged_in_place(weight, A, B, alpha, use_rslora):
+    weight += right_merge(weight, A, B, alpha, use_rslora) - weight
+    return weight
+
+
+@pytest.mark.parametrize("check, solution", [
+    (lesson02.inject, right_inject), (lesson02.count, right_count), (lesson02.truncate, right_truncate), (lesson02.merge, right_merge),
+])
+def test_stub_is_to_do_and_solution_passes(check, solution):
+    assert check.outcome(lambda *given: ...).status == "TODO"
+    outcome = check.outcome(solution)
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("check, wrong, hint", [
+    (lesson02.inject, train_all, "still trainable"),
+    (lesson02.inject, freeze_last, "A and B are frozen"),
+    (lesson02.inject, only_count, "Set the new layer on its parent"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: "proj" in n), "was replaced, and"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: n.endswith(tuple(names))), "lm_head was replaced"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a) and len(names), "Count the layers, not the names"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=new_layer), "should bring 4 new matrices"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=random_b), "leave B zero"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=unscaled), "not \\(alpha / rank\\)·BA"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, a, r), "passed on in the right order"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=one_matrix), "A and B for each"),
+    (lesson02.inject, lambda m, names, r, a: print(right_inject(m, names, r, a)), "Is a return missing"),
+    (lesson02.count, lambda shapes, rank: sum(i * o for i, o in shapes), "full weights"),
+    (lesson02.count, lambda shapes, rank: sum(rank * i * o for i, o in shapes), "multiplies the two sides"),
+    (lesson02.count, lambda shapes, rank: sum(rank * i for i, o in shapes), "A only"),
+    (lesson02.count, lambda shapes, rank: sum(rank * o for i, o in shapes), "B only"),
+    (lesson02.count, lambda shapes, rank: sum(2 * rank * i for i, o in shapes), "square one"),
+    (lesson02.count, lambda shapes, rank: right_count(shapes, 1), "for rank 1"),
+    (lesson02.count, lambda shapes, rank: right_count(shapes[:1], rank), "first layer only"),
+    (lesson02.count, lambda shapes, rank: right_count(shapes, rank) + 1, "for one layer first"),
+    (lesson02.count, lambda shapes, rank: [right_count(shapes, rank)], "should be a number"),
+    (lesson02.truncate, lambda matrix, rank: matrix.clone(), "whole matrix again"),
+    (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank + 1), "was asked for"),
+    (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank - 1), "only, and 3"),
+    (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[0][:, :rank] @ torch.linalg.svd(matrix)[2][:rank], "sizes are missing"),
+    (lesson02.truncate, smallest, "descending order"),
+    (lesson02.truncate, turned, "transposed already"),
+    (lesson02.truncate, only_first_rows, "there is a closer matrix"),
+    (lesson02.truncate, in_place, "has changed"),
+    (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[1][:rank], "has shape"),
+    (lesson02.truncate, lambda matrix, rank: matrix * float("nan"), "NaN"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: w.clone(), "as it was"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A, B, alpha, rs) - w, "the change alone"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: w + (right_merge(w, A, B, alpha, rs) - w).T, "lies the wrong way"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: w + alpha / len(A) * (B @ A if w.shape[0] == w.shape[1] else (B @ A).T), "lies the wrong way"),
+    (lesson02.merge, merged_with(lambda alpha, rank: alpha), "You have used alpha itself"),
+    (lesson02.merge, merged_with(lambda alpha, rank: 1), "You have used no scaling"),
+    (lesson02.merge, merged_with(lambda alpha, rank: alpha / rank), "With use_rslora=True the scaling is alpha / sqrt"),
+    (lesson02.merge, merged_with(lambda alpha, rank: alpha / rank**0.5), "With use_rslora=False the scaling is alpha / r,"),
+    (lesson02.merge, merged_with(lambda alpha, rank: 0.3), "not what PEFT gives"),
+    (lesson02.merge, merged_in_place, "Return a new one"),
+])
+def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
+    outcome = check.outcome(wrong)
+    assert outcome.status == "TRY AGAIN"
+    assert re.search(hint, outcome.hint), outcome.hint
+
+
+def test_the_reference_of_merge_changes_the_weight():
+    weight, A, B, merged = lesson02.conv1d_example(5, 7, 2, 6, False, seed=1)
+    assert merged.shape == weight.shape == (5, 7) and (merged - weight).abs().max() > 0.1
+    assert torch.allclose(merged - weight, 3 * (B @ A).T)
+
+
+def gradients(layer, A, B, x):
+    x = x.clone().requires_grad_()
+    output = layer(x)
+    return [output, *torch.autograd.grad(output.square().sum(), [x, A, B])]
+
+
+@pytest.mark.parametrize("wrong_scaling", [False, True])
+def test_the_lessons_layer_is_pefts_and_a_wrong_scaling_shows(wrong_scaling):
+    from collections import OrderedDict
+    from copy import deepcopy
+
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    base = nn.Linear(23, 31, dtype=torch.float64)
+    config = LoraConfig(r=5, lora_alpha=7, target_modules=["proj"])
+    theirs = get_peft_model(nn.Sequential(OrderedDict(proj=deepcopy(base))), config).base_model.model.proj
+    ours = LoRALinear(base, 5, 7)
+    assert torch.equal(ours(torch.ones(23, dtype=torch.float64)), base(torch.ones(23, dtype=torch.float64)))
+    nn.init.normal_(ours.lora_B)
+    A, B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    A.data.copy_(ours.lora_A)
+    B.data.copy_(ours.lora_B)
+    if wrong_scaling:
+        ours.scaling = 7
+    x = torch.randn(4, 23, dtype=torch.float64)
+    pairs = zip(gradients(ours, ours.lora_A, ours.lora_B, x), gradients(theirs, A, B, x), strict=True)
+    agree = [bool((a - b).abs().max() < 1e-10) for a, b in pairs]
+    assert agree == [not wrong_scaling] * 4
+
+
+# What the lesson says in prose
+
+
+@pytest.mark.parametrize("width, layers, printed", [(1024, 24, "0.35"), (1280, 36, "0.77")])
+def test_no_whole_rank_gives_the_papers_counts_for_gpt2(width, layers, printed):
+    from peft import LoraConfig
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=width, n_layer=layers, n_head=16 if width == 1024 else 20)
+    counts = [counting.count_lora_parameters(config, LoraConfig(r=r, target_modules=["c_attn"])).trainable for r in (1, 4)]
+    q_and_v = 2 * layers * (width + width)  # for rank 1
+    assert counts == [q_and_v, 4 * q_and_v]
+    assert printed not in {f"{r * q_and_v / 1e6:.2f}" for r in range(1, 20)}
+
+
+def test_what_the_lesson_says_of_gpt3s_memory():
+    assert 6.5 < 1.2e12 / 175e9 < 7
+    assert 175e9 * 2 == 350e9
+    assert round(175e9 / (96 * 2 * 4 * 2 * 12288)) == 9272
+
+
+def test_what_the_lesson_says_of_pefts_silence_and_refusals():
+    """Only a list without any right name is refused; rank 0 is, and a rank above the layer's size is not."""
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+
+    def said(**settings):
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            get_peft_model(lesson02.tiny_model(), LoraConfig(lora_alpha=8, **settings))
+        return [str(warning.message) for warning in caught if "is_gradient_checkpointing" not in str(warning.message)]
+
+    assert said(target_modules=["q_proj", "c_attn"]) == []
+    assert said(target_modules=["q_proj"], r=1000) == []
+    assert "did not match any targeted module" in said(target_modules=["q_proj"], rank_pattern={"value": 2})[0]
+    with pytest.raises(ValueError, match="not found in the base model"):
+        said(target_modules=["c_attn"])
+    with pytest.raises(ValueError, match="positive integer"):
+        said(target_modules=["q_proj"], r=0)
