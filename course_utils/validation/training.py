@@ -60,7 +60,7 @@ def check_lora_config(model, lora_config, learning_rate: float | None = None) ->
     idle += [key for key in (*rank_pattern, *alpha_pattern)
              if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers)]
     if idle:
-        report.fail("matches_nothing", f"No adapted layer is called {some(sorted(idle), 4)}, and PEFT says nothing.",
+        report.fail("matches_nothing", f"No adapted layer is called {some(sorted(idle), 4)}, and training goes on without.",
                     f"Correct target_modules or the pattern. This model's layers: {own}.")
     sides = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
     large = [f"{name} ({side})" for name, side in sides.items() if max(layers[name].r.values()) > side]
