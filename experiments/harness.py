@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -57,15 +56,7 @@ def machine():
     """Processor model, cores that torch computes on, and base model: a host's name has no place in a result."""
     import torch
 
-    return {"cpu": processor(), "cores": torch.get_num_threads(), "base": base_fingerprint()}
-
-
-def processor():
-    """The processor's model as Linux tells it, else the machine type."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return {"cpu": runtime.processor(), "cores": torch.get_num_threads(), "base": base_fingerprint()}
 
 
 def base_fingerprint():

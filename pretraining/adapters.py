@@ -7,9 +7,7 @@ With COURSE_BASE_MODEL set, the same recipe trains the adapters of that model in
 
 import json
 import os
-import platform
 import time
-from pathlib import Path
 
 from course_utils import data, evaluation, runtime
 from pretraining.places import BASE_FOLDER, ROOT
@@ -82,7 +80,7 @@ def train_adapters():
             results[task] |= {"full": measure(full, tokenizer, task), "full_seconds": round(seconds, 1)}
             print(task, json.dumps(results[task]["full"]), round(seconds), flush=True)
     if runtime.is_shipped_base():
-        measured = {"machine": {"cores": os.cpu_count(), "cpu": processor()}, "tasks": results, "matrix": score_matrix()}
+        measured = {"machine": {"cores": os.cpu_count(), "cpu": runtime.processor()}, "tasks": results, "matrix": score_matrix()}
         MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
 
 
@@ -107,16 +105,6 @@ def score_matrix(rows=128):
         scores[adapter] = {task: measure(adapted, tokenizer, task, rows)["score"] for task in SHIPPED}
         model = adapted.unload()
     return scores
-
-
-def processor():
-    """The processor's model as Linux tells it, else the machine type."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.machine()
 
 
 if __name__ == "__main__":

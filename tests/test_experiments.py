@@ -101,7 +101,7 @@ def test_a_kill_while_writing_leaves_the_old_rows(results, monkeypatch):
 def test_a_row_says_where_it_was_made_and_names_no_host(results):
     harness.sweep("demo", RUNS[:1], Measure(rate=1.5e-3, loss=math.nan, loop="bare", steps=200), log=quiet)
     (row,) = data.load_results("demo", results)
-    assert tuple(row)[:5] == data.RESULT_COLUMNS and row["cpu"] == harness.processor() and row["cores"] == torch.get_num_threads()
+    assert tuple(row)[:5] == data.RESULT_COLUMNS and row["cpu"] == runtime.processor() and row["cores"] == torch.get_num_threads()
     assert (row["seed"], row["rank"], row["rate"], row["loop"], row["steps"]) == (0, 1, 0.0015, "bare", 200) and math.isnan(row["loss"])
     assert isinstance(row["steps"], int) and row["seconds"] >= 0 and row["base"] == harness.base_fingerprint()
     text = (results / "demo.csv").read_text()

@@ -1,14 +1,13 @@
 """Run a notebook top to bottom in a fresh kernel, and measure its time and memory."""
 import os
-import platform
 import threading
 import time
-from pathlib import Path
 
 import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from course_utils import runtime
 from tools.editions import BuildError
 
 LONGEST_CELL = 60  # seconds: the course's own limit
@@ -43,7 +42,7 @@ def execute(notebook, folder, runs):
             if FIRST_TEXT in cell.metadata.get("tags", []):
                 measured["first_text_s"] = round(now - start, 1)
         measured["seconds"] = round(time.perf_counter() - start, 1)
-    return {**measured, "peak_gb": round(memory.peak / 1e9, 2), "cpu": _processor(), "cores": os.cpu_count()}
+    return {**measured, "peak_gb": round(memory.peak / 1e9, 2), "cpu": runtime.processor(), "cores": os.cpu_count()}
 
 
 class _PeakMemory:
@@ -73,13 +72,3 @@ class _PeakMemory:
             if stopped:
                 return  # After a last look: on a busy machine the thread may have had no turn for a while.
             stopped = self._stop.wait(self.interval)
-
-
-def _processor():
-    """Return the processor's model name."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
