@@ -1,0 +1,50 @@
+"""Results of sweeps, shown with their spread: what `data.load_results` gives, by setting, over the seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from course_utils import plotting
+
+
+def over_seeds(rows, column: str, *keys: str) -> dict:
+    """{setting: (mean, lowest, highest)} of a column, over the rows that share the setting.
+
+    A setting is the value of the one key, or the tuple of the values of several, in the order of the rows.
+    Raises ValueError without a key.
+    """
+    if not keys:
+        raise ValueError("Name at least one column to group by.")
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys) if len(keys) > 1 else row[keys[0]]].append(row[column])
+    return {setting: (sum(values) / len(values), min(values), max(values)) for setting, values in groups.items()}
+
+
+def spread(group, form: str = ".0%") -> str:
+    """A mean with its lowest and highest seed, "94% (92% to 95%)"; one number where all three look the same."""
+    mean, low, high = (format(value, form) for value in group)
+    return mean if mean == low == high else f"{mean} ({low} to {high})"
+
+
+def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None):
+    """(figure, its text): {label: {x: (mean, lowest, highest)}} as lines of means in bands from lowest to highest.
+
+    x must ascend. log: the base of a logarithmic x axis, None for a linear one.
+    """
+    figure = plotting.curves(
+        {label: (list(points), [mean for mean, _, _ in points.values()]) for label, points in lines.items()}, title, xlabel, ylabel
+    )
+    axes = figure.axes[0]
+    for line, points in zip(axes.lines, lines.values()):
+        _, low, high = zip(*points.values())
+        axes.fill_between(list(points), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if log:
+        axes.set_xscale("log", base=log)
+        if log == 2:  # ranks read better as themselves than as powers
+            ticks = sorted({x for points in lines.values() for x in points})
+            axes.set_xticks(ticks, ticks)
+    told = "; ".join(
+        f"{label}: " + ", ".join(f"{mean:.2g} at {x:g}" for x, (mean, _, _) in points.items()) for label, points in lines.items()
+    )
+    return figure, f"{title}. {ylabel} by {xlabel}, means over the seeds: {told}."

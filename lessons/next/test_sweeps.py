@@ -1,0 +1,39 @@
+"""Results of sweeps, grouped and shown with their spread."""
+
+import pytest
+
+from course_utils import sweeps
+
+ROWS = [{"seed": seed, "rank": rank, "alpha": 16, "score": score}
+        for rank, scores in ((1, (0.5, 0.25, 0.75)), (8, (1.0, 1.0, 1.0))) for seed, score in enumerate(scores)]
+
+
+def test_groups_are_over_the_seeds_alone():
+    assert sweeps.over_seeds(ROWS, "score", "rank") == {1: (0.5, 0.25, 0.75), 8: (1.0, 1.0, 1.0)}
+    assert sweeps.over_seeds(ROWS, "score", "rank", "alpha") == {(1, 16): (0.5, 0.25, 0.75), (8, 16): (1.0, 1.0, 1.0)}
+    assert list(sweeps.over_seeds(ROWS[::-1], "score", "rank")) == [8, 1]
+    with pytest.raises(ValueError, match="at least one column"):
+        sweeps.over_seeds(ROWS, "score")
+
+
+def test_a_spread_is_shown_unless_it_is_below_the_digits():
+    assert sweeps.spread((0.5, 0.25, 0.75)) == "50% (25% to 75%)"
+    assert sweeps.spread((0.951, 0.9509, 0.9511)) == "95%"
+    assert sweeps.spread((1234.5, 1000, 1500), ",.0f") == "1,234 (1,000 to 1,500)"
+    assert sweeps.spread((float("inf"),) * 3, ".2f") == "inf"
+
+
+def test_curves_draw_the_mean_in_a_band_from_lowest_to_highest():
+    import matplotlib.pyplot as plt
+
+    lines = {"a": sweeps.over_seeds(ROWS, "score", "rank"), "b": {1: (0.1, 0.0, 0.2), 8: (0.3, 0.3, 0.3)}}
+    figure, text = sweeps.curves(lines, "Rank helps", "rank", "score", log=2)
+    axes = figure.axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0], [0.1, 0.3]]
+    (band, _) = (collection.get_paths()[0].get_extents() for collection in axes.collections)
+    assert (band.y0, band.y1) == (0.25, 1.0) and axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "8"]
+    assert text == "Rank helps. score by rank, means over the seeds: a: 0.5 at 1, 1 at 8; b: 0.1 at 1, 0.3 at 8."
+    plain, _ = sweeps.curves(lines, "Rank helps", "rank", "score")
+    assert plain.axes[0].get_xscale() == "linear"
+    plt.close("all")
