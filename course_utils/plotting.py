@@ -168,11 +168,12 @@ def weight_picture(matrices, title):
     """Weights of `matrices`, {name: 2-D array or tensor}, side by side; white is 0 and the darkest colour the largest weight.
 
     Each has a colour scale of its own, whose end stands below it: the change that an adapter makes is far smaller than
-    the weight that it changes, and on one scale would be white. All are drawn at about one size, so a low-rank factor
+    the weight that it changes, and on one scale would be white. All are drawn at one size, so a low-rank factor
     shows as the thin strip that it is. Raises ValueError if one of them isn't 2-D.
     """
     import matplotlib.pyplot as plt
     import numpy
+    from matplotlib.patches import Rectangle
 
     arrays = {name: _as_array(matrix) for name, matrix in matrices.items()}
     for name, array in arrays.items():
@@ -185,9 +186,14 @@ def weight_picture(matrices, title):
         for axes, (name, array) in zip(panels[0], arrays.items()):
             largest = float(numpy.abs(array).max()) or 1.0
             axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
-            axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{array.shape[0]} × {array.shape[1]}\n±{largest:.2g}")
+            rows, columns = array.shape
+            # One scale for all: each panel is as tall as the tallest matrix, and the matrix stands in its middle.
+            width = max(columns, 0.3 * tallest)
+            axes.set(xlim=((columns - width) / 2 - 0.5, (columns + width) / 2 - 0.5), ylim=((rows + tallest) / 2 - 0.5, (rows - tallest) / 2 - 0.5))
+            axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8))
+            axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
             axes.grid(False)
-            axes.spines[:].set_visible(True)
+            axes.spines[:].set_visible(False)
         _title(fig, title)
     return fig
 

@@ -128,7 +128,7 @@ def base_model() -> str:
     chosen = os.environ.get("COURSE_BASE_MODEL", "").strip()
     if not chosen:
         return str(_checked_model_folder(models_dir() / "base", "Restore it with `git checkout -- models`."))
-    folder = Path(chosen).expanduser()
+    folder = _chosen_folder(chosen)
     advice = "Point COURSE_BASE_MODEL at a whole model folder, or unset it to use the shipped model."
     if folder.is_dir():
         return str(_checked_model_folder(folder.resolve(), advice))
@@ -145,7 +145,16 @@ def base_model() -> str:
 def is_shipped_base() -> bool:
     """True if the lessons run on the model that the course ships, so that its exact expectations hold."""
     chosen = os.environ.get("COURSE_BASE_MODEL", "").strip()
-    return not chosen or Path(chosen).expanduser().resolve() == (models_dir() / "base").resolve()
+    return not chosen or _chosen_folder(chosen).resolve() == (models_dir() / "base").resolve()
+
+
+def _chosen_folder(chosen: str) -> Path:
+    """A relative folder counts from the working directory, else from the course's: a notebook's kernel runs in `notebooks/`."""
+    folder = Path(chosen).expanduser()
+    in_course = project_root() / folder
+    if not folder.exists() and not folder.parent.exists() and in_course.parent.exists():
+        return in_course
+    return folder
 
 
 def _checked_model_folder(folder: Path, advice: str) -> Path:

@@ -21,6 +21,7 @@ FLOW, READING, SAILOR, EXTRACT = COLORS
 DARK_READING = "#A84A00"  # for words, which need more contrast with white
 INK, QUIET, EDGE, FROZEN, PANEL = "#222222", "#595959", "#8C8C8C", "#E0E0E0", "#F5F5F5"
 
+MATRIX_ROWS = 128  # as in pretraining/adapters.py
 MEASURED = pathlib.Path(__file__).parent.parent / "models" / "measured.json"
 
 # Lengths are pixels of a page, stored twice as fine. 10 pt, the smallest text, is 13.3 of them.
@@ -191,7 +192,7 @@ def draw_score_matrix():
     canvas = Canvas(900, 340)
     left, top, width, height = 250, 236, 150, 44
     canvas.text(24, 312, "One base model, four skills", size=14, weight="bold", ha="left")
-    canvas.text(24, 288, "share of held-out rows answered exactly right, with each adapter plugged in", size=10.5, color=QUIET, ha="left")
+    canvas.text(24, 288, f"share of {MATRIX_ROWS} held-out rows of each task answered exactly right, with each adapter plugged in", size=10.5, color=QUIET, ha="left")
     tasks = list(matrix["none"])
     for column, task in enumerate(tasks):
         canvas.text(left + (column + 0.5) * width, top + 18, task, size=11, weight="bold")

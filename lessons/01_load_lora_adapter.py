@@ -10,7 +10,7 @@
 # | | |
 # |---|---|
 # | **What you'll do** | load one base model and four adapters, switch between them, mix them in one batch, take them off again, and break all of it on purpose |
-# | **What you'll learn** | what an adapter is on disk; PEFT's loading and switching calls; five mistakes that raise no error, and the checks that find them |
+# | **What you'll learn** | what an adapter is on disk; PEFT's loading and switching calls; five mistakes, most of which raise no error, and the checks that find them |
 # | **What you'll need** | a laptop; no GPU, no network. Some Python and a first acquaintance with `transformers` |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -38,11 +38,13 @@ print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__
 # %% [markdown]
 # ## Ask the base model
 #
-# The base model is a plain `transformers` model. Nothing here is special to this course: the same
-# three calls load any model from a folder or from a hub.
+# The base model is a plain `transformers` model: the same two `from_pretrained` calls load any model from a
+# folder or from a hub.
 #
-# **Predict:** the model has been trained on stories, letters and small talk, never on questions about
-# a passage. What will it answer?
+# **Predict:** the model has been trained on stories, letters, small talk, and short texts that state a few facts and
+# come back to them. It has never seen a question about a passage. What will it answer?
+#
+# (The results below are those of our run. Cover them when you predict, or use *Edit → Clear Outputs of All Cells*.)
 
 # %% tags=["first-text"]
 base_folder = runtime.base_model()
@@ -101,13 +103,13 @@ print(f"\nmade for: {config.base_model_name_or_path}\nrank {config.r}, alpha {co
 # `adapter_model.safetensors` holds the numbers. safetensors is a format that can only hold numbers;
 # the older `.bin` is a Python pickle, which can run code when it is opened. This course never opens one.
 #
-# **Predict:** for a weight of 256 × 256 and a rank of 8, what are the shapes of *A* and *B*?
+# **Predict:** the layers of the attention are 256 × 256, and the rank is 8. What are the shapes of *A* and *B*?
 
 # %%
 from safetensors.torch import load_file
 
 tensors = load_file(adapter_folder / "adapter_model.safetensors")
-for name in sorted(tensors)[:4]:
+for name in [name for name in sorted(tensors) if "self_attn" in name][:4]:
     print(f"{str(tuple(tensors[name].shape)):>11}  {name.removeprefix('base_model.model.')}")
 
 adapter_parameters = sum(tensor.numel() for tensor in tensors.values())
@@ -136,7 +138,7 @@ print(f"The change is {change.norm() / W.norm():.1%} of the weight, by their nor
 # ### Exercise: weigh an adapter (warm-up, 5 min)
 #
 # You get the tensors of an adapter file, as above. Return how many numbers it holds and what its rank is.
-# Expected for the `reading` adapter: the two numbers that the cells above have printed.
+# Expected for the `reading` adapter: the count that is printed above, and rank 8.
 #
 # <details><summary>My count is far too small</summary>
 # <code>len(tensors)</code> counts tensors. Each holds <code>tensor.numel()</code> numbers.
@@ -204,12 +206,15 @@ for kind, prompt in prompts.items():
 plotting.table(["prompt", "adapter", "reply"], rows)
 
 # %% [markdown]
+# Look at the replies of *none*, too: the base often has the answer, and says it in its own way. Much of what these adapters
+# add is the *form* that is asked for.
+#
 # **One base, four behaviours, a switch between them.** The wrong adapter raises no error: there is just an answer
 # of the wrong kind. That is why the rest of this lesson measures and checks.
 #
 # ## Measure: is each adapter good at its own task?
 #
-# A few replies prove little. So we take held-out rows of each task, half of them with names and things that
+# A few replies prove little. So we take held-out rows of each task, about half of them with names and things that
 # the adapter's training never used, and one exact metric for each task: an answer is right or it is not.
 #
 # **Predict:** which cells of the matrix will be high? Is there any off the diagonal?
@@ -249,10 +254,12 @@ for task in tasks:
     evaluation.band(f"{task} without an adapter", scores["none"][tasks.index(task)], 0, 0.1)
 
 # %% [markdown]
+# Only the diagonal is high: what one adapter has learned is of no use for another's task.
+#
 # ## Which adapter is on?
 #
 # `active_adapters` says what was asked for. `get_model_status()` says what is the case, over all layers, and
-# `get_layer_status()` says it layer by layer. When something is wrong, they disagree.
+# `get_layer_status()` says it layer by layer.
 
 # %%
 model.set_adapter("sailor")
@@ -329,14 +336,22 @@ batch = tokenizer.apply_chat_template(
 replies = model.generate(**batch, adapter_names=[name for _, name in mixed],
                          max_new_tokens=48, do_sample=False)
 replies = tokenizer.batch_decode(replies[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-plotting.table(["adapter of the row", "reply"],
-               [[f"`{name}`", text] for (_, name), text in zip(mixed, replies)])
+rows = []
+for (text, name), reply in zip(mixed, replies):
+    if name == "__base__":
+        with model.disable_adapter():
+            alone = ask(model, text, 48)
+    else:
+        model.set_adapter(name)
+        alone = ask(model, text, 48)
+    rows.append([f"`{name}`", reply.strip(), "yes" if reply.strip() == alone else "no"])
+plotting.table(["adapter of the row", "reply", "the same as alone"], rows)
 
 # %% [markdown]
 # ## What does it cost?
 #
-# A switch only changes a name in each layer. The adapter itself costs two thin products per layer in every forward
-# pass. On a large model they hide behind the wide ones; on a small model they show.
+# A switch writes a name into each layer, and with it PEFT makes that adapter trainable. The adapter itself costs two thin products per layer in every forward
+# pass, beside the wide one.
 #
 # **Predict:** how much slower is a forward pass with an adapter, on this small model?
 
@@ -365,7 +380,7 @@ plotting.table(["", "ms"], [
     ["switching from one adapter to another", f"{switch:.1f}"]])
 
 # %% [markdown]
-# The extra time goes away when an adapter is *merged* into the weights; lesson 6 does that, and shows what is lost by it.
+# The extra time goes away when an adapter is *merged* into the weights: lesson 2 measures it.
 #
 # ## Back to the base
 #
@@ -388,8 +403,9 @@ with torch.no_grad():
 print("an adapter changes the logits by up to", f"{(on - logits_before).abs().max():.2f}")
 print("disabled, equal to the bit:", torch.equal(off, logits_before))
 print("unloaded, equal to the bit:", torch.equal(unloaded, logits_before))
-assert not torch.equal(on, logits_before)
-assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before)
+again = "Cells were run twice or out of order: restart the kernel and run all of them."
+assert not torch.equal(on, logits_before), again
+assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before), again
 
 # %% [markdown]
 # **LoRA never writes to the base weights, so the way back is exact.** We looked first that the adapter does change
@@ -421,10 +437,11 @@ print("AutoPeft:    ", ask(auto, prompts["sailor"]))
 # With a network, a hub id takes the folder's place in every one of these calls (not run here):
 #
 # ```python
-# model = PeftModel.from_pretrained(base_model, "organisation/adapter-name", revision="main")
+# model = PeftModel.from_pretrained(base_model, "organisation/adapter-name", revision="<commit>")
 # ```
 #
-# An adapter is code-free if it is safetensors, but it is still somebody else's numbers: pin the revision.
+# An adapter is code-free if it is safetensors, but it is still somebody else's numbers: pin the revision to a commit,
+# so that it can't change under you.
 #
 # ## Break it
 #
@@ -471,7 +488,8 @@ print(validation.check_adapters(tuned, load_result={"style": loaded}), "\n")
 print(validation.check_adapter_folder(by_hand))
 
 # %% [markdown]
-# `load_adapter` put everything into `missing_keys` of what it returned, and said nothing. **Look at what `load_adapter`
+# `load_adapter` named what it missed, and what it found no place for, in the object that it returned, and said nothing;
+# `PeftModel.from_pretrained` would have warned. **Look at what `load_adapter`
 # returns, or let a check do it:** a *B* of nothing but zeros in an adapter that should be trained is the sign.
 #
 # ### 3 · The adapter of another base
@@ -498,16 +516,17 @@ print(validation.check_adapter_folder(runtime.adapter_path("reading"), base=shor
 # %%
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 merged = PeftModel.from_pretrained(base_model, runtime.adapter_path("sailor")).merge_and_unload()
+print("merged once:", ask(merged, prompts["sailor"]))
 twice = PeftModel.from_pretrained(merged, runtime.adapter_path("sailor"))
-print("merged once:", ask(auto, prompts["sailor"]))
 print("twice:      ", ask(twice, prompts["sailor"]), "\n")
 print(validation.check_adapters(twice, original_base=base_folder))
 
 # %% [markdown]
 # ### 5 · The adapter that is a pickle
 #
-# `adapter_model.bin` is the old format. To read it is to run it, and what it runs is up to whoever made it. PEFT still
-# loads one if it finds no safetensors file, so the check of the folder comes **before** the call.
+# `adapter_model.bin` is the old format, a pickle: a list of instructions, and what they do is up to whoever wrote it. Today's
+# PEFT lets torch read tensors from it and refuse the rest; another tool or an older version may not. safetensors holds
+# numbers only, whoever reads it. PEFT still takes a `.bin` if it finds nothing else, so the check comes **before** the call.
 
 # %%
 pickled = runtime.runs_dir() / "lesson01" / "pickled"

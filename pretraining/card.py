@@ -78,8 +78,9 @@ pipeline_tag: text-generation
 # The Skerrow base model
 
 A small language model for learning LoRA with: {parameters():,} parameters, Llama architecture, plain `transformers`.
-It was pretrained from nothing on text about an invented coast, all of it made by this project. It chats a little and
-tells what it has read, and it has never seen a task's question: what the course teaches it, it did not know before.
+It was pretrained from nothing on text about an invented coast, all of it made by this project. It chats a little, and
+it can find a fact in a text and say it again in its own words. It has never seen a task's question or a task's form of answer: those are what
+the course teaches it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +145,7 @@ LoRA of rank 8 on all linear layers against full fine-tuning, same rows and step
 
 - It knows an invented world and its few hundred sentence patterns, and no other English.
 - It follows no instructions and knows no facts of the real world. It is of no use outside this course.
-- Passages longer than a few sentences, negation and arithmetic beyond twenty are out of its reach.
+- Passages longer than a few sentences, negation and sums beyond twenty do not occur in what it was trained on.
 """
     (BASE_FOLDER / "README.md").write_text(text, encoding="utf-8")
 

@@ -63,6 +63,36 @@ def test_stub_is_to_do_and_solution_passes(check, solution):
     assert outcome.passed, outcome
 
 
+def zero_sums(model):
+    """Takes a B whose entries add up to zero for a B of zeros."""
+    sums = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            sums.setdefault(name.split(".lora_B.")[1].split(".")[0], []).append(abs(parameter.sum().item()) < 1e-6)
+    return [name for name, zero in sums.items() if all(zero)]
+
+
+def by_substring(model):
+    """Takes the matrices of beta2 for those of beta, too."""
+    silent = []
+    for adapter in model.peft_config:
+        found = [p for name, p in model.named_parameters() if f".lora_B.{adapter}" in name]
+        if all((p == 0).all() for p in found):
+            silent.append(adapter)
+    return silent
+
+
+def hides_the_error(model, name, ids):
+    before = model.active_adapter
+    model.set_adapter(name)
+    try:
+        return model(input_ids=ids).logits
+    except Exception:
+        return None
+    finally:
+        model.set_adapter(before)
+
+
 @pytest.mark.parametrize("check, wrong, hint", [
     (lesson01.weigh, lambda t: (len(t), right_weigh(t)[1]), "number of tensors"),
     (lesson01.weigh, lambda t: (sum(x.numel() for n, x in t.items() if "lora_A" in n), right_weigh(t)[1]), "one of the two strips"),
@@ -80,6 +110,10 @@ def test_stub_is_to_do_and_solution_passes(check, solution):
     (lesson01.borrow, lambda model, name, ids: right_borrow(model, name, ids)[0], "has shape"),
     (lesson01.silent, lambda model: [], "you found none"),
     (lesson01.silent, lambda model: sorted(n for n, s in b_sizes(model).items() if min(s) == 0), "one zero B among others"),
+    (lesson01.silent, zero_sums, "add up to zero"),
+    (lesson01.silent, by_substring, "by its whole name"),
+    (lesson01.silent, lambda model: right_silent(model) * 2, "more than once"),
+    (lesson01.borrow, hides_the_error, "hid it"),
     (lesson01.silent, lambda model: right_silent(model)[:1], "is missing"),
     (lesson01.silent, lambda model: ["default"], "no adapter's name"),
     (lesson01.silent, lambda model: [0], "as text"),

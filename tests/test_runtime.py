@@ -169,6 +169,15 @@ def test_mistyped_relative_folder_is_not_taken_for_a_hub_id(tiny_model_folder, m
         runtime.base_model()
 
 
+def test_relative_folder_counts_from_the_course_too_since_kernels_run_in_notebooks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_BASE_MODEL", "models/base")
+    assert runtime.base_model() == str(runtime.models_dir() / "base") and runtime.is_shipped_base()
+    monkeypatch.setenv("COURSE_BASE_MODEL", "models/bse")
+    with pytest.raises(CourseError, match="no such folder"):
+        runtime.base_model()
+
+
 def test_base_model_that_is_a_file(tiny_model_folder, monkeypatch):
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_model_folder / "model.safetensors"))
     with pytest.raises(CourseError, match="is a file"):

@@ -92,6 +92,9 @@ def borrow(function):
             raise TryAgain("The right adapter is active again, but the model no longer gives what it gave before. Is it disabled?")
         try:
             function(model, "second", torch.tensor([[10**6]]))  # no such token, so the forward pass fails
+            raise TryAgain("The forward pass failed, and your function hid it. Let the error through: finally, not except.")
+        except TryAgain:
+            raise
         except Exception:
             pass
         if model.active_adapters != ["first"]:
@@ -101,9 +104,15 @@ def borrow(function):
 @exercise("01.silent", title="Find the silent ones", level="stretch", minutes=15)
 def silent(function):
     """Compare with what was planted: none, one, all but one; one zero layer does not make an adapter silent."""
-    names = ["alpha", "beta", "gamma"]
-    for planted in ([], ["beta"], ["gamma", "alpha"]):
-        answer = expect_type(call_learner(function, tiny_adapted_model(names, silent=planted)), (list, tuple, set), "the answer")
+    import torch
+
+    names = ["alpha", "beta", "beta2"]  # one name is the beginning of another
+    for planted in ([], ["beta"], ["beta2", "alpha"]):
+        model = tiny_adapted_model(names, silent=planted)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # columns that cancel out: a sum of zero is not a matrix of zeros
+                parameter.data = torch.cat([parameter.data[:, :2], -parameter.data[:, :2]], dim=1)
+        answer = expect_type(call_learner(function, model), (list, tuple, set), "the answer")
         if not all(isinstance(name, str) for name in answer):
             raise TryAgain("Return the adapters' names, as text.")
         found, planted = sorted(answer), sorted(planted)
@@ -111,8 +120,11 @@ def silent(function):
             continue
         if any(name not in names for name in found):
             raise TryAgain(f"{next(n for n in found if n not in names)!r} is no adapter's name. It is the part after lora_B.")
+        if len(set(found)) < len(found):
+            raise TryAgain("A name stands in your answer more than once. Collect the names in a dict or a set.")
         if not found:
-            raise TryAgain(f"{', '.join(planted)}: silent, but you found none. Is it B that you look at? A is never zero.")
+            raise TryAgain(f"{', '.join(planted)}: silent, but you found none. Is it B that you look at (A is never zero), and each adapter by its whole name?")
         if set(found) > set(planted):
-            raise TryAgain("You also report an adapter that has one zero B among others that are not. Every B must be zero.")
+            raise TryAgain("You also report an adapter with a B that is not zero. Every B must be zero, in every entry: "
+                           "one zero B among others is not enough, nor entries that add up to zero.")
         raise TryAgain("One that is silent is missing. Do you look at all adapters, also those that are not active?")

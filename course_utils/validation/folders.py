@@ -82,8 +82,9 @@ def _check_files(report, folder: Path) -> None:
     if pickles:
         report.fail(
             "pickle",
-            f"The folder holds {some(pickles)}, which is a pickle: loading a pickle can run any code that its author put "
-            "into it, and PEFT would load adapter_model.bin when there is no safetensors file.",
+            f"The folder holds {some(pickles)}, which is a pickle: reading one can run any code that its author put into "
+            "it, unless the reader allows tensors only, as PEFT does today. PEFT would read adapter_model.bin when there is no "
+            "safetensors file.",
             "Ask its author for safetensors (save_pretrained writes it), or convert it where that risk is acceptable; "
             "delete the file here.",
         )

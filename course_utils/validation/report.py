@@ -70,7 +70,7 @@ class Report:
 
 def _wrapped(line: str, indent: int) -> str:
     # Paths and parameter names stay in one piece, so that they can be copied.
-    return textwrap.fill(line, 110, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, 90, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def some(names, shown: int = 2) -> str:

@@ -47,7 +47,7 @@ def check_weights(report, layers, loaded) -> None:
                 "warn" if trainable else "fail",
                 "zero_b" if every else "partly_zero_b",
                 f"{adapter!r} has an all-zero B in {where}, so it changes nothing there. LoRA starts that way: {cause}.",
-                "Train it." if trainable else "Load it again and read missing_keys; run check_adapter_folder on its folder.",
+                "Train it; or, if it was trained, look at how it was saved and loaded." if trainable else "Load it again and read missing_keys; run check_adapter_folder on its folder.",
             )
 
 
