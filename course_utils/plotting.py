@@ -182,7 +182,7 @@ def weight_picture(matrices, title):
     tallest = max(len(array) for array in arrays.values())
     with plt.style.context(STYLE_FILE):
         widths = [max(array.shape[1], 0.3 * tallest) for array in arrays.values()]
-        fig, panels = plt.subplots(1, len(arrays), width_ratios=widths, squeeze=False)
+        fig, panels = plt.subplots(1, len(arrays), width_ratios=widths, squeeze=False, figsize=(7, 7 * tallest / sum(widths) + 1.2))
         for axes, (name, array) in zip(panels[0], arrays.items()):
             largest = float(numpy.abs(array).max()) or 1.0
             axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
@@ -190,7 +190,7 @@ def weight_picture(matrices, title):
             # One scale for all: each panel is as tall as the tallest matrix, and the matrix stands in its middle.
             width = max(columns, 0.3 * tallest)
             axes.set(xlim=((columns - width) / 2 - 0.5, (columns + width) / 2 - 0.5), ylim=((rows + tallest) / 2 - 0.5, (rows - tallest) / 2 - 0.5))
-            axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8))
+            axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8, clip_on=False))
             axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
             axes.grid(False)
             axes.spines[:].set_visible(False)
