@@ -4,7 +4,7 @@ Each fact is told in two wordings, EPOCHS times each, to every rank alike, so th
 less training. `told` is the share of facts given back in a wording that was trained on, `reworded` in one that was not.
 
 Steps: 25 and 100 people make 100 and 400 facts, 200 and 800 rows, 4 and 13 batches of 64, so 160 and 520 steps. One run
-trains on one number of people, at the learning rate that is best on `reading`; it is not tuned again.
+trains on one number of people, at the learning rate that is best on `sailor`; it is not tuned again.
 """
 
 import random
