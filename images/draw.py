@@ -21,7 +21,6 @@ FLOW, READING, SAILOR, EXTRACT = COLORS
 DARK_READING = "#A84A00"  # for words, which need more contrast with white
 INK, QUIET, EDGE, FROZEN, PANEL = "#222222", "#595959", "#8C8C8C", "#E0E0E0", "#F5F5F5"
 
-MATRIX_ROWS = 128  # as in pretraining/adapters.py
 MEASURED = pathlib.Path(__file__).parent.parent / "models" / "measured.json"
 
 # Lengths are pixels of a page, stored twice as fine. 10 pt, the smallest text, is 13.3 of them.
@@ -188,11 +187,12 @@ def _cartridges(canvas):
 
 def draw_score_matrix():
     """What each adapter can do, as it was measured when the shipped ones were made: one skill each."""
-    matrix = json.loads(MEASURED.read_text(encoding="utf-8"))["matrix"]
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    matrix, rows_scored = measured["matrix"], measured["matrix_rows"]
     canvas = Canvas(900, 340)
     left, top, width, height = 250, 236, 150, 44
     canvas.text(24, 312, "One base model, four skills", size=14, weight="bold", ha="left")
-    canvas.text(24, 288, f"share of {MATRIX_ROWS} held-out rows of each task answered exactly right, with each adapter plugged in", size=10.5, color=QUIET, ha="left")
+    canvas.text(24, 288, f"share of {rows_scored} held-out rows of each task answered exactly right, with each adapter plugged in", size=10.5, color=QUIET, ha="left")
     tasks = list(matrix["none"])
     for column, task in enumerate(tasks):
         canvas.text(left + (column + 0.5) * width, top + 18, task, size=11, weight="bold")

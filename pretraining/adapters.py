@@ -15,6 +15,7 @@ from pretraining.places import BASE_FOLDER, ROOT
 SHIPPED = ("reading", "sailor", "extract", "mood")
 MEASURED = ROOT / "models" / "measured.json"
 LONGEST_ANSWER = {"reading": 12, "sailor": 40, "extract": 48, "mood": 6}  # new tokens
+MATRIX_ROWS = 128  # test rows of each task that every adapter is scored on
 STEPS = {"reading": 60, "sailor": 180, "extract": 80, "mood": 80}
 # At 0.003 sailor was still learning after 120 steps (88% right); at 0.005 extract knew familiar names better than new ones.
 RATES = {"lora": {"reading": 0.003, "sailor": 0.005, "extract": 0.003, "mood": 0.003}, "full": dict.fromkeys(SHIPPED, 0.0005)}
@@ -80,7 +81,7 @@ def train_adapters():
             results[task] |= {"full": measure(full, tokenizer, task), "full_seconds": round(seconds, 1)}
             print(task, json.dumps(results[task]["full"]), round(seconds), flush=True)
     if runtime.is_shipped_base():
-        measured = {"machine": {"cores": os.cpu_count(), "cpu": runtime.processor()}, "tasks": results, "matrix": score_matrix()}
+        measured = {"machine": {"cores": os.cpu_count(), "cpu": runtime.processor()}, "tasks": results, "matrix_rows": MATRIX_ROWS, "matrix": score_matrix()}
         MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
 
 
@@ -92,7 +93,7 @@ def measure(model, tokenizer, task, rows=None):
     return {key: value for key, value in result.items() if key != "predictions"}
 
 
-def score_matrix(rows=128):
+def score_matrix(rows=MATRIX_ROWS):
     """{adapter, or "none": {task: score}}: every adapter on every task, on the first `rows` test rows."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
