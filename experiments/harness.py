@@ -4,6 +4,8 @@ import csv
 import hashlib
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 from course_utils import data, runtime
@@ -15,31 +17,58 @@ def folder():
     return data.results_dir() if runtime.is_shipped_base() else runtime.runs_dir() / "experiments" / runtime.adapters_dir().name
 
 
-def sweep(name, runs, measure, log=print):
-    """Do each run that has no row yet, and write its rows before the next run starts.
+def prepare():
+    """What every process that trains does first: quiet libraries, and no network for the shipped model."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if runtime.is_shipped_base() else "0")
+    runtime.quiet_imports()
+    runtime.disable_progress_bars()
+
+
+def sweep(name, runs, measure, at_once=1, log=print):
+    """Do each run that has no row yet, and write its rows as soon as it is done.
 
     runs: the settings of each run, a dict with `seed` among them; measure(**run) -> the columns measured, as one dict
-    or as a list of them, a row each.
+    or as a list of them, a row each. With at_once > 1 so many processes of one thread each do the runs side by side:
+    a model of this size gains little from a second thread, so that is faster, but its times are not those of a run alone.
 
     Raises CourseError if the file that is there is broken, is of another base model or has other columns.
     """
-    path, here = folder() / f"{name}.csv", machine()
+    path = folder() / f"{name}.csv"
     rows = data.load_results(name, folder()) if path.exists() else []
-    if any(row["base"] != here["base"] for row in rows):
+    base = base_fingerprint()
+    if any(row["base"] != base for row in rows):
         raise CourseError(f"{path} holds results of another base model. Delete it to make them anew.")
     todo = missing(rows, runs)
     log(f"{name}: {len(todo)} of {len(runs)} runs to do")
-    for number, run in enumerate(todo, 1):
-        began = time.perf_counter()
-        measured = measure(**run)
-        took = time.perf_counter() - began
-        new = [{"seed": run["seed"], "seconds": took, **here, **run, **columns} for columns in _as_list(measured)]
+    results = _side_by_side(measure, todo, at_once) if at_once > 1 else (_rows_of(measure, run) for run in todo)
+    for number, new in enumerate(results, 1):
         if set(new[0]) != set((rows or new)[0]):
             raise CourseError(f"{path} has other columns than {name}.py writes now. Delete it to make the results anew.")
         rows += new
         _write(path, rows)
         log(f"{name} {number}/{len(todo)}: " + ", ".join(f"{column} {_text(value)}" for column, value in _shown(new[-1])))
     return rows
+
+
+def _rows_of(measure, run):
+    """Do one run; its rows as they go into the file."""
+    began = time.perf_counter()
+    measured = measure(**run)
+    took = time.perf_counter() - began
+    return [{"seed": run["seed"], "seconds": took, **machine(), **run, **columns} for columns in _as_list(measured)]
+
+
+def _side_by_side(measure, runs, at_once):
+    """The rows of each run, in the order in which they end."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they import torch
+    pool = ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), initializer=prepare)
+    try:
+        for done in as_completed([pool.submit(_rows_of, measure, run) for run in runs]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all the runs to come
+        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
 
 
 def missing(rows, runs):

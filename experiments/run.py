@@ -32,6 +32,14 @@ from experiments import harness
 # Rank, recall, few_shot, targets, alpha and overfitting train at the learning rate that the first sweep finds best.
 ORDER = ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting")
 
+TIMED = ("cost", "throughput")  # their times are the result, so each of their runs has the machine to itself
+MOST_PROCESSES = 4  # each takes about 1.2 GB
+
+
+def processes():
+    """How many runs go side by side: one a core; a GPU is not shared."""
+    return 1 if runtime.device().type != "cpu" else min(os.cpu_count() or 1, MOST_PROCESSES)
+
 
 def main(arguments=None):
     """Run the sweeps that were named, or all of them, in the order of ORDER."""
@@ -40,13 +48,11 @@ def main(arguments=None):
     wanted = parser.parse_args(arguments).names or ORDER
     if unknown := set(wanted) - set(ORDER):
         parser.error(f"no such sweep: {', '.join(sorted(unknown))}; there are {', '.join(ORDER)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if runtime.is_shipped_base() else "0")
-    runtime.quiet_imports()
-    runtime.disable_progress_bars()
+    harness.prepare()
     for name in ORDER:
         if name in wanted:
             script = importlib.import_module(f"experiments.{name}")
-            harness.sweep(name, script.RUNS, script.measure)
+            harness.sweep(name, script.RUNS, script.measure, at_once=1 if name in TIMED else processes())
 
 
 if __name__ == "__main__":
