@@ -18,7 +18,9 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 # wait, on two cores with other work. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-_SUBMODULES = ("counting", "data", "evaluation", "exercises", "memory", "plotting", "progress", "runtime", "validation")
+_SUBMODULES = (
+    "counting", "data", "evaluation", "exercises", "memory", "plotting", "progress", "runtime", "sweeps", "timing", "validation",
+)
 
 
 def __getattr__(name):

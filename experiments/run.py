@@ -29,8 +29,12 @@ import sys
 from course_utils import runtime
 from experiments import harness
 
-# Rank, recall, few_shot, targets, alpha and overfitting train at the learning rate that the first sweep finds best.
-ORDER = ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting")
+# By lesson. The sweeps of lesson 3 but `cost` and `throughput` train at the learning rate that its first one finds best.
+LESSONS = {
+    "02": ("cut_to_rank",),
+    "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
+}
+ORDER = tuple(name for names in LESSONS.values() for name in names)
 
 TIMED = ("cost", "throughput")  # their times are the result, so each of their runs has the machine to itself
 MOST_PROCESSES = 4  # each takes about 1.2 GB

@@ -16,9 +16,8 @@
 
 # %%
 import json
-import time
 
-from course_utils import data, evaluation, plotting, runtime, validation
+from course_utils import data, evaluation, plotting, runtime, timing, validation
 from course_utils.exercises import lesson01, progress
 
 runtime.quiet_imports()
@@ -357,26 +356,16 @@ plotting.table(["adapter of the row", "reply", "the same as alone"], rows)
 
 # %% tags=["measured"]
 ids = torch.randint(10, len(tokenizer), (8, 64), device=device)
-
-
-def milliseconds(action, repeats=15):
-    """Median time of an action in milliseconds, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        action()
-        times.append(1e3 * (time.perf_counter() - began))
-    return sorted(times[1:])[repeats // 2]
-
-
-with torch.no_grad():
-    with model.disable_adapter():
-        plain = milliseconds(lambda: model(ids))
-    adapted = milliseconds(lambda: model(ids))
-switch = milliseconds(lambda: [model.set_adapter("mood"), model.set_adapter("sailor")]) / 2
+untouched = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
+with torch.no_grad():  # in turns, so that a busy moment of the machine hits all three
+    times = timing.in_turns({
+        "base": lambda: untouched(ids), "adapted": lambda: model(ids),
+        "two switches": lambda: [model.set_adapter("mood"), model.set_adapter("sailor")]})
+plain, adapted, switches = (median for median, _, _ in times.values())
+switch = switches / 2
 plotting.table(["", "ms"], [
-    ["forward pass of 8 × 64 tokens, adapters off", f"{plain:.1f}"],
-    ["the same, one adapter on", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
+    ["forward pass of 8 × 64 tokens, base model", f"{plain:.1f}"],
+    ["the same, with one adapter", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
     ["switching from one adapter to another", f"{switch:.1f}"]])
 
 # %% [markdown]

@@ -21,7 +21,8 @@ import time
 import warnings
 from collections import OrderedDict, defaultdict
 
-from course_utils import counting, data, evaluation, memory, plotting, runtime, validation
+from course_utils import (
+    counting, data, evaluation, memory, plotting, runtime, sweeps, timing, validation)
 from course_utils.exercises import lesson02, progress
 
 runtime.quiet_imports()
@@ -680,24 +681,14 @@ plotting.table(["GPT-3, GB", *parts[:3], "activations, at most", "total"], rows)
 
 # %% tags=["measured"]
 ids = torch.randint(10, len(tokenizer), (8, 64), device=device)
-
-
-def milliseconds(model, repeats=15):
-    """Median time of a forward pass in milliseconds, after one run to warm up."""
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            model(ids)
-            times.append(1e3 * (time.perf_counter() - began))
-    return sorted(times[1:])[repeats // 2]
-
-
-model = get_peft_model(load_base(), config).eval()
-adapted_ms = milliseconds(model)
-merged_ms = milliseconds(model.merge_and_unload())
-plain_ms = milliseconds(base_model.eval())
-print(f"base {plain_ms:.1f} ms · with adapter {adapted_ms:.1f} ms · merged {merged_ms:.1f} ms")
+adapted = get_peft_model(load_base(), config).eval()
+merged = get_peft_model(load_base(), config).eval().merge_and_unload()
+forms = {"base": base_model.eval(), "with adapter": adapted, "merged": merged}
+with torch.no_grad():  # in turns: timed one after another, equal models differ by a tenth
+    times = timing.in_turns({name: lambda form=form: form(ids) for name, form in forms.items()}, 25)
+plotting.table(["forward pass", "median, ms", "middle half of 25", ""], [
+    [name, f"{median:.1f}", f"{low:.1f} to {high:.1f}", f"{median / times['base'][0] - 1:+.0%}"]
+    for name, (median, low, high) in times.items()])
 
 # %% [markdown]
 # ## How low is the rank of a real change?
@@ -1376,7 +1367,7 @@ plotting.table(["", "measured"], [
     ["top direction of rank 8 in the first 8 of rank 64",
      f"{inside:.0%}, by chance {by_chance:.0%}"],
     ["forward pass: with an adapter, and merged",
-     f"{adapted_ms / plain_ms - 1:+.0%}, {merged_ms / plain_ms - 1:+.0%} time"],
+     ", ".join(f"{times[form][0] / times['base'][0] - 1:+.0%}" for form in list(times)[1:]) + " time"],
 ])
 progress()
 

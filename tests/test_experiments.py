@@ -17,7 +17,7 @@ from course_utils.runtime import CourseError
 from experiments import harness, run
 from pretraining import corpus, tasks, world as world_module
 
-MINUTES_FOR_LESSON_3 = 90
+MINUTES_FOR_A_LESSON = 90
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,7 @@ def small(results, monkeypatch):
     for module, sizes in {
         "training": {"STEPS": 2, "BATCH": 2, "SCORED": 2, "LONGEST_ANSWER": dict.fromkeys(training.LONGEST_ANSWER, 2)},
         "cost": {"STEPS": 2}, "recall": {"EPOCHS": 2}, "throughput": {"STEPS": 3, "LAST": 1}, "few_shot": {"STEPS": 2, "TEST_ROWS": 2},
+        "cut_to_rank": {"RECIPES": {"reading": {"max_steps": 2, "full": 5e-4, "lora": 3e-3}}},
         "overfitting": {"STEPS": 4, "EVERY": 2, "VALIDATION_ROWS": 2},
     }.items():
         for constant, value in sizes.items():
@@ -241,6 +242,7 @@ SMALL_RUNS = {
     "targets": [{"seed": 0, "targets": "attention", "rank": 2}],
     "alpha": [{"seed": 0, "alpha": 64}],
     "overfitting": [{"seed": 0, "rows": 4}],
+    "cut_to_rank": [{"seed": 0, "task": "reading", "method": "full"}, {"seed": 0, "task": "reading", "method": "lora"}],
 }
 
 
@@ -322,6 +324,24 @@ def test_overfitting_writes_both_curves(swept):
     assert [row["step"] for row in rows] == [2, 4] and all(row["training_loss"] > 0 and row["validation_loss"] > 0 for row in rows)
 
 
+def test_a_change_is_cut_to_the_rank_asked_for(small, swept):
+    cut_to_rank = script("cut_to_rank")
+    tuned = cut_to_rank.train(0, "reading", 0.05).model
+    base, _ = script("training").load_base()
+    factors = cut_to_rank.changes(base, tuned)
+    assert len(factors) == 14 and "lm_head.weight" not in factors
+    for name in factors:
+        change = tuned.get_parameter(name) - base.get_parameter(name)
+        assert change.abs().max() > 1e-3, "full fine-tuning changes it, else any cut would do"
+        thin = cut_to_rank.cut(factors, 2).get_parameter(name) - base.get_parameter(name)
+        assert torch.linalg.matrix_rank(thin, rtol=1e-3) == 2 and thin.norm() < change.norm()
+        assert torch.allclose(cut_to_rank.cut(factors, 256).get_parameter(name), tuned.get_parameter(name), atol=1e-5)
+    rows = swept("cut_to_rank")
+    assert [row["rank"] for row in rows] == [*cut_to_rank.CUTS, *cut_to_rank.TRAINED]
+    kept = [row["kept"] for row in rows if row["method"] == "full"]
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == pytest.approx(1)
+
+
 def test_cost_measures_in_a_process_of_its_own(small, monkeypatch):
     cost = script("cost")
     asked = {}
@@ -394,15 +414,17 @@ def test_targets_train_as_many_parameters_as_the_docstring_says():
 
 def test_run_does_what_was_named_in_its_own_order(monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(harness, "sweep", lambda name, runs, measure: ran.append(name))
+    together = {}
+    monkeypatch.setattr(harness, "sweep", lambda name, runs, measure, at_once: ran.append(name) or together.update({name: at_once}))
     run.main([])
-    assert ran == list(run.ORDER) and ran[0] == "learning_rate", "other sweeps train at the rate that it finds"
+    assert ran == list(run.ORDER) and run.LESSONS["03"][0] == "learning_rate", "other sweeps train at the rate that it finds"
+    assert {together[name] for name in run.TIMED} == {1} and together["rank"] == run.processes() >= 1
     ran.clear()
     run.main(["alpha", "rank"])
     assert ran == ["rank", "alpha"]
     with pytest.raises(SystemExit):
         run.main(["ranks"])
-    assert "no such sweep: ranks; there are learning_rate, cost" in capsys.readouterr().err
+    assert f"no such sweep: ranks; there are {run.ORDER[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", run.ORDER)
@@ -450,8 +472,9 @@ def minutes_of(name):
     return sum(row["seconds"] * row["cores"] / 2 for row in each) / 60
 
 
-def test_the_sweeps_of_lesson_3_took_no_longer_than_allowed():
-    assert sum(map(minutes_of, run.ORDER)) <= MINUTES_FOR_LESSON_3
+@pytest.mark.parametrize("lesson", run.LESSONS)
+def test_the_sweeps_of_a_lesson_took_no_longer_than_allowed(lesson):
+    assert sum(map(minutes_of, run.LESSONS[lesson])) <= MINUTES_FOR_A_LESSON
 
 
 # ---------------------------------------------------------------------------------------------- held-out text
