@@ -5,8 +5,10 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 FIRST_LESSON := notebooks/01_load_lora_adapter.ipynb
 
+# Two at a time with a thread each: one more thread gains a model of this size little.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
-NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(RUN) -m pytest --nbmake --nbmake-timeout=300
+NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
 .PHONY: help setup lab test check test-notebooks notebooks classroom experiments base-model lock
 
@@ -43,7 +45,7 @@ lab: $(STAMP)
 test: check test-notebooks
 
 check: $(STAMP)
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-notebooks: $(STAMP)
 	$(NBMAKE) notebooks

@@ -20,11 +20,16 @@ class ProgressLine:
     """One line of text that is replaced in place in a notebook, and printed now and then elsewhere.
 
     The remaining time shows only while work goes on: the last text, which is saved, is the same for the same run.
+    Several in one cell of a notebook share one line, so that a cell of many short runs is not a wall of last steps.
+    begun: how many of `total` were done before, as when training is resumed.
     """
 
-    def __init__(self, total: int, unit: str = "step"):
+    _of_cell = (None, None)  # the count of the cell that has a line, and the line's handle
+
+    def __init__(self, total: int, unit: str = "step", begun: int = 0):
         self.total = total
         self.unit = unit
+        self.begun = begun
         self._start = self._shown_at = time.monotonic()
         self._handle = None
         self._display = _notebook_display()
@@ -41,8 +46,8 @@ class ProgressLine:
             return
         self._shown_at = now
         parts = [f"{self.unit} {done} of {self.total}", note]
-        if not finished and done:
-            parts.append(f"about {(now - self._start) / done * (self.total - done):.0f} s left")
+        if not finished and done > self.begun:
+            parts.append(f"about {(now - self._start) / (done - self.begun) * (self.total - done):.0f} s left")
         self.show(" · ".join(part for part in parts if part))
 
     def show(self, text: str) -> None:
@@ -51,8 +56,12 @@ class ProgressLine:
             print(text, flush=True)
             return
         bundle = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
+        cell, handle = ProgressLine._of_cell
+        if self._handle is None and cell is not None and cell == _cell():
+            self._handle = handle
         if self._handle is None:
             self._handle = self._display(bundle, raw=True, display_id=True)
+            ProgressLine._of_cell = _cell(), self._handle
         else:
             self._handle.update(bundle, raw=True)
 
@@ -65,6 +74,11 @@ def _notebook_display():
     from IPython.display import display
 
     return display
+
+
+def _cell():
+    """The number of the notebook's cell that runs, which is another one each time that it runs."""
+    return sys.modules["IPython"].get_ipython().execution_count
 
 
 class Progress(TrainerCallback):
@@ -86,7 +100,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._losses = {}
-        self._line = ProgressLine(state.max_steps)
+        self._line = ProgressLine(state.max_steps, begun=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step < state.max_steps:  # the last step shows at the end, with its losses

@@ -754,16 +754,29 @@ sys.path.insert(0, {str(ROOT)!r})
 from course_utils.runtime import disable_progress_bars
 disable_progress_bars()
 from course_utils.progress import ProgressLine
-line = ProgressLine(3, unit="batch")
-for done in range(1, 4):
-    line.update(done, "loss <1>")
+for lab in range(2):
+    line = ProgressLine(3, unit="batch")
+    for done in range(1, 4):
+        line.update(done, f"lab {{lab}} loss <1>")
 """
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    cells = [nbformat.v4.new_code_cell(text) for text in (code, 'ProgressLine(9).update(1)')]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
-    (output,) = notebook.cells[0].outputs  # one, and no warning about missing widgets
-    assert output.data["text/plain"] == "batch 3 of 3 · loss <1>"
-    assert output.data["text/html"] == "<pre>batch 3 of 3 · loss &lt;1&gt;</pre>"
+    (output,) = notebook.cells[0].outputs  # one for both labs, and no warning about missing widgets
+    assert output.data["text/plain"] == "batch 3 of 3 · lab 1 loss <1>"
+    assert output.data["text/html"] == "<pre>batch 3 of 3 · lab 1 loss &lt;1&gt;</pre>"
+    (output,) = notebook.cells[1].outputs  # a new cell has a line of its own
+    assert output.data["text/plain"].startswith("step 1 of 9")
     assert "widgets" not in notebook.metadata and "widget" not in json.dumps(notebook)
+
+
+def test_time_left_counts_from_where_work_was_resumed(monkeypatch, capsys):
+    from course_utils import progress
+
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    progress.ProgressLine(100, begun=60).update(80)
+    assert capsys.readouterr().out == "step 80 of 100 · about 20 s left\n"
 
 
 def test_progress_line_prints_seldom_outside_a_notebook(capsys):

@@ -161,11 +161,11 @@ def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
     assert make("test", "PYTHON=./python", folder=checkout)[0] == 0
     runs = checkout / "runs" / "testing"
     assert calls(checkout) == [
-        "||-m pytest",
-        f"|{runs}|-m pytest --nbmake --nbmake-timeout=300 notebooks",
-        f"1|{runs}|-m pytest --nbmake --nbmake-timeout=300 solutions",
+        "||-m pytest -n 2 --dist loadfile",
+        f"|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 notebooks",
+        f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 solutions",
         "||-m tools.build classroom",
-        f"1|{runs}|-m pytest --nbmake --nbmake-timeout=300 classroom/staging",
+        f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 classroom/staging",
     ]
 
 
