@@ -1,5 +1,6 @@
 """The checks of lesson 3, each with its typical mistakes; and what the lesson says in prose."""
 
+import importlib
 import math
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import data, runtime
+from course_utils import data, runtime, sweeps
 from course_utils.exercises import lesson03
 from tools import build
 
@@ -291,3 +292,52 @@ def test_packed_rows_are_kept_apart_only_without_the_cache(cache, mixed, tiny_mo
         together = tiny_model(ids, position_ids=positions, use_cache=cache).logits[0, 10:]
         alone = tiny_model(ids[:, 10:]).logits[0]
     assert ((together - alone).abs().max() > 1e-2) == mixed
+
+
+# What it says of the sweeps, by their committed results
+
+
+def group(name, column, *keys):
+    """{setting: (mean, lowest, highest)}, or a skip where the sweep is not finished."""
+    from experiments import harness
+
+    script = importlib.import_module(f"experiments.{name}")
+    if not (data.results_dir() / f"{name}.csv").exists() or harness.missing(rows := data.load_results(name), script.RUNS):
+        pytest.skip(f"the sweep {name} is not finished yet")
+    return sweeps.over_seeds(rows, column, *keys)
+
+
+def test_what_the_lesson_says_of_learning_rates():
+    score = group("learning_rate", "validation", "method", "learning_rate")
+    best = {method: max(score[key] for key in score if key[0] == method) for method in ("lora", "full")}
+    assert score["lora", 1.5e-2] == best["lora"] and score["full", 1.5e-3] == best["full"], "ten times"
+    assert 0.4 < score["lora", 1.5e-3][0] < 0.6, "about half"
+    good = {method: [rate for kind, rate in score if kind == method and score[kind, rate][0] > 0.95] for method in best}
+    assert {method: sorted(rates) for method, rates in good.items()} == {"lora": [5e-3, 1.5e-2], "full": [5e-4, 1.5e-3, 5e-3]}
+    assert score["lora", 5e-2][2] < 0.05, "one step above nothing"
+    test = group("learning_rate", "test", "method", "learning_rate")
+    lora, full = test["lora", 1.5e-2], test["full", 1.5e-3]
+    assert max(lora[1], full[1]) <= min(lora[2], full[2]), "agree within their spread"
+
+
+def test_what_the_lesson_says_of_forgetting():
+    score, lost = (group("learning_rate", column, "method", "learning_rate") for column in ("validation", "held_out_after"))
+    for key, nats in ((("lora", 5e-3), 2.6), (("full", 5e-4), 1.4)):
+        assert abs(score[key][0] - 0.97) < 0.015 and round(lost[key][0], 1) == nats, "at about 97% right"
+    assert lost["lora", 1.5e-2][1] > lost["full", 1.5e-3][2] and round(100 * (score["lora", 1.5e-2][0] - score["lora", 5e-3][0])) == 3
+
+
+def test_what_the_lesson_says_of_cost():
+    trainable, saved = (group("learning_rate", column, "method") for column in ("trainable", "saved_bytes"))
+    assert round(trainable["full"][0] / trainable["lora"][0]) == round(saved["full"][0] / saved["lora"][0]) == 23
+    assert round(12 * trainable["full"][0] / 1e6) == 40, "gradients and Adam's two numbers, MB"
+    seconds, peak, training = (group("cost", column, "method") for column in ("seconds_per_step", "peak_bytes", "training_bytes"))
+    for found in (seconds, peak, training):
+        assert 1 < found["lora"][0] / found["full"][0] < 1.4, "a little more of both"
+
+
+def test_what_the_lesson_says_of_speed():
+    speed, loss = (group("throughput", column, "loop") for column in ("tokens_per_second", "last_loss"))
+    assert 0.75 < speed["trl"][0] / speed["bare"][0] < 0.85, "four fifths"
+    assert 0.93 < speed["trl_model_loss"][0] / speed["bare"][0] < 1.07, "within a few per cent"
+    assert len({f"{mean:.4f}" for mean, _, _ in loss.values()}) == 1
