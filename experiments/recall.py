@@ -3,8 +3,8 @@
 Each fact is told in two wordings, EPOCHS times each, to every rank alike, so that a smaller score means less room and not
 less training. `told` is the share of facts given back in a wording that was trained on, `reworded` in one that was not.
 
-Steps: 25 and 100 people make 100 and 400 facts, 200 and 800 rows, 4 and 13 batches of 64, so 160 and 520 steps. One run
-trains on one number of people, at the learning rate that is best on `sailor`; it is not tuned again.
+Steps: 25 people make 100 facts, 200 rows, 4 batches of 64, so 160 steps. The learning rate is the one that is best on
+`sailor`; it is not tuned again.
 """
 
 import random
@@ -16,11 +16,9 @@ from course_utils import data
 from experiments import training
 from experiments.learning_rate import best_rate, lora_config
 
-EPOCHS = 40
+EPOCHS, PEOPLE = 40, 25
 FULL_NAME = re.compile(r"[A-Z]\w+ [A-Z]\w+")
-RUNS = [
-    {"seed": seed, "people": people, "rank": rank} for seed in training.SEEDS for people in (25, 100) for rank in (1, 4, 16, 64)
-]
+RUNS = [{"seed": seed, "people": PEOPLE, "rank": rank} for seed in training.SEEDS for rank in (1, 4, 16, 64)]
 
 
 def name_in(row):
