@@ -11,7 +11,7 @@ from experiments import training
 from experiments.learning_rate import best_rate, lora_config
 
 TEST_ROWS, STEPS = 200, 100
-WAYS = (("prompt", 0), ("prompt", 1), ("prompt", 4), ("lora", 64), ("lora", 2000))
+WAYS = (("prompt", 0), ("prompt", 4), ("lora", 64), ("lora", 2000))
 RUNS = [
     {"seed": seed, "task": task, "method": method, "examples": examples}
     for seed in training.SEEDS for task in ("reading", "sailor", "extract", "mood") for method, examples in WAYS

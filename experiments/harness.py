@@ -44,7 +44,7 @@ def sweep(name, runs, measure, at_once=1, log=print):
     for number, new in enumerate(results, 1):
         if set(new[0]) != set((rows or new)[0]):
             raise CourseError(f"{path} has other columns than {name}.py writes now. Delete it to make the results anew.")
-        rows += new
+        rows = in_order(rows + new, runs)
         _write(path, rows)
         log(f"{name} {number}/{len(todo)}: " + ", ".join(f"{column} {_text(value)}" for column, value in _shown(new[-1])))
     return rows
@@ -69,6 +69,11 @@ def _side_by_side(measure, runs, at_once):
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all the runs to come
         os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+
+
+def in_order(rows, runs):
+    """The rows in the order of their runs, whichever run ended first."""
+    return sorted(rows, key=lambda row: next((place for place, run in enumerate(runs) if _belongs(row, run)), len(runs)))
 
 
 def missing(rows, runs):

@@ -388,9 +388,8 @@ print(f"saved: {adapter_bytes / 1e3:.0f} kB")
 
 # %%
 few_shot = over_seeds(data.load_results("few_shot"), "score", "method", "examples", "task")
-ways = {"prompt, no example": ("prompt", 0), "1 example": ("prompt", 1),
-        "4 examples": ("prompt", 4), "LoRA on 64 examples": ("lora", 64),
-        "LoRA on 2,000 examples": ("lora", 2000)}
+ways = {"prompt, no example": ("prompt", 0), "prompt, 4 examples": ("prompt", 4),
+        "LoRA on 64 examples": ("lora", 64), "LoRA on 2,000 examples": ("lora", 2000)}
 tasks = ("reading", "sailor", "extract", "mood")
 plotting.table(["mean (lowest to highest seed)", *tasks], [
     [label, *(spread(few_shot[*way, task]) for task in tasks)] for label, way in ways.items()])
@@ -573,8 +572,9 @@ def score_table(rows, *keys):
 score_table(ranked, "rank", "trainable")
 
 # %% [markdown]
-# @@MEASURE: rank: where the curves part, from which rank on the score no longer grows beyond the spread, and whether
-# our run lies on its line@@
+# Ranks 8, 16 and 64 run side by side from the first steps to the last; 4 is close behind. Rank 1 does not wait until it
+# is full: it parts at once, and at step 50 its loss is three times that of rank 4. In the score it shows as 93% with a
+# wide spread, where all the others lie between 98% and 100%. And a higher rank than 4 buys nothing for this task.
 #
 # **Start with rank 4 to 8, and raise it when a sweep on *your* validation set says so.**
 
@@ -582,10 +582,10 @@ score_table(ranked, "rank", "trainable")
 # ## Which alpha, which layers?
 #
 # Alpha over rank scales the change, much as the learning rate does. And the layers: the LoRA paper adapted attention
-# only; today one adapts all linear layers. To be fair to attention it also runs at rank 18, where it trains as many
-# parameters as all layers do at rank 8.
+# only; today one adapts all linear layers. To be fair, each choice has the rank that gives it about the same number of
+# parameters.
 #
-# **Predict:** which does better with the same number of parameters, attention alone or all linear layers?
+# **Predict:** with the same number of parameters, which does best: attention, the feed-forward layers, or all of them?
 
 # %%
 score_table(data.load_results("alpha"), "alpha")
@@ -601,7 +601,7 @@ score_table(data.load_results("targets"), "targets", "rank", "trainable")
 # A style is one rule for all rows, and fits into a thin change. Facts are not: each has to be stored. The task
 # `recall` tells the model facts about invented people, each equally often for every rank, and asks for them.
 #
-# **Predict:** 100 facts and 400 facts. Which ranks hold all of them?
+# **Predict:** 100 facts, each told 80 times in two wordings. Which ranks hold all of them? And when one asks in a third?
 
 # %%
 recalled = data.load_results("recall")

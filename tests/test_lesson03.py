@@ -341,3 +341,13 @@ def test_what_the_lesson_says_of_speed():
     assert 0.75 < speed["trl"][0] / speed["bare"][0] < 0.85, "four fifths"
     assert 0.93 < speed["trl_model_loss"][0] / speed["bare"][0] < 1.07, "within a few per cent"
     assert len({f"{mean:.4f}" for mean, _, _ in loss.values()}) == 1
+
+
+def test_what_the_lesson_says_of_ranks():
+    loss = {step: group("rank", f"loss_{step}", "rank") for step in (25, 50, 75, 100)}
+    for step, by_rank in loss.items():
+        means = {rank: mean for rank, (mean, _, _) in by_rank.items()}
+        assert max(means[8], means[16], means[64]) < means[4] < means[1], step
+    assert 2.5 < loss[50][1][0] / loss[50][4][0] < 3.5, "three times that of rank 4"
+    test = group("rank", "test", "rank")
+    assert round(test[1][0], 2) == 0.93 and all(0.98 <= test[rank][0] <= 1 for rank in (4, 8, 16, 64))
