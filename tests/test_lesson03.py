@@ -351,3 +351,9 @@ def test_what_the_lesson_says_of_ranks():
     assert 2.5 < loss[50][1][0] / loss[50][4][0] < 3.5, "three times that of rank 4"
     test = group("rank", "test", "rank")
     assert round(test[1][0], 2) == 0.93 and all(0.98 <= test[rank][0] <= 1 for rank in (4, 8, 16, 64))
+
+
+def test_what_the_lesson_says_of_facts():
+    told, reworded = (group("recall", column, "rank") for column in ("told", "reworded"))
+    assert round(told[1][0], 1) == 0.1 and 0.5 <= told[4][1] < 0.6 and told[4][2] == 1, "a tenth; between half and all"
+    assert told[16][1] > 0.97 and told[64][1] > 0.97 and abs(reworded[64][0] - 0.5) < 0.05 and reworded[64][2] - reworded[64][1] > 0.5
