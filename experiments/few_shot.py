@@ -1,16 +1,17 @@
 """When is fine-tuning worth it? A few examples in the prompt of the base model, beside LoRA on 64 and on 2,000 examples.
 
 The examples of a prompt are drawn by the seed and stand before each question as earlier turns of the talk. Four of them fit
-the context of 512 tokens in every task. LoRA takes 100 steps of batch 16, 1,600 rows: 25 times each of 64 examples.
+the context of 512 tokens in every task. LoRA takes 100 steps of batch 16, 1,600 rows: 25 times each of 64 examples. Its
+learning rate is one for all tasks, a step below the best on `sailor`: at 1.5e-2 `reading` came out anywhere from 29% to 95%.
 """
 
 import random
 
 from course_utils import data
 from experiments import training
-from experiments.learning_rate import best_rate, lora_config
+from experiments.learning_rate import lora_config
 
-TEST_ROWS, STEPS = 200, 100
+TEST_ROWS, STEPS, RATE = 200, 100, 5e-3
 WAYS = (("prompt", 0), ("prompt", 4), ("lora", 64), ("lora", 2000))
 RUNS = [
     {"seed": seed, "task": task, "method": method, "examples": examples}
@@ -33,7 +34,7 @@ def measure(seed, task, method, examples):
         test = shown_first(chosen, test)
     else:
         trainer, _ = training.make_trainer(
-            chosen, best_rate("lora"), seed, lora=lora_config(), max_steps=STEPS, per_device_train_batch_size=16
+            chosen, RATE, seed, lora=lora_config(), max_steps=STEPS, per_device_train_batch_size=16
         )
         trainer.train()
         model, tokenizer = trainer.model, trainer.processing_class

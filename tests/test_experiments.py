@@ -224,12 +224,11 @@ def small(results, monkeypatch):
     for module, sizes in {
         "training": {"STEPS": 2, "BATCH": 2, "SCORED": 2, "LONGEST_ANSWER": dict.fromkeys(training.LONGEST_ANSWER, 2)},
         "cost": {"STEPS": 2}, "recall": {"EPOCHS": 2}, "throughput": {"STEPS": 3, "LAST": 1}, "few_shot": {"STEPS": 2, "TEST_ROWS": 2},
-        "cut_to_rank": {"RECIPES": {"reading": {"max_steps": 2, "full": 5e-4, "lora": 3e-3}}},
         "overfitting": {"STEPS": 4, "EVERY": 2, "VALIDATION_ROWS": 2},
     }.items():
         for constant, value in sizes.items():
             monkeypatch.setattr(script(module), constant, value)
-    for name in ("rank", "alpha", "targets", "recall", "few_shot", "overfitting"):
+    for name in ("rank", "alpha", "targets", "recall", "overfitting"):
         monkeypatch.setattr(script(name), "best_rate", lambda method: {"lora": 5e-3}[method])
     return results
 

@@ -357,3 +357,12 @@ def test_what_the_lesson_says_of_facts():
     told, reworded = (group("recall", column, "rank") for column in ("told", "reworded"))
     assert round(told[1][0], 1) == 0.1 and 0.5 <= told[4][1] < 0.6 and told[4][2] == 1, "a tenth; between half and all"
     assert told[16][1] > 0.97 and told[64][1] > 0.97 and abs(reworded[64][0] - 0.5) < 0.05 and reworded[64][2] - reworded[64][1] > 0.5
+
+
+def test_what_the_lesson_says_of_alpha_and_layers():
+    score, lost = (group("alpha", column, "alpha") for column in ("test", "held_out_after"))
+    assert score[64][2] < 0.05 and 0 < score[16][0] - score[4][0] < 0.02 and lost[4][2] < lost[16][1]
+    score, lost = (group("targets", column, "targets") for column in ("test", "held_out_after"))
+    assert round(100 * (score["all_linear"][0] - score["attention"][0])) == 3 and score["attention"][2] - score["attention"][1] > 0.04
+    assert abs(score["all_linear"][0] - score["feed_forward"][0]) < 0.005
+    assert lost["attention"][0] < lost["feed_forward"][0] < lost["all_linear"][0]
