@@ -366,3 +366,13 @@ def test_what_the_lesson_says_of_alpha_and_layers():
     assert round(100 * (score["all_linear"][0] - score["attention"][0])) == 3 and score["attention"][2] - score["attention"][1] > 0.04
     assert abs(score["all_linear"][0] - score["feed_forward"][0]) < 0.005
     assert lost["attention"][0] < lost["feed_forward"][0] < lost["all_linear"][0]
+
+
+def test_what_the_lesson_says_of_too_few_rows():
+    training, validation = (group("overfitting", f"{kind}_loss", "rows", "step") for kind in ("training", "validation"))
+    on_32 = {step: mean for (rows, step), (mean, _, _) in validation.items() if rows == 32}
+    assert min(on_32, key=on_32.get) == 20 and on_32[20] < on_32[200] < 1.1 * on_32[20], "lowest at the first look, hardly rises"
+    assert training[32, 20][0] / training[32, 200][0] > 1000
+    assert round(group("overfitting", "test", "rows")[32][0], 1) == 0.2
+    on_2000 = [validation[2000, step][0] for step in (20, 60, 100, 200)]
+    assert on_2000 == sorted(on_2000, reverse=True)
