@@ -95,8 +95,8 @@ print({name: len(rows) for name, rows in splits.items()})
 example = splits["train"][0]
 for part in ("prompt", "completion"):
     print(f"{part}: {example[part]}")
-print("\nas the model sees it:",
-      tokenizer.apply_chat_template(example["prompt"] + example["completion"], tokenize=False))
+print("\nas the model sees it:")
+print(tokenizer.apply_chat_template(example["prompt"] + example["completion"], tokenize=False))
 
 # %% [markdown]
 # The **chat template** wraps each message in special tokens; `<|end|>` closes it, and is where `generate` stops.
@@ -374,8 +374,8 @@ adapter_bytes = (saved / "adapter_model.safetensors").stat().st_size
 print(f"saved: {adapter_bytes / 1e3:.0f} kB")
 
 # %% [markdown]
-# With the adapter on, the model writes worse of everything else. Switched off, it is the base again, to the bit, as
-# lesson 1 showed: **the adapter forgets, the base does not.**
+# With the adapter on, little is left of what the model could write before; whether that must be so, a sweep below tells.
+# Switched off, it is the base again, to the bit, as lesson 1 showed: **the adapter forgets, the base does not.**
 
 # %% [markdown]
 # ## A prompt, or fine-tuning?
@@ -395,7 +395,9 @@ plotting.table(["mean (lowest to highest seed)", *tasks], [
     [label, *(spread(few_shot[*way, task]) for task in tasks)] for label, way in ways.items()])
 
 # %% [markdown]
-# @@MEASURE: few_shot: what prompts reach, what 64 examples reach, and what 2,000 add@@
+# Prompts give nothing at all: this model has never learned to take up examples, as larger ones have. LoRA on 64 examples
+# does three of the tasks almost perfectly, and 2,000 add a few points. `sailor`, which has to be right to the last
+# character, gets two fifths from 64 examples and 84% from 2,000, after the 100 steps that all tasks have here.
 #
 # **Fine-tuning is worth it where examples in the prompt do not reach your mark, and examples for training exist.**
 # Prompted examples also cost their tokens at every call; an adapter costs them once.
@@ -511,11 +513,11 @@ import matplotlib.pyplot as plt
 with plt.style.context(plotting.STYLE_FILE):
     figure, axes = plt.subplots()
     for method, mark, color in zip(names, "os", plotting.COLORS):
-        shown = [row for row in runs[method] if row["held_out_after"] < 6]  # beyond: destroyed
+        shown = [row for row in runs[method] if row["held_out_after"] < 8]  # beyond: destroyed
         axes.plot(*zip(*((row["held_out_after"], row["validation"]) for row in shown)), mark,
                   color=color, label=names[method])
     axes.axvline(loss_off, color="black", linewidth=1)
-    axes.text(loss_off, 0.5, " base", transform=axes.get_xaxis_transform())
+    axes.text(loss_off, 0.75, " base", transform=axes.get_xaxis_transform())
     axes.set(xlabel="loss on held-out text afterwards (nats a token)",
              ylabel="right on validation rows")
     axes.legend()
@@ -812,6 +814,10 @@ print(validation.check_sft_data(few, tokenizer, max_length=34), "\n")
 plotting.table(SEEN, [healthy, look("max_length=34", short)])
 dropped = lab(max_length=20)
 print(f"max_length=20: {len(few)} rows given, {len(dropped.train_dataset)} left")
+
+# %% [markdown]
+# Four rows in five lose their end, and replies run on until something stops them. At 20 tokens two rows in five are gone
+# altogether, without a word. **Look at the rows before the trainer does.**
 
 # %% [markdown]
 # ### Exercise: which rows lose their end? (stretch, 15 min)

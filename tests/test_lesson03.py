@@ -376,3 +376,12 @@ def test_what_the_lesson_says_of_too_few_rows():
     assert round(group("overfitting", "test", "rows")[32][0], 1) == 0.2
     on_2000 = [validation[2000, step][0] for step in (20, 60, 100, 200)]
     assert on_2000 == sorted(on_2000, reverse=True)
+
+
+def test_what_the_lesson_says_of_prompts_and_few_examples():
+    score = group("few_shot", "score", "task", "method", "examples")
+    assert all(high == 0 for (_, method, _), (_, _, high) in score.items() if method == "prompt")
+    for task in ("reading", "extract", "mood"):
+        few, many = score[task, "lora", 64][0], score[task, "lora", 2000][0]
+        assert 0.95 < few < many and many - few < 0.05, "almost perfectly; a few points"
+    assert abs(score["sailor", "lora", 64][0] - 0.4) < 0.03 and round(score["sailor", "lora", 2000][0], 2) == 0.84
