@@ -109,8 +109,8 @@ def _float_type(dtype):
     return found
 
 
-def _quantised_weights(model) -> list:
-    """The weights that transformers hands to bitsandbytes: of linear layers, but not of the output embedding."""
+def quantised_layers(model) -> dict:
+    """{name: layer} of what transformers hands to bitsandbytes: linear layers, but not the output embedding."""
     import torch
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -118,7 +118,11 @@ def _quantised_weights(model) -> list:
 
     kept = get_keys_to_not_convert(model)
     linear = ((name, module) for name, module in model.named_modules() if type(module) in (torch.nn.Linear, Conv1D))
-    return [module.weight for name, module in linear if should_convert_module(name, kept)]
+    return {name: module for name, module in linear if should_convert_module(name, kept)}
+
+
+def _quantised_weights(model) -> list:
+    return [layer.weight for layer in quantised_layers(model).values()]
 
 
 def _quantised(numbers: int, double: bool) -> int:

@@ -10,12 +10,17 @@ pickle, and none leaves the model other than it found it.
     check_sft_data         is each row for fine-tuning whole: an answer, with its end, within max_length?
     check_supervision      which tokens carry loss: the answer and its end, and not the prompt?
     check_lora_config      will a LoraConfig do what it says on this model?
+    check_quantization_config  can this model be loaded in 4 or 8 bits here, as this BitsAndBytesConfig says?
+    check_quantised        are the weights of a 4-bit or 8-bit model still what they were when it was loaded?
     check_training         is a trainer set up to train the adapter, and after a few steps: did it?
+    check_merged_folder    is the merged model in a folder the base with the trained adapter?
 """
 
 from course_utils.validation.compare import Comparison, check_changes_output, compare_models
 from course_utils.validation.folders import check_adapter_folder
+from course_utils.validation.merged import MergedReport, check_merged_folder
 from course_utils.validation.models import check_adapters
+from course_utils.validation.quantised import check_quantised, check_quantization_config
 from course_utils.validation.report import Finding, Report
 from course_utils.validation.sft import check_sft_data, check_supervision
 from course_utils.validation.training import check_lora_config, check_training
@@ -23,11 +28,15 @@ from course_utils.validation.training import check_lora_config, check_training
 __all__ = [
     "Comparison",
     "Finding",
+    "MergedReport",
     "Report",
     "check_adapter_folder",
     "check_adapters",
     "check_changes_output",
     "check_lora_config",
+    "check_quantised",
+    "check_quantization_config",
+    "check_merged_folder",
     "check_sft_data",
     "check_supervision",
     "check_training",

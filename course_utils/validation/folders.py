@@ -10,6 +10,7 @@ from pathlib import Path
 from course_utils.runtime import CourseError, read_safetensors_header
 from course_utils.validation.fit import check_fit
 from course_utils.validation.report import Report, never_raises, some
+from course_utils.validation.starts import changes_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -53,6 +54,14 @@ def check_adapter_folder(folder, base=None) -> Report:
         _check_ranks(report, config, pairs)
         if base is not None:
             check_fit(report, config, pairs, base)
+        if changes_base(config):
+            report.warn(
+                "changes_base",
+                f"Its start is {config['init_lora_weights']!r}: loading it changes the base's weights, and low_cpu_mem_usage=True "
+                "fails with an error about tensor types.",
+                "Load it on a copy of the base that nothing else uses, and share it converted to plain LoRA "
+                "(path_initial_model_for_weight_conversion).",
+            )
         size = (folder / WEIGHTS).stat().st_size
         report.note(
             "adapter",

@@ -7,6 +7,7 @@ import re
 
 from course_utils.validation.names import same_base
 from course_utils.validation.report import Report, never_raises, some
+from course_utils.validation.starts import check_shared
 from course_utils.validation.weights import adapter_names, check_base_weights, check_twice, check_weights
 
 
@@ -31,7 +32,8 @@ def check_adapters(
     base_name        what the model was loaded from, if its own `name_or_path` does not say
     base_revision    the revision that it was loaded with
     original_base    another copy of the base, or its folder of safetensors: tells whether this model's base has the
-                     adapter merged into it already, or was changed otherwise. Costs a pass over the adapted weights.
+                     adapter merged into it already, lacks the start of an OLoRA or PiSSA adapter, or was changed otherwise;
+                     of a model without adapters, too. Costs a pass over the adapted weights.
 
     Returns a Report; the finding "adapters" names what is loaded and active. All-zero B matrices are a failure in a
     frozen adapter (nothing was loaded: LoRA starts with B = 0, https://arxiv.org/abs/2106.09685, section 4.1) and a
@@ -70,15 +72,20 @@ def check_adapters(
             "It is a plain base, or merge_and_unload, unload or delete_adapter was called on it. Load an adapter with "
             "PeftModel.from_pretrained, and keep what it returns.",
         )
+        if original_base is not None:
+            linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+            check_base_weights(report, linear, {}, original_base)
         return report
 
     active = _check_state(report, model, layers, loaded, expect_active)
     _check_trainable(report, model, statuses, active, expect_trainable)
     check_weights(report, layers, loaded)
     check_twice(report, layers, loaded)
+    configs = {adapter: _configs(model).get(adapter) for adapter in loaded}
+    check_shared(report, configs)
     _check_base_name(report, model, base_name, base_revision)
     if original_base is not None:
-        check_base_weights(report, layers, loaded, original_base)
+        check_base_weights(report, layers, configs, original_base)
     report.note("adapters", f"Loaded: {', '.join(loaded)}. Active: {', '.join(active) or 'none'}.")
     return report
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from course_utils.validation.fit import _in_out
 from course_utils.validation.names import plain_name
 from course_utils.validation.report import Report, never_raises, some
+from course_utils.validation.starts import check_config
 
 # Full fine-tuning's rates lie below (defaults: Trainer 5e-5, TRL 2e-5); QLoRA's authors trained LoRA by Adam at 1e-4
 # (33B, 65B) and 2e-4 (7B, 13B parameters): https://arxiv.org/abs/2305.14314, table 9.
@@ -67,6 +68,7 @@ def check_lora_config(model, lora_config, learning_rate: float | None = None) ->
     if large:
         report.fail("rank_too_large", f"The rank is above the smaller side of {len(large)} layers: {some(large)}.",
                     "Take a far lower one: no product BA has such a rank, and A and B cost more than the layer itself.")
+    check_config(report, base, layers, lora_config)
     scalings = sorted({round(value, 4) for layer in layers.values() for value in layer.scaling.values()})
     if lora_config.lora_alpha <= 0 or (lora_config.lora_alpha <= 4 and scalings[0] < 0.25):
         report.add("warn" if lora_config.lora_alpha > 0 else "fail", "small_scaling", f"lora_alpha="

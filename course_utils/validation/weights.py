@@ -9,6 +9,7 @@ from pathlib import Path
 from course_utils.runtime import CourseError, read_safetensors_header
 from course_utils.validation.names import plain_name
 from course_utils.validation.report import some
+from course_utils.validation.starts import check_moved, check_still_inside, projection
 
 
 def check_weights(report, layers, loaded) -> None:
@@ -71,8 +72,11 @@ def check_twice(report, layers, loaded) -> None:
             )
 
 
-def check_base_weights(report, layers, loaded, original_base) -> None:
-    """W now = W original? If not, is the difference this adapter's own scaling * B @ A?"""
+def check_base_weights(report, layers, configs, original_base) -> None:
+    """W now = W original? If not, is the difference this adapter's own scaling * B @ A, or the start of an adapter?
+
+    layers: {name: PEFT's layer, or the base's own}; configs: {adapter: its configuration}, empty for a base alone.
+    """
     import torch
 
     try:
@@ -84,15 +88,17 @@ def check_base_weights(report, layers, loaded, original_base) -> None:
             "Pass a second copy of the base, or the folder that holds its safetensors.",
         )
         return
-    compared, moved = 0, []
-    dot, size, change = dict.fromkeys(loaded, 0.0), dict.fromkeys(loaded, 0.0), 0.0
+    compared, moved, smallest, change = 0, [], None, 0.0
+    merged_in = {adapter: _Alike() for adapter in configs}  # the base's change, and the adapter's own
+    start_in = {adapter: _Alike() for adapter in configs}  # where nothing moved: the start that its B points to, and its change
     with torch.no_grad():
         for name, layer in layers.items():
-            weight = getattr(layer.get_base_layer(), "weight", None)
+            weight = getattr(layer.get_base_layer() if configs else layer, "weight", None)
             before = original(plain_name(name) + ".weight")
+            merged = layer.merged_adapters if configs else []
             # A merged variant such as DoRA changed the weights by more than scaling * B @ A.
-            variant_merged = set(layer.merged_adapters) & set(getattr(layer, "lora_variant", ()))
-            if not _comparable(weight, before) or variant_merged or not hasattr(layer, "get_delta_weight"):
+            variant_merged = set(merged) & set(getattr(layer, "lora_variant", ()))
+            if not _comparable(weight, before) or variant_merged or (configs and not hasattr(layer, "get_delta_weight")):
                 continue
             if before.data_ptr() == weight.data_ptr():
                 report.fail(
@@ -102,17 +108,23 @@ def check_base_weights(report, layers, loaded, original_base) -> None:
                 )
                 return
             compared += 1
-            deltas = {adapter: layer.get_delta_weight(adapter).double() for adapter in adapter_names(layer)}
-            now = weight.double() - sum(deltas[adapter] for adapter in layer.merged_adapters if adapter in deltas)
-            difference = now - before.double().to(now.device)
+            deltas = {adapter: layer.get_delta_weight(adapter).double() for adapter in adapter_names(layer)} if configs else {}
+            now = weight.double() - sum(deltas[adapter] for adapter in merged if adapter in deltas)
+            before = before.to(now.device, torch.float64)
+            difference = now - before
             # Merging and unmerging leaves rounding behind, of the size of the weights' own precision.
-            if difference.norm() <= torch.finfo(weight.dtype).eps * (weight.double().norm() + before.double().norm()):
+            if difference.norm() <= torch.finfo(weight.dtype).eps * (weight.double().norm() + before.norm()):
+                for adapter, delta in deltas.items():
+                    B = adapter_tensors(layer, adapter).get("lora_B.weight")
+                    if B is not None and B.dim() == 2 and len(B) == len(before):
+                        start_in[adapter].add(projection(before, B), delta)
                 continue
-            moved.append(name)
+            moved.append(plain_name(name))
             change += difference.square().sum().item()
             for adapter, delta in deltas.items():
-                dot[adapter] += (difference * delta).sum().item()
-                size[adapter] += delta.square().sum().item()
+                merged_in[adapter].add(difference, delta)
+            if smallest is None or before.numel() < smallest[0].numel():
+                smallest = before, -difference
     if not compared:
         report.warn(
             "not_compared",
@@ -121,26 +133,34 @@ def check_base_weights(report, layers, loaded, original_base) -> None:
         )
     elif not moved:
         report.note("base_untouched", f"The base's weights equal the original's in all {compared} adapted layers.")
-    for adapter in loaded:
-        if not (moved and size[adapter]):
-            continue
-        times, cosine = dot[adapter] / size[adapter], dot[adapter] / (size[adapter] * change) ** 0.5
-        # The same direction and at least half the size: that is this adapter, not another change.
-        if cosine > 0.9 and times > 0.5:
-            report.fail(
-                "already_merged",
-                f"The base already contains {adapter!r}, {times:.2f} times: it was merged and then "
-                "loaded on top again, so the change is applied more than once.",
-                "Load the adapter on the original base, or use the merged model without the adapter.",
-            )
-            return
-    if moved:
-        report.warn(
-            "base_changed",
-            f"The base's weights differ from the original's in {len(moved)} of {compared} adapted layers: {some(moved)}.",
-            "OLoRA and PiSSA change the base on purpose. Otherwise this is another base, or one with another adapter "
-            "merged into it.",
-        )
+        check_still_inside(report, start_in)
+    else:
+        for adapter, alike in merged_in.items():
+            # The same direction and at least half the size: that is this adapter, not another change.
+            if alike.second and alike.dot > 0.9 * (alike.second * change) ** 0.5 and alike.dot > 0.5 * alike.second:
+                report.fail(
+                    "already_merged",
+                    f"The base already contains {adapter!r}, {alike.dot / alike.second:.2f} times: it was merged and then "
+                    "loaded on top again, so the change is applied more than once.",
+                    "Load the adapter on the original base, or use the merged model without the adapter.",
+                )
+                return
+        check_moved(report, configs, f"in {len(moved)} of {compared} layers: {some(moved)}", *smallest)
+
+
+class _Alike:
+    """Sums over the layers: of two kinds of matrices the inner products, and the squares of each."""
+
+    def __init__(self):
+        self.dot = self.first = self.second = 0.0
+
+    def add(self, first, second):
+        self.dot += (first * second).sum().item()
+        self.first += first.square().sum().item()
+        self.second += second.square().sum().item()
+
+    def cosine(self):
+        return self.dot / (self.first * self.second) ** 0.5 if self.first * self.second else 0.0
 
 
 def _comparable(weight, before) -> bool:
