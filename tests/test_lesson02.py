@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import counting
+from course_utils import counting, data, sweeps
 from course_utils.exercises import lesson02
 from tools import build, editions
 
-LESSON = editions.parse(Path(build.ROOT, "lessons", "02_lora_from_scratch.py").read_text(encoding="utf-8"))
+SOURCE = Path(build.ROOT, "lessons", "02_lora_from_scratch.py").read_text(encoding="utf-8")
+LESSON = editions.parse(SOURCE)
 
 
 def from_the_lesson(name):
@@ -77,6 +78,25 @@ def new_layer(base_layer, rank, alpha):
     """A LoRA layer around fresh weights instead of the old ones."""
     layer = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False, dtype=torch.float64)
     return LoRALinear(layer, rank, alpha)
+
+
+def dotted(model, names, rank, alpha):
+    """setattr on the model itself, with the whole name."""
+    model.requires_grad_(False)
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.split(".")[-1] in names]
+    for name in targets:
+        setattr(model, name, LoRALinear(model.get_submodule(name), rank, alpha))
+    return len(targets)
+
+
+def any_module(model, names, rank, alpha, make=LoRALinear):
+    """Whatever is called so, be it a linear layer or not."""
+    model.requires_grad_(False)
+    targets = [name for name, _ in model.named_modules() if name.split(".")[-1] in names]
+    for name in targets:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, make(model.get_submodule(name), rank, alpha))
+    return len(targets)
 
 
 def random_b(base_layer, rank, alpha):
@@ -145,7 +165,11 @@ def test_stub_is_to_do_and_solution_passes(check, solution):
     (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: "proj" in n), "was replaced, and"),
     (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: n.endswith(tuple(names))), "lm_head was replaced"),
     (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a) and len(names), "Count the layers, not the names"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=new_layer), "should bring 4 new matrices"),
+    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=new_layer), "weights are gone"),
+    (lesson02.inject, dotted, "under a name with dots"),
+    (lesson02.inject, any_module, "mlp is the name of a block.*Your code stopped with AttributeError"),
+    (lesson02.inject, lambda m, names, r, a: any_module(m, names, r, a, make=lambda old, *_: LoRALinear(old, r, a) if hasattr(
+        old, "weight") else nn.Sequential(old)), "mlp is the name of a block"),
     (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=random_b), "leave B zero"),
     (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=unscaled), "not \\(alpha / rank\\)·BA"),
     (lesson02.inject, lambda m, names, r, a: right_inject(m, names, a, r), "passed on in the right order"),
@@ -156,11 +180,13 @@ def test_stub_is_to_do_and_solution_passes(check, solution):
     (lesson02.count, lambda shapes, rank: sum(rank * i for i, o in shapes), "A only"),
     (lesson02.count, lambda shapes, rank: sum(rank * o for i, o in shapes), "B only"),
     (lesson02.count, lambda shapes, rank: sum(2 * rank * i for i, o in shapes), "square one"),
+    (lesson02.count, lambda shapes, rank: right_count(set(shapes), rank), "count every layer"),
     (lesson02.count, lambda shapes, rank: right_count(shapes, 1), "for rank 1"),
     (lesson02.count, lambda shapes, rank: right_count(shapes[:1], rank), "first layer only"),
     (lesson02.count, lambda shapes, rank: right_count(shapes, rank) + 1, "for one layer first"),
     (lesson02.count, lambda shapes, rank: [right_count(shapes, rank)], "should be a number"),
     (lesson02.truncate, lambda matrix, rank: matrix.clone(), "whole matrix again"),
+    (lesson02.truncate, lambda matrix, rank: right_truncate(matrix.float(), rank), "is in float32, and what you were given in float64"),
     (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank + 1), "was asked for"),
     (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank - 1), "only, and 3"),
     (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[0][:, :rank] @ torch.linalg.svd(matrix)[2][:rank], "sizes are missing"),
@@ -178,7 +204,14 @@ def test_stub_is_to_do_and_solution_passes(check, solution):
     (lesson02.merge, merged_with(lambda alpha, rank: 1), "You have used no scaling"),
     (lesson02.merge, merged_with(lambda alpha, rank: alpha / rank), "With use_rslora=True the scaling is alpha / sqrt"),
     (lesson02.merge, merged_with(lambda alpha, rank: alpha / rank**0.5), "With use_rslora=False the scaling is alpha / r,"),
-    (lesson02.merge, merged_with(lambda alpha, rank: 0.3), "not what PEFT gives"),
+    (lesson02.merge, merged_with(lambda alpha, rank: (alpha / rank) ** 0.5), "the root of alpha / r"),
+    (lesson02.merge, merged_with(lambda alpha, rank: alpha // rank), "alpha // r, a whole number"),
+    (lesson02.merge, merged_with(lambda alpha, rank: 0.3), "a scaling of 0.3"),
+    (lesson02.merge, merged_with(lambda alpha, rank: -alpha / rank), "taken away"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: w + alpha / (A.shape[1] ** 0.5 if rs else A.shape[1]) * (B @ A).T, "inputs for the rank"),
+    (lesson02.merge, lambda *given: right_merge(*given).T if len(given[0]) == len(given[0].T) else right_merge(*given), "the whole result"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w.float(), A.float(), B.float(), alpha, rs), "Keep the dtype"),
+    (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A.flip(0), B, alpha, rs), "not what PEFT gives"),
     (lesson02.merge, merged_in_place, "Return a new one"),
 ])
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
@@ -225,6 +258,42 @@ def test_the_lessons_layer_is_pefts_and_a_wrong_scaling_shows(wrong_scaling):
 
 
 # What the lesson says in prose
+
+
+def test_the_sailors_sentence_is_right():
+    from pretraining.tasks import sailor_speech
+
+    prompt, right = (re.search(rf'^{name} = "(.+)"$', SOURCE, flags=re.MULTILINE)[1] for name in ("prompt", "right"))
+    assert right == sailor_speech(prompt.removeprefix("Say it like a sailor: "))
+
+
+def test_what_the_lesson_says_of_cutting_to_a_rank():
+    from experiments import cut_to_rank, harness
+
+    results = data.results_dir() / "cut_to_rank.csv"
+    if not results.exists() or harness.missing(rows := data.load_results("cut_to_rank"), cut_to_rank.RUNS):
+        pytest.skip("the sweep cut_to_rank is not finished yet")
+    right, kept = (sweeps.over_seeds(rows, column, "task", "method", "rank") for column in ("test", "kept"))
+    assert right["reading", "full", 0] == right["sailor", "full", 0] == (0, 0, 0), "the base alone"
+    assert round(right["reading", "full", 1][0], 2) == 0.98 and round(right["sailor", "full", 8][0], 2) == 0.28
+    assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), "the same spectrum"
+    assert right["sailor", "full", 32][0] < 0.9 and min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, "for all of it 64"
+    assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, "a thin change is found, even of rank 1"
+
+
+def test_what_the_lesson_says_of_the_two_frozen_parts_that_keep_less():
+    """Of a model with trained norms and a trained output layer autograd keeps more: their inputs."""
+    source = next(cell.source for cell in LESSON.cells if "def loss_and_kept" in cell.source)
+    names = {"torch": torch}
+    exec(compile(source, "loss_and_kept", "exec"), names)
+    ids = torch.arange(12).reshape(2, 6)
+    kept = {}
+    for trained in ("", "norm", "lm_head"):
+        model = lesson02.tiny_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("proj" in name or bool(trained) and trained in name)
+        kept[trained] = names["loss_and_kept"](model, {"input_ids": ids, "labels": ids})[1]
+    assert kept[""] < kept["norm"] and kept[""] < kept["lm_head"]
 
 
 @pytest.mark.parametrize("width, layers, printed", [(1024, 24, "0.35"), (1280, 36, "0.77")])

@@ -21,19 +21,29 @@ def inject(function):
     import torch
 
     rank, alpha, input_ids = 3, 12, torch.tensor([[3, 1, 4, 1, 5]])
-    # "head" is the end of a name ("lm_head"), and no layer's name.
-    for names, expected in ((["v_proj"], 2), (["q_proj", "down_proj"], 4), (["head"], 0)):
+    # "head" is the end of a name ("lm_head"), and no layer's name; "mlp" is the name of a block, not of a linear layer.
+    for names, expected in ((["v_proj"], 2), (["q_proj", "down_proj"], 4), (["head"], 0), (["mlp", "o_proj"], 2)):
         model = tiny_model()
         with torch.no_grad():
             before = model(input_ids=input_ids).logits
         old_layers = dict(model.named_modules())
         old_parameters = {id(parameter) for parameter in model.parameters()}
-        wanted = {name for name in old_layers if name.split(".")[-1] in names}
-        found = expect_number(call_learner(function, model, names, rank, alpha), "the number of layers")
-        replaced = {name for name, layer in model.named_modules() if name in old_layers and old_layers[name] is not layer}
+        wanted = {name for name, layer in old_layers.items() if isinstance(layer, torch.nn.Linear) and name.split(".")[-1] in names}
+        try:
+            found = expect_number(call_learner(function, model, names, rank, alpha), "the number of layers")
+        except TryAgain as wrong:
+            if "mlp" in names:
+                raise TryAgain(f"{_BLOCK} {wrong}") from None
+            raise
+        replaced = {name for name, layer in old_layers.items() if name and _at(model, name) is not layer}
+        if {name for name in replaced if name.endswith("mlp")}:
+            raise TryAgain(_BLOCK)
         if replaced - wanted:
             raise TryAgain(f"{sorted(replaced - wanted)[0]} was replaced, and {names} was asked for. "
                            "Compare the whole last part of the name: name.split('.')[-1].")
+        if any("." in name for name, _ in model.named_children()):
+            raise TryAgain("The new layer is on the model itself, under a name with dots in it, and the old one is where it was. Set it on "
+                           "its parent: setattr(model.get_submodule(parent_name), last_part, new_layer).")
         if wanted - replaced:
             raise TryAgain(f"Nothing was replaced at {sorted(wanted - replaced)[0]}. Set the new layer on its parent: "
                            "setattr(model.get_submodule(parent_name), last_part, new_layer).")
@@ -47,7 +57,21 @@ def inject(function):
             _check_change(model.get_submodule(name), old_layers[name], rank, alpha)
 
 
+_BLOCK = "mlp is the name of a block, and no linear layer. Ask each module what it is: isinstance(module, nn.Linear)."
+
+
+def _at(model, name):
+    """The module of this name, None if there is none any more."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def _check_trainable(model, old_parameters, layers):
+    lost = old_parameters - {id(parameter) for parameter in model.parameters()}
+    if lost:
+        raise TryAgain(f"{len(lost)} of the base's own weights are gone. Hand the old layer itself over to LoRALinear.")
     frozen = [parameter.requires_grad for parameter in model.parameters() if id(parameter) in old_parameters]
     new = [parameter.requires_grad for parameter in model.parameters() if id(parameter) not in old_parameters]
     if any(frozen):
@@ -87,6 +111,7 @@ def count(function):
     for _ in range(4):
         rank = rng.choice([2, 3, 5])
         shapes = [(rng.randint(20, 60), rng.randint(61, 99)) for _ in range(rng.randint(2, 4))]
+        shapes += shapes[-1:]  # real models are all repeats
         found = expect_number(call_learner(function, list(shapes), rank), "the count")
         if found == sum(rank * (inputs + outputs) for inputs, outputs in shapes):
             continue
@@ -98,24 +123,40 @@ def count(function):
             sum(2 * rank * i for i, o in shapes): "That takes every layer for a square one. A has rank × inputs numbers, B outputs × rank.",
             sum(i + o for i, o in shapes): "That is the count for rank 1. Multiply by the rank.",
             rank * sum(shapes[0]): "That is the first layer only. Add up all of them.",
+            rank * sum(i + o for i, o in set(shapes)): "Layers of one shape are counted once. Each has its own A and B: count every layer.",
         }
         raise TryAgain(mistakes.get(found, "The count is not right. Write down the shapes of A and B for one layer first."))
 
 
+def _expect_dtype(found, given):
+    kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (found, given)]
+    if kinds[0] != kinds[1]:
+        raise TryAgain("The result is in {}, and what you were given in {}. Keep the dtype.".format(*kinds))
+
+
+def closest(matrix, rank):
+    """The matrix of this rank that is closest to `matrix`, in the same shape (Eckart and Young 1936)."""
+    import torch
+
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ Vh[:rank]
+
+
 @exercise("02.truncate", title="Keep r directions", level="core", minutes=10)
 def truncate(function):
-    """Compare with the truncated singular value decomposition, the closest matrix of that rank (Eckart and Young 1936)."""
+    """Compare with the truncated singular value decomposition, `closest`."""
     import torch
 
     generator = torch.Generator().manual_seed(4)
     for rows, columns, rank in ((12, 12, 3), (9, 14, 2), (15, 8, 5), (6, 10, 1)):
         matrix = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
         given = matrix.clone()
-        found = expect_tensor(call_learner(function, given, rank), (rows, columns), "the result").double()
+        found = expect_tensor(call_learner(function, given, rank), (rows, columns), "the result")
         if not torch.equal(given, matrix):
             raise TryAgain("The matrix that you were given has changed. Make a new one.")
+        _expect_dtype(found, matrix)
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        if torch.allclose(found, U[:, :rank] * S[:rank] @ Vh[:rank], atol=1e-8):
+        if torch.allclose(found, closest(matrix, rank), atol=1e-8):
             continue
         if torch.allclose(found, matrix, atol=1e-8):
             raise TryAgain("This is the whole matrix again. Keep the first r singular values only.")
@@ -140,7 +181,7 @@ def merge(function):
     import torch
 
     for seed, (inputs, outputs, rank, alpha, use_rslora) in enumerate(
-        ((10, 10, 4, 8, False), (6, 18, 4, 6, False), (12, 9, 4, 6, True))
+        ((10, 10, 4, 9, False), (6, 18, 4, 9, False), (12, 9, 4, 9, True))
     ):
         weight, A, B, merged = conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed)
         given = weight.clone()
@@ -148,6 +189,7 @@ def merge(function):
         found = expect_tensor(call_learner(function, given, A.clone(), B.clone(), alpha, use_rslora), weight.shape, "the merged weight")
         if not torch.equal(given, weight):
             raise TryAgain("The weight that you were given has changed. Return a new one: weight + ..., not weight += ...")
+        _expect_dtype(found, weight)
         if torch.allclose(found, merged, atol=1e-10):
             continue
         change, scaling = merged - weight, alpha / (rank**0.5 if use_rslora else rank)
@@ -157,11 +199,26 @@ def merge(function):
             raise TryAgain("This is the change alone. Add it to the weight.")
         if inputs == outputs and torch.allclose(found, weight + change.T, atol=1e-10):
             raise TryAgain("The change lies the wrong way. A Conv1D's weight is (inputs, outputs), and BA is (outputs, inputs).")
-        for used, name in ((alpha, "alpha itself"), (1, "no scaling"), (alpha / rank, "alpha / r"), (alpha / rank**0.5, "alpha / sqrt(r)")):
-            if torch.allclose(found, weight + used / scaling * change, atol=1e-10):
-                wanted = "alpha / sqrt(r)" if use_rslora else "alpha / r"
-                raise TryAgain(f"You have used {name}. With use_rslora={use_rslora} the scaling is {wanted}, r being the rank of A and B.")
+        if inputs == outputs and torch.allclose(found, merged.T, atol=1e-10):
+            raise TryAgain("You have turned the whole result. Turn the change alone; the weight stays (inputs, outputs).")
+        times = ((found - weight) * change).sum() / change.square().sum()
+        if torch.allclose(found, weight + times * change, atol=1e-10):
+            raise TryAgain(_other_scaling(times.item() * scaling, inputs, alpha, rank, use_rslora))
         raise TryAgain("This is not what PEFT gives. Write down the shape of each factor, and multiply B with A first.")
+
+
+def _other_scaling(used, inputs, alpha, rank, use_rslora):
+    """What to say when the merged weight is right but for the scaling."""
+    if used < 0:
+        return "The change is taken away. It is to be added."
+    wanted = "alpha / sqrt(r)" if use_rslora else "alpha / r"
+    mistakes = {
+        "alpha itself": alpha, "no scaling": 1, "alpha / r": alpha / rank, "alpha / sqrt(r)": alpha / rank**0.5,
+        "the root of alpha / r": (alpha / rank) ** 0.5, "alpha // r, a whole number": alpha // rank,
+        "the number of inputs for the rank": alpha / (inputs**0.5 if use_rslora else inputs),
+    }  # fmt: skip
+    name = next((name for name, value in mistakes.items() if abs(value - used) < 1e-9), f"a scaling of {used:.3g}")
+    return f"You have used {name}. With use_rslora={use_rslora} the scaling is {wanted}, r being the rank: A has the shape (r, inputs)."
 
 
 def conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed):

@@ -161,7 +161,7 @@ def _check_weights(report, layers, original_base) -> None:
     if not differences:
         report.warn("not_compared", "No quantised weight has a namesake in original_base.", "Pass the base that was quantised.")
     elif wrong:
-        report.fail("damaged", f"{len(wrong)} of {len(differences)} weights are not those of the base: {some(wrong, 1)} is off by "
+        report.fail("damaged", f"{len(wrong)} of {len(differences)} weights are not those of the base. {wrong[0]} is off by "
                     f"{differences[wrong[0]]:.0%} of its size.", "Load the model afresh from the unquantised base. A copy that was "
                     "saved after an evaluation may hold repacked weights; or something was merged, or this is another base.")
     else:
