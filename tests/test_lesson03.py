@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def right_labels(input_ids, attention_mask, prompt_lengths, pad_token_id):
 
 def means(rows, column):
     rates = sorted({row["learning_rate"] for row in rows})
-    return {rate: sum(row[column] for row in rows if row["learning_rate"] == rate) / 3 for rate in rates}
+    return {rate: statistics.mean(row[column] for row in rows if row["learning_rate"] == rate) for rate in rates}
 
 
 def right_rate(rows):
@@ -59,6 +60,12 @@ def right_cut(rows, tokenizer, max_length):
 
 
 # Typical mistakes
+
+
+def best_by(rows, judge):
+    """The rate whose runs a wrong judge likes best; of equal ones the lower."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    return max(rates, key=lambda rate: judge([row for row in rows if row["learning_rate"] == rate]))
 
 
 def no_mask(input_ids, attention_mask, prompt_lengths, pad):
@@ -177,6 +184,11 @@ def test_stub_is_to_do_and_solution_passes(name, solution, tokenizer):
     ("rate", lucky_seed, "best single run"),
     ("rate", lambda rows: max(rows, key=lambda row: row["test"])["learning_rate"], "best on test"),
     ("rate", later_tie, "Take the lower one"),
+    ("rate", lambda rows: best_by(rows, lambda runs: sum(r["validation"] for r in runs)), "has the most runs"),
+    ("rate", lambda rows: best_by(rows, lambda runs: sum(2 * r["validation"] + r["test"] for r in runs) / len(runs)), "even in part"),
+    ("rate", lambda rows: best_by(rows, lambda runs: min(r["validation"] for r in runs)), "Two rates share the best mean"),
+    ("rate", lambda rows: best_by(rows, lambda runs: statistics.median(r["validation"] for r in runs)), "Two rates share the best mean"),
+    ("labels", lambda *given: right_labels(*given).float(), "token ids are torch.long"),
     ("rate", lambda rows: max(means(rows, "validation").values()), "Return the rate, not its score"),
     ("rate", lambda rows: rows, "should be a number"),
     ("rate", lambda rows: float("nan"), "is nan"),
@@ -315,8 +327,10 @@ def test_what_the_lesson_says_of_learning_rates():
     good = {method: [rate for kind, rate in score if kind == method and score[kind, rate][0] > 0.95] for method in best}
     assert {method: sorted(rates) for method, rates in good.items()} == {"lora": [5e-3, 1.5e-2], "full": [5e-4, 1.5e-3, 5e-3]}
     assert score["lora", 5e-2][2] < 0.05, "one step above nothing"
+    assert round(900 * (score["full", 1.5e-3][0] - score["full", 5e-3][0])) == 1, "one answer in 900 apart"
     test = group("learning_rate", "test", "method", "learning_rate")
     lora, full = test["lora", 1.5e-2], test["full", 1.5e-3]
+    assert round(test["full", 5e-3][0], 2) == 0.92
     assert max(lora[1], full[1]) <= min(lora[2], full[2]), "agree within their spread"
 
 
@@ -339,15 +353,14 @@ def test_what_the_lesson_says_of_cost():
 def test_what_the_lesson_says_of_speed():
     speed, loss = (group("throughput", column, "loop") for column in ("tokens_per_second", "last_loss"))
     assert 0.75 < speed["trl"][0] / speed["bare"][0] < 0.85, "four fifths"
-    assert 0.93 < speed["trl_model_loss"][0] / speed["bare"][0] < 1.07, "within a few per cent"
+    assert 0.93 < speed["trl_model_loss"][0] / speed["bare"][0] < 1.07, "within the spread"
     assert len({f"{mean:.4f}" for mean, _, _ in loss.values()}) == 1
 
 
 def test_what_the_lesson_says_of_ranks():
     loss = {step: group("rank", f"loss_{step}", "rank") for step in (25, 50, 75, 100)}
     for step, by_rank in loss.items():
-        means = {rank: mean for rank, (mean, _, _) in by_rank.items()}
-        assert max(means[8], means[16], means[64]) < means[4] < means[1], step
+        assert max(by_rank[rank][0] for rank in (4, 8, 16, 64)) < by_rank[1][0], step
     assert 2.5 < loss[50][1][0] / loss[50][4][0] < 3.5, "three times that of rank 4"
     test = group("rank", "test", "rank")
     assert round(test[1][0], 2) == 0.93 and all(0.98 <= test[rank][0] <= 1 for rank in (4, 8, 16, 64))
@@ -371,7 +384,9 @@ def test_what_the_lesson_says_of_alpha_and_layers():
 def test_what_the_lesson_says_of_too_few_rows():
     training, validation = (group("overfitting", f"{kind}_loss", "rows", "step") for kind in ("training", "validation"))
     on_32 = {step: mean for (rows, step), (mean, _, _) in validation.items() if rows == 32}
-    assert min(on_32, key=on_32.get) == 20 and on_32[20] < on_32[200] < 1.1 * on_32[20], "lowest at the first look, hardly rises"
+    assert max(on_32.values()) < 1.1 * min(on_32.values()), "hardly moves"
+    seeds = {(row["seed"], row["step"]): row["validation_loss"] for row in data.load_results("overfitting") if row["rows"] == 32}
+    assert seeds[0, 200] < seeds[0, 20] and seeds[1, 200] > seeds[1, 20] and seeds[2, 40] < seeds[2, 20] < seeds[2, 200]
     assert training[32, 20][0] / training[32, 200][0] > 1000
     assert round(group("overfitting", "test", "rows")[32][0], 1) == 0.2
     on_2000 = [validation[2000, step][0] for step in (20, 60, 100, 200)]
