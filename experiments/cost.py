@@ -24,7 +24,12 @@ RUNS = [{"seed": seed, "method": method} for seed in (0, 1, 2) for method in ("l
 
 def measure(seed, method):
     """The columns that a fresh process prints as its last line."""
-    command = [sys.executable, "-m", "experiments.cost", method, str(seed)]
+    return in_fresh_process("experiments.cost", method, seed)
+
+
+def in_fresh_process(module, *arguments):
+    """The JSON that `python -m module arguments` prints as its last line."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -42,12 +47,17 @@ def measure_here(seed, method):
     trainer, clock = training.make_trainer(
         data.load_task(training.TASK, "train"), 5e-4, seed, lora=lora_config() if method == "lora" else None, max_steps=STEPS
     )
+    return {**train_and_watch(trainer), **training.size_and_speed(trainer, clock)}
+
+
+def train_and_watch(trainer):
+    """Train; columns: the peak of this process, and what of it came with training."""
     resident, peak_before = psutil.Process().memory_info().rss, peak_bytes()
     trainer.train()
     peak = peak_bytes()
     if peak <= peak_before:
         raise RuntimeError("Loading took more memory than training, so the peak says nothing about training.")
-    return {"peak_bytes": peak, "training_bytes": peak - resident, **training.size_and_speed(trainer, clock)}
+    return {"peak_bytes": peak, "training_bytes": peak - resident}
 
 
 if __name__ == "__main__":

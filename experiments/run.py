@@ -29,14 +29,17 @@ import sys
 from course_utils import runtime
 from experiments import harness
 
-# By lesson. The sweeps of lesson 3 but `cost` and `throughput` train at the learning rate that its first one finds best.
+# By lesson. Rank, recall, targets, alpha and overfitting train at the learning rate that the first sweep of lesson 3 finds best.
 LESSONS = {
     "02": ("cut_to_rank",),
     "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
+    "04": ("quantised", "quantised_merge", "quantised_cost"),
+    "05": ("starts", "starts_rank"),
+    "06": ("combine", "dial"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
-TIMED = ("cost", "throughput")  # their times are the result, so each of their runs has the machine to itself
+TIMED = ("cost", "throughput", "quantised_cost")  # their times are the result, so each of their runs has the machine to itself
 MOST_PROCESSES = 4  # each takes about 1.2 GB
 
 

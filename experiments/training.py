@@ -38,10 +38,13 @@ def load_base():
     return model.to(runtime.device()), AutoTokenizer.from_pretrained(base)
 
 
-def make_trainer(rows, learning_rate, seed, lora=None, eval_rows=None, trainer_class=SFTTrainer, **changes):
-    """(trainer, its StepClock): LoRA with the config `lora`, or all weights if it is None; `changes` go to SFTConfig."""
+def make_trainer(rows, learning_rate, seed, lora=None, eval_rows=None, trainer_class=SFTTrainer, load=None, **changes):
+    """(trainer, its StepClock): LoRA with the config `lora`, or all weights if it is None; `changes` go to SFTConfig.
+
+    load: in place of `load_base`, to train on another form of the base.
+    """
     runtime.seed_everything(seed)  # before the trainer, which draws A
-    model, tokenizer = load_base()
+    model, tokenizer = (load or load_base)()
     settings = dict(
         output_dir=str(runtime.runs_dir() / "experiments" / "trainer"), max_steps=STEPS, per_device_train_batch_size=BATCH,
         learning_rate=learning_rate, warmup_steps=10, lr_scheduler_type="linear", completion_only_loss=True, max_length=256,

@@ -1,0 +1,59 @@
+"""Does the start of A and B matter? LoRA from five starts, and with two other levers, at five learning rates each.
+
+All methods get the same rates, steps, batches and seeds, and the same alpha, so that a start is the only thing that differs;
+`rslora` and `dora` start as the default does, and change the scaling and what is trained. Runs are short (100 steps of batch
+16), so that not every run ends at the same score.
+"""
+
+from peft import LoraConfig
+
+from course_utils import data
+from course_utils.runtime import CourseError
+from experiments import harness, training
+
+METHODS = {
+    "default": {},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+RATES = (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+STEPS, BATCH, EVERY = 100, 16, 5
+RUNS = [{"seed": seed, "method": method, "learning_rate": rate} for seed in training.SEEDS for method in METHODS for rate in RATES]
+
+
+def make_trainer(method, learning_rate, seed, rank=8):
+    """A trainer that notes its loss every EVERY steps, with a part of the validation split to measure it on, too."""
+    lora = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **METHODS[method])
+    trainer, _ = training.make_trainer(
+        data.load_task(training.TASK, "train"), learning_rate, seed, lora=lora, eval_rows=training.scored_rows(training.TASK, "validation"),
+        max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=EVERY, per_device_eval_batch_size=64,
+    )
+    return trainer
+
+
+def measure(seed, method, learning_rate):
+    """Train once; the loss on the way and at the end, and the scores."""
+    trainer = make_trainer(method, learning_rate, seed)
+    trainer.train()
+    return {
+        **training.scores(trainer, training.TASK), "validation_loss": trainer.evaluate()["eval_loss"], **training.loss_curve(trainer),
+    }
+
+
+def best_rate(method):
+    """The learning rate with the best mean score on the validation split; of equal ones the lowest.
+
+    Raises CourseError if the sweep is not complete.
+    """
+    rows = data.load_results("starts", harness.folder())
+    if missing := harness.missing(rows, RUNS):
+        raise CourseError(f"{len(missing)} runs of starts are missing. Run `python -m experiments.run starts` first.")
+
+    def total_score(rate):
+        return sum(row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate))
+
+    return max(RATES, key=total_score)  # `max` takes the first of equals

@@ -1,0 +1,233 @@
+"""Checks of lesson 4: bits per parameter, quantise in blocks, merge into the dequantised base, find weights that were spoilt."""
+
+import math
+
+from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, expect_type
+
+
+@exercise("04.bits", title="Bits per parameter", level="warm-up", minutes=5)
+def bits(function):
+    """Compare with 4 + 32/block, and with double quantisation 4 + 8/block + 32/(block * group)."""
+    for block, group in ((64, None), (128, None), (64, 256), (32, 512)):
+        found = expect_number(call_learner(function, block, group), "the number of bits")
+        right = 4 + 32 / block if group is None else 4 + 8 / block + 32 / (block * group)
+        if math.isclose(found, right, abs_tol=1e-9):
+            continue
+        mistakes = [
+            (right - 4, "That is the scales' share alone. Add the 4 bits of the number itself."),
+            (right / 8, "That is in bytes. Count in bits."),
+            (right * block, "That is a whole block. Divide by the numbers in it."),
+            (4 + 4 / block, "An absmax in float32 has 4 bytes, and 32 bits."),
+        ]
+        if group is not None:
+            mistakes += [
+                (4 + 32 / block, "With double quantisation an absmax has 8 bits, not 32."),
+                (4 + 8 / block, "The absmax values are quantised in groups, and each group has a float32 of its own: 32 bits for group × block numbers."),
+                (4 + 8 / block + 32 / group, "A group holds absmax values, each for a whole block. So it stands for group × block numbers."),
+                (4 + 32 / block + 8 / block + 32 / (block * group), "The 8 bits stand in place of the 32, they don't come on top."),
+            ]
+        for wrong, hint in mistakes:
+            if math.isclose(found, wrong, abs_tol=1e-9):
+                raise TryAgain(hint)
+        side = "many" if found > right else "few"
+        raise TryAgain(f"For blocks of {block}{f' and groups of {group}' if group else ''} you count {found:.4g} bits, which is too {side}.")
+
+
+def there_and_back(weight, levels, block):
+    """`weight` quantised in blocks of `block` numbers in a row to levels in [-1, 1], and read back, in the same shape."""
+    import torch
+
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    between = (levels[1:] + levels[:-1]) / 2
+    return (levels[torch.bucketize(rows / absmax, between)] * absmax).reshape(weight.shape)
+
+
+def level_sets():
+    """{name: levels} of NF4 and of a plain 4-bit integer, in ascending order."""
+    import torch
+    from bitsandbytes.functional import get_4bit_type
+
+    return {"NF4": get_4bit_type("nf4", device="cpu"), "int4": torch.arange(-7, 8) / 7}
+
+
+@exercise("04.quantise", title="Quantise in blocks", level="core", minutes=15)
+def quantise(function):
+    """Compare with the nearest level times the block's absmax; for NF4 that is what bitsandbytes' kernel gives, to the bit."""
+    import torch
+
+    generator = torch.Generator().manual_seed(6)
+    for shape, block in (((16, 128), 64), ((12, 96), 32), ((6, 64), 128)):
+        for name, levels in level_sets().items():
+            weight = torch.randn(shape, generator=generator) * torch.logspace(-1, 1, shape[0])[:, None]
+            given, known = weight.clone(), levels.clone()
+            found = expect_tensor(call_learner(function, given, known, block), shape, "the result").float()
+            if not torch.equal(given, weight) or not torch.equal(known, levels):
+                raise TryAgain("The weight or the levels that you were given have changed. Make a new tensor.")
+            right = there_and_back(weight, levels, block)
+            if not torch.allclose(found, right, rtol=1e-5, atol=1e-6):
+                _explain_quantised(weight, levels, block, found, right, name)
+
+
+def _explain_quantised(weight, levels, block, found, right, name):
+    import torch
+
+    def close(other):
+        return other is not None and other.shape == found.shape and torch.allclose(found, other.to(found), rtol=1e-4, atol=1e-5)
+
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    between, inside = (levels[1:] + levels[:-1]) / 2, rows / absmax
+    codes = torch.bucketize(inside, between)
+    largest = rows.amax(1, keepdim=True)
+    steps = ((inside + 1) / 2 * (len(levels) - 1)).round().long()
+    mistakes = [
+        (weight, "Nothing was rounded: this is the weight itself."),
+        (codes.reshape(weight.shape), "These are the numbers of the levels. Look the levels up, and multiply by the block's absmax."),
+        (levels[codes].reshape(weight.shape), "These are levels from -1 to 1. Multiply each block by its absmax again."),
+        (there_and_back(weight, levels, weight.numel()), "One absmax for the whole matrix. Each block has its own."),
+        (there_and_back(weight, levels, weight.shape[1]), "One absmax for each row. Cut the numbers into blocks first: weight.reshape(-1, block)."),
+        (there_and_back(weight.T.contiguous(), levels, block).T if weight.numel() % block == 0 else None,
+         "Your blocks run down the columns. They run along the rows: weight.reshape(-1, block)."),
+        (there_and_back(weight.reshape(block, -1).T.contiguous(), levels, block).T.reshape(weight.shape),
+         "reshape(block, -1) puts the blocks into columns. Use reshape(-1, block)."),
+        ((levels[torch.bucketize(rows / largest, between)] * largest).reshape(weight.shape),
+         "You divide by the largest number. A block's largest size may be that of a negative one: take abs() first."),
+        ((levels[torch.bucketize(inside, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape),
+         "Each number goes up to the next level. Take the nearest one: the borders lie half-way between levels."),
+        ((levels[steps] * absmax).reshape(weight.shape),
+         "You round to equal steps and look the level up by its number. The levels are not equally far apart: take the nearest."),
+    ]
+    for wrong, hint in mistakes:
+        if close(wrong):
+            raise TryAgain(hint)
+    row = int((found - right).abs().amax(1).argmax())
+    raise TryAgain(f"With {name} levels and blocks of {block} row {row} is off by {(found - right)[row].abs().max():.2g}. "
+                   "Divide each block by its absmax, take the nearest level, multiply by the absmax.")
+
+
+def four_bit_layer(inputs, outputs, seed=0):
+    """A `Linear4bit` in NF4 with random weights, never run."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    generator = torch.Generator().manual_seed(seed)
+    layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight.data = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    return layer.to("cpu")
+
+
+def change_of(inputs, outputs, rank, seed=0):
+    """Random A (rank, inputs) and B (outputs, rank)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(rank, inputs, generator=generator) / 8, torch.randn(outputs, rank, generator=generator) / 8
+
+
+def read(layer):
+    """The weight (outputs, inputs) that a `Linear4bit` stands for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+@exercise("04.merge", title="Merge where nothing is rounded", level="core", minutes=10)
+def merge(function):
+    """Compare with the dequantised weight plus scaling * B @ A."""
+    import torch
+
+    for seed, (inputs, outputs, rank, scaling) in enumerate(((64, 64, 4, 2.0), (128, 64, 3, 0.5), (64, 192, 5, 2.0))):
+        layer, (A, B) = four_bit_layer(inputs, outputs, seed), change_of(inputs, outputs, rank, seed)
+        stored, base, change = layer.weight.data.clone(), read(layer), B @ A
+        found = expect_tensor(call_learner(function, layer, A.clone(), B.clone(), scaling), (outputs, inputs), "the merged weight")
+        if not torch.equal(layer.weight.data, stored) or not torch.equal(read(layer), base):
+            raise TryAgain("The layer has changed. Return a new weight, and leave the 4-bit one as it is.")
+        right = base + scaling * change
+        if torch.allclose(found.float(), right, atol=1e-5):
+            continue
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        rounded = dequantize_4bit(*quantize_4bit(right, quant_type="nf4"))
+        mistakes = [
+            (base, "This is the base alone: the adapter's change is missing."),
+            (scaling * change, "This is the adapter's change alone: add the base's weight."),
+            (base + change, "The scaling is missing: add scaling * B @ A."),
+            (base - scaling * change, "The change is added, not taken away."),
+            (rounded, "This was quantised again, and the change rounded with it. Return the sum in float32."),
+            (base + scaling * change.T if inputs == outputs else None, "The change lies on its side. B @ A has the shape (outputs, inputs) already."),
+            (base + scaling * A.T @ B.T if inputs == outputs else None, "The change lies on its side. B @ A has the shape (outputs, inputs) already."),
+        ]
+        for wrong, hint in mistakes:
+            if wrong is not None and torch.allclose(found.float(), wrong, atol=1e-5):
+                raise TryAgain(hint)
+        raise TryAgain(f"The merged weight is off by {(found - right).abs().max():.2g}. Read the base back with "
+                       "bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), and add scaling * B @ A.")
+
+
+def small_model():
+    """Six 4-bit layers and one that is not."""
+    from torch import nn
+
+    layers = {name: four_bit_layer(64, 64, seed) for seed, name in enumerate(("query", "key", "value", "output", "up", "down"))}
+    return nn.ModuleDict({**layers, "head": nn.Linear(64, 8)})
+
+
+def spoilers(model):
+    """{what happens: (an action that does it to the model, the names of the layers that it spoils)}."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    def nothing():
+        pass
+
+    def repack():
+        for name in ("key", "up"):
+            weight = model[name].weight
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+
+    def numbers_in_place():
+        model["value"].weight.data.copy_(model["value"].weight.data.flip(0))
+
+    def scales_only():
+        model["down"].weight.quant_state.absmax.mul_(2)
+
+    def head_only():
+        model["head"].weight.data.zero_()
+
+    return {"nothing": (nothing, set()), "repacking": (repack, {"key", "up"}), "other numbers": (numbers_in_place, {"value"}),
+            "other scales": (scales_only, {"down"}), "a head in float32": (head_only, set())}
+
+
+@exercise("04.spoilt", title="Which weights were spoilt?", level="stretch", minutes=15)
+def spoilt(function):
+    """Plant damage of several kinds, in place, and compare the names that are returned."""
+    for what in spoilers(small_model()):
+        model, ran = small_model(), []
+        action, right = spoilers(model)[what]
+
+        def watched(action=action, ran=ran):
+            ran.append(True)
+            action()
+
+        answer = expect_type(call_learner(function, model, watched), (list, tuple, set, frozenset), "the answer")
+        if not ran:
+            raise TryAgain("Your function was given an action and did not call it: action().")
+        if len(ran) > 1:
+            raise TryAgain("The action was called more than once. Call it once, between the two looks at the weights.")
+        if not all(isinstance(name, str) for name in answer):
+            raise TryAgain("Return the names of the layers, as named_modules() gives them.")
+        found = set(answer)
+        if found == right:
+            continue
+        if found - {"query", "key", "value", "output", "up", "down"}:
+            raise TryAgain(f"{sorted(found - set(model))[0] if found - set(model) else 'head'} is no 4-bit layer. Look at isinstance(layer, "
+                           "Linear4bit), and give the layer's name, not its weight's.")
+        if what == "nothing":
+            raise TryAgain(f"Nothing happened, and you found {sorted(found)}. Compare tensors with torch.equal, of the same layer before and after.")
+        if what == "other scales" and not found:
+            raise TryAgain("The scales of a layer were changed, and you found nothing. Its numbers alone don't tell: compare what "
+                           "dequantize_4bit gives.")
+        if not found:
+            raise TryAgain(f"The action brought {what}, and you found nothing. Did you keep the weights themselves, which change with the "
+                           "model, rather than what dequantize_4bit gives?")
+        raise TryAgain(f"The action spoilt {sorted(right)}, and you return {sorted(found)}.")

@@ -1,0 +1,254 @@
+"""The checks of lesson 4, each with its typical mistakes; and what the lesson says in prose."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from course_utils import runtime
+from course_utils.exercises import lesson04
+from tools import build
+
+runtime.quiet_imports()
+
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+SOURCE = Path(build.ROOT, "lessons", "04_qlora.py").read_text(encoding="utf-8")
+
+
+# The solutions
+
+
+def right_bits(block, group):
+    return 4 + 32 / block if group is None else 4 + 8 / block + 32 / (block * group)
+
+
+def right_quantise(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    codes = ((rows / absmax)[..., None] - levels).abs().argmin(-1)
+    return (levels[codes] * absmax).reshape(weight.shape)
+
+
+def read(layer):
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def right_merge(layer, A, B, scaling):
+    return read(layer) + scaling * B @ A
+
+
+def right_spoilt(model, action):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [name for name, layer in layers.items() if not torch.equal(read(layer), before[name])]
+
+
+# Typical mistakes
+
+
+def one_scale(weight, levels, block):
+    return right_quantise(weight, levels, weight.numel())
+
+
+def a_scale_a_row(weight, levels, block):
+    return right_quantise(weight, levels, weight.shape[1])
+
+
+def down_the_columns(weight, levels, block):
+    return right_quantise(weight.T.contiguous(), levels, block).T
+
+
+def wrong_reshape(weight, levels, block):
+    columns = weight.reshape(block, -1)
+    absmax = columns.abs().amax(0)
+    codes = ((columns / absmax)[..., None] - levels).abs().argmin(-1)
+    return (levels[codes] * absmax).reshape(weight.shape)
+
+
+def pieces(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return absmax, ((rows / absmax)[..., None] - levels).abs().argmin(-1)
+
+
+def numbers_of_levels(weight, levels, block):
+    return pieces(weight, levels, block)[1].reshape(weight.shape)
+
+
+def without_scales(weight, levels, block):
+    return levels[pieces(weight, levels, block)[1]].reshape(weight.shape)
+
+
+def signed_largest(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    largest = rows.amax(1, keepdim=True)
+    return (levels[((rows / largest)[..., None] - levels).abs().argmin(-1)] * largest).reshape(weight.shape)
+
+
+def next_level(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return (levels[torch.bucketize(rows / absmax, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape)
+
+
+def equal_steps(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return (levels[((rows / absmax + 1) / 2 * (len(levels) - 1)).round().long()] * absmax).reshape(weight.shape)
+
+
+def in_place(weight, levels, block):
+    return weight.copy_(right_quantise(weight, levels, block))
+
+
+def one_block_wrong(weight, levels, block):
+    found = right_quantise(weight, levels, block)
+    found[3] *= 1.1
+    return found
+
+
+def merge_in_place(layer, A, B, scaling):
+    merged = right_merge(layer, A, B, scaling)
+    layer.weight.data, layer.weight.quant_state = quantize_4bit(merged, quant_type="nf4")
+    return merged
+
+
+def with_scaling(factor):
+    return lambda layer, A, B, scaling: right_merge(layer, A, B, factor(scaling))
+
+
+def by(look):
+    """`right_spoilt` with another thing looked at."""
+
+    def run(model, action):
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        before = {name: look(layer) for name, layer in layers.items()}
+        action()
+        return {name for name, layer in layers.items() if not torch.equal(look(layer), before[name])}
+
+    return run
+
+
+def every_parameter(model, action):
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    action()
+    return [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
+
+
+def not_called(model, action):
+    return []
+
+
+def called_twice(model, action):
+    action()
+    return right_spoilt(model, action)
+
+
+def by_identity(model, action):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [name for name, layer in layers.items() if read(layer) is not before[name]]
+
+
+def with_head(model, action):
+    return [*right_spoilt(model, action), "head"]
+
+
+SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merge, "spoilt": right_spoilt}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_stub_is_to_do_and_solution_passes(name):
+    check = getattr(lesson04, name)
+    assert check.outcome(lambda *given: ...).status == "TODO"
+    outcome = check.outcome(SOLUTIONS[name])
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("name, wrong, hint", [
+    ("bits", lambda block, group: right_bits(block, group) - 4, "the scales' share alone"),
+    ("bits", lambda block, group: right_bits(block, group) / 8, "in bytes"),
+    ("bits", lambda block, group: right_bits(block, group) * block, "a whole block"),
+    ("bits", lambda block, group: 4 + 4 / block, "4 bytes, and 32 bits"),
+    ("bits", lambda block, group: 4 + 32 / block, "has 8 bits, not 32"),
+    ("bits", lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block, "a float32 of its own"),
+    ("bits", lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block + 32 / group, "each for a whole block"),
+    ("bits", lambda block, group: right_bits(block, group) + (32 / block if group else 0), "don't come on top"),
+    ("bits", lambda block, group: 5, "too many"),
+    ("bits", lambda block, group: print(end=""), "Is a return missing"),
+    ("bits", lambda block, group: float("nan"), "is nan"),
+    ("bits", lambda block, group: 32 / group, "TypeError"),
+    ("bits", lambda block, group: "4.5", "should be a number"),
+    ("quantise", lambda weight, levels, block: weight.clone(), "Nothing was rounded"),
+    ("quantise", one_scale, "Each block has its own"),
+    ("quantise", a_scale_a_row, "One absmax for each row"),
+    ("quantise", numbers_of_levels, "numbers of the levels"),
+    ("quantise", without_scales, "levels from -1 to 1"),
+    ("quantise", signed_largest, "take abs() first"),
+    ("quantise", next_level, "goes up to the next level"),
+    ("quantise", equal_steps, "not equally far apart"),
+    ("quantise", wrong_reshape, "reshape(block, -1) puts the blocks into columns"),
+    ("quantise", in_place, "have changed"),
+    ("quantise", one_block_wrong, "row 3 is off by"),
+    ("quantise", lambda *given: right_quantise(*given).reshape(-1), "has shape"),
+    ("quantise", lambda *given: right_quantise(*given).tolist(), "should be of type Tensor"),
+    ("quantise", lambda *given: right_quantise(*given) * float("nan"), "holds NaN"),
+    ("quantise", lambda *given: print(end=""), "Is a return missing"),
+    ("quantise", lambda weight, levels, block: weight.reshape(7, 7), "RuntimeError"),
+    ("merge", lambda layer, A, B, scaling: read(layer), "change is missing"),
+    ("merge", lambda layer, A, B, scaling: scaling * B @ A, "add the base's weight"),
+    ("merge", with_scaling(lambda scaling: 1), "The scaling is missing"),
+    ("merge", with_scaling(lambda scaling: -scaling), "added, not taken away"),
+    ("merge", lambda layer, A, B, scaling: read(layer) + scaling * (B @ A).T if layer.in_features == layer.out_features else right_merge(layer, A, B, scaling), "lies on its side"),
+    ("merge", lambda *given: dequantize_4bit(*quantize_4bit(right_merge(*given), quant_type="nf4")), "quantised again"),
+    ("merge", merge_in_place, "The layer has changed"),
+    ("merge", lambda layer, A, B, scaling: layer.weight.data + scaling * B @ A, "RuntimeError"),
+    ("merge", lambda layer, A, B, scaling: layer.weight.data, "has shape"),
+    ("merge", lambda *given: right_merge(*given) + 0.1, "is off by 0.1"),
+    ("merge", lambda *given: print(end=""), "Is a return missing"),
+    ("spoilt", not_called, "did not call it"),
+    ("spoilt", called_twice, "more than once"),
+    ("spoilt", by(lambda layer: layer.weight.data.clone()), "Its numbers alone don't tell"),
+    ("spoilt", by(lambda layer: layer.weight.data), "you found nothing"),
+    ("spoilt", every_parameter, "give the layer's name"),
+    ("spoilt", by_identity, "Nothing happened, and you found"),
+    ("spoilt", with_head, "head is no 4-bit layer"),
+    ("spoilt", lambda model, action: [model["key"], action()], "names of the layers"),
+    ("spoilt", lambda *given: [*right_spoilt(*given), "query"] if right_spoilt(*given) else [], "more than once"),
+    ("spoilt", lambda *given: len(right_spoilt(*given)), "should be of type"),
+    ("spoilt", lambda *given: print(len(right_spoilt(*given))), "Is a return missing"),
+    ("spoilt", lambda model, action: model.missing, "AttributeError"),
+])
+def test_typical_mistakes_get_their_own_hint(name, wrong, hint):
+    outcome = getattr(lesson04, name).outcome(wrong)
+    assert outcome.status == "TRY AGAIN"
+    assert hint in outcome.hint, outcome.hint
+
+
+@pytest.mark.parametrize("kind, name", [("nf4", "NF4")])
+def test_the_reference_of_the_exercise_is_bitsandbytes_kernel(kind, name):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    ours = lesson04.there_and_back(weight, lesson04.level_sets()[name], 64)
+    assert torch.equal(ours, dequantize_4bit(*quantize_4bit(weight, quant_type=kind)))
+
+
+def test_the_planted_damage_is_what_it_says():
+    for what, (action, right) in lesson04.spoilers(lesson04.small_model()).items():
+        model = lesson04.small_model()
+        action, right = lesson04.spoilers(model)[what]
+        assert set(right_spoilt(model, action)) == right, what
+
+
+# What the lesson says in prose
+
+
+def test_the_lessons_run_is_the_sweeps():
+    from experiments import quantised, training
+
+    steps, batch, rate = map(float, re.search(r"^STEPS, BATCH, RATE = (\d+), (\d+), (\S+)$", SOURCE, flags=re.MULTILINE).groups())
+    assert (steps, batch, rate) == (quantised.STEPS, training.BATCH, quantised.RATE)

@@ -1,0 +1,240 @@
+"""The checks of lesson 5: the stub is to do, the solution passes, each typical mistake gets its own hint."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from course_utils.exercises import lesson05
+from tools import build, editions
+
+LESSON = editions.parse(Path(build.ROOT, "lessons", "05_olora.py").read_text(encoding="utf-8"))
+
+
+def from_the_lesson(name):
+    """The function `name` as the lesson solves it."""
+    source = next(cell.source for cell in LESSON.cells if re.search(rf"^def {name}\b", cell.source, flags=re.MULTILINE))
+    names = {"torch": torch}
+    exec(compile(source.split("\n\n\nlesson05")[0], name, "exec"), names)
+    return names[name]
+
+
+SOLUTIONS = {
+    lesson05.olora: from_the_lesson("olora_start"), lesson05.quiet: from_the_lesson("quiet_start"),
+    lesson05.reach: from_the_lesson("steps_to"), lesson05.convert: from_the_lesson("convert"),
+}
+
+
+# Typical mistakes
+
+
+def right_olora(weight, rank, alpha, sign=-1.0, scaling=None, keep=False):
+    Q, R = torch.linalg.qr(weight)
+    A, B = R[:rank], Q[:, :rank]
+    scaling = alpha / rank if scaling is None else scaling
+    return A, B, weight.clone() if keep else weight + sign * scaling * B @ A
+
+
+def in_place(weight, rank, alpha):
+    A, B, left = right_olora(weight, rank, alpha)
+    weight.copy_(left)
+    return A, B, weight
+
+
+def like_pissa(weight, rank, alpha):
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    B, A = U[:, :rank], S[:rank, None] * Vh[:rank]
+    return A, B, weight - alpha / rank * B @ A
+
+
+def not_orthonormal(weight, rank, alpha):
+    A, B, left = right_olora(weight, rank, alpha)
+    return 2 * A, B / 2, left
+
+
+def quiet_with(change):
+    def start(inputs, outputs, rank):
+        return change(*SOLUTIONS[lesson05.quiet](inputs, outputs, rank))
+
+    return start
+
+
+def two_turns(inputs, outputs, rank):
+    """A and B from different orthogonal matrices."""
+    A, _ = SOLUTIONS[lesson05.quiet](inputs, outputs, rank)
+    _, B = SOLUTIONS[lesson05.quiet](inputs, outputs, rank)
+    return A, B
+
+
+def blocks(inputs, outputs, rank):
+    A, B = torch.randn(rank, inputs), torch.randn(outputs, rank)
+    A[rank // 2:], B[:, : rank // 2] = 0, 0
+    return A, B
+
+
+def one_direction(inputs, outputs, rank):
+    turned = torch.linalg.qr(torch.randn(rank, rank))[0]
+    return turned[:1].T @ torch.randn(1, inputs), torch.randn(outputs, 1) @ turned[1:2]
+
+
+def seeded(inputs, outputs, rank):
+    torch.manual_seed(0)
+    return SOLUTIONS[lesson05.quiet](inputs, outputs, rank)
+
+
+def turning_the_given(A0, B0, A, B, alpha):
+    B0 *= -1
+    return torch.cat([A, A0]), torch.cat([B, B0], dim=1), 2 * alpha
+
+
+def convert_with(minus_A0=1, minus_B0=1, B_sign=1, times=2):
+    def convert(A0, B0, A, B, alpha):
+        return torch.cat([A, minus_A0 * A0]), torch.cat([B_sign * B, minus_B0 * B0], dim=1), times * alpha
+
+    return convert
+
+
+def of_the_differences(A0, B0, A, B, alpha):
+    return torch.cat([A - A0, 0 * A]), torch.cat([B - B0, 0 * B], dim=1), 2 * alpha
+
+
+@pytest.mark.parametrize("check", SOLUTIONS, ids=lambda check: check.name)
+def test_stub_is_to_do_and_solution_passes(check):
+    assert check.outcome(lambda *given: ...).status == "TODO"
+    outcome = check.outcome(SOLUTIONS[check])
+    assert outcome.passed, outcome
+
+
+def test_another_right_answer_passes():
+    assert lesson05.olora.outcome(lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a)))).passed
+    assert lesson05.convert.outcome(convert_with(minus_A0=-1)).passed
+    assert lesson05.reach.outcome(lambda losses, level: min((s for s, loss in losses.items() if loss <= level), default=None)).passed
+
+
+@pytest.mark.parametrize("check, wrong, hint", [
+    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, keep=True), "would change at step 0"),
+    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, sign=1.0), "sign is wrong"),
+    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=1.0), "not BA alone"),
+    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a), "don't add up"),
+    (lesson05.olora, in_place, "Return a new one"),
+    (lesson05.olora, like_pissa, "aren't the first r directions"),
+    (lesson05.olora, not_orthonormal, "orthonormal"),
+    (lesson05.olora, lambda w, r, a: right_olora(w, r, a)[:2], "3 things"),
+    (lesson05.olora, lambda w, r, a: right_olora(w, r + 1, a), "A has shape"),
+    (lesson05.olora, lambda w, r, a: (right_olora(w, r, a)[1], right_olora(w, r, a)[0], w), "A has shape"),
+    (lesson05.olora, lambda w, r, a: tuple(m * float("nan") for m in right_olora(w, r, a)), "NaN"),
+    (lesson05.quiet, quiet_with(lambda A, B: (A, 0 * B)), "B is zero"),
+    (lesson05.quiet, quiet_with(lambda A, B: (0 * A, B)), "A is zero"),
+    (lesson05.quiet, lambda i, o, r: (torch.randn(r, i), torch.randn(o, r)), "BA is not zero"),
+    (lesson05.quiet, two_turns, "BA is not zero"),
+    (lesson05.quiet, blocks, "Whole rows of A"),
+    (lesson05.quiet, one_direction, "half of them"),
+    (lesson05.quiet, seeded, "Two calls"),
+    (lesson05.quiet, quiet_with(lambda A, B: (B, A)), "A has shape"),
+    (lesson05.quiet, quiet_with(lambda A, B: A), "the result should be|2 things|The result should be"),
+    (lesson05.reach, lambda losses, level: min(losses.values()), "this is a loss"),
+    (lesson05.reach, lambda losses, level: min(losses, key=losses.get), "lowest loss|None"),
+    (lesson05.reach, lambda losses, level: next((s for s, v in losses.items() if v <= level), None), "order of the dict"),
+    (lesson05.reach, lambda losses, level: next((s for s in sorted(losses) if losses[s] < level), None), "at or below"),
+    (lesson05.reach, lambda losses, level: next((s for s in sorted(losses) if losses[s] <= level), max(losses)), "return None"),
+    (lesson05.reach, lambda losses, level: sorted(losses)[-1] if min(losses.values()) <= level else None, "lowest loss|first step"),
+    (lesson05.reach, lambda losses, level: "10", "should be a number"),
+    (lesson05.convert, convert_with(), "products are added"),
+    (lesson05.convert, convert_with(minus_A0=-1, minus_B0=-1), "products are added"),
+    (lesson05.convert, convert_with(B_sign=-1), "wrong way round"),
+    (lesson05.convert, convert_with(minus_B0=-1, times=1), "alpha / rank has to stay"),
+    (lesson05.convert, convert_with(minus_B0=-1, times=4), "alpha / rank has to stay"),
+    (lesson05.convert, lambda A0, B0, A, B, alpha: (A - A0, B - B0, alpha), "needs 2r"),
+    (lesson05.convert, of_the_differences, "product of the differences"),
+    (lesson05.convert, turning_the_given, "has changed"),
+    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1)), "3 things"),
+    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A0, A]), torch.cat([B, -B0], dim=1), 2 * alpha), "laid side by side"),
+    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0]), 2 * alpha), "the new B has shape|The new B has shape"),
+])
+def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
+    outcome = check.outcome(wrong)
+    assert outcome.status == "TRY AGAIN"
+    assert re.search(hint, outcome.hint), outcome.hint
+
+
+def boom(*given):
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("check", SOLUTIONS, ids=lambda check: check.name)
+@pytest.mark.parametrize("answer", [None, 3, "text", boom, lambda *given: print(end=""), lambda *given: float("nan"), lambda *given: [None] * 3,
+                                    lambda *given: (torch.tensor(float("nan")),) * 3, lambda: 1, lambda *given: object()])
+def test_anything_else_gets_a_sentence(check, answer):
+    outcome = check.outcome(answer)
+    assert outcome.status == "TRY AGAIN" and len(outcome.hint) > 20
+
+
+# What the lesson says of the library
+
+
+def tiny():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                                        max_position_embeddings=32, initializer_range=0.3)).eval()
+
+
+def adapted(adapter_name="default", **changes):
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "olora", "task_type": "CAUSAL_LM"}
+    return get_peft_model(tiny(), LoraConfig(**settings | changes), adapter_name=adapter_name).eval()
+
+
+@pytest.fixture
+def quiet_peft():
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def test_converting_with_the_adapters_own_name_deletes_it(tmp_path, quiet_peft):
+    model = adapted("sailor")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="should be set to `True`"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "sailor"))
+    assert list(model.peft_config) == []
+
+
+def test_a_slash_at_the_end_is_an_error_and_a_missing_folder_names_the_hub(tmp_path, quiet_peft):
+    model = adapted()
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="Adapter  does not exist"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=f"{tmp_path / 'start'}/")
+    with pytest.raises(Exception, match="Repo id must be|Can't find"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "nowhere"))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_conversion_rewrites_the_configuration_that_it_is_given(tmp_path, quiet_peft):
+    from peft import LoraConfig
+
+    model = adapted()
+    model.save_pretrained(tmp_path / "start")
+    assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights == "olora"
+    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights is True
+
+
+def test_shapes_patterns_and_memory(tmp_path, quiet_peft):
+    from peft import PeftModel
+
+    large = adapted(r=64)
+    layer = large.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight.shape == (32, 32) and layer.r["default"] == 64 and layer.scaling["default"] == 8 / 64
+    with pytest.raises(ValueError, match="rank to be even"):
+        adapted(init_lora_weights="orthogonal", r=3)
+    model = adapted(use_rslora=True, rank_pattern={"q_proj": 2})
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="not supported when using `rank_pattern`"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        PeftModel.from_pretrained(tiny(), tmp_path / "plain", low_cpu_mem_usage=True)

@@ -1,0 +1,400 @@
+"""Lesson 6: its checks, its sweeps on a model made for the test, and what its prose says of PEFT."""
+
+import math
+import re
+import warnings
+
+import pytest
+import torch
+
+from conftest import make_tiny_model, make_tiny_tokenizer
+from course_utils import runtime
+from course_utils.exercises import lesson06
+from experiments import combine, dial, harness, training
+
+# The solutions
+
+
+def right_verdict(base, adapter, merged, tolerance, least=10, size=lambda difference: difference.abs().max()):
+    if size(adapter - base) < least * tolerance:
+        return "no effect"
+    return "same" if size(merged - adapter) <= tolerance else "differs"
+
+
+def right_agreement(reference, candidate):
+    p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
+    return (p.argmax(-1) == q.argmax(-1)).double().mean(), (p.exp() * (p - q)).sum(-1).mean()
+
+
+def right_shard(tensors, adapter, scaling, add=lambda weight, B, A, scaling: (weight.float() + scaling * (B @ A)).to(weight.dtype)):
+    merged = {}
+    for name, tensor in tensors.items():
+        prefix = "base_model.model." + name.removesuffix(".weight")
+        A, B = (adapter.get(f"{prefix}.lora_{factor}.weight") for factor in "AB")
+        merged[name] = tensor.clone() if A is None else add(tensor, B, A, scaling)
+    return merged
+
+
+def right_join(adapters, weights, of_A=lambda w, s: w * s, of_B=lambda w, s: 1.0):
+    A = torch.cat([of_A(w, s) * A for (A, _, s), w in zip(adapters, weights)])
+    return A, torch.cat([of_B(w, s) * B for (_, B, s), w in zip(adapters, weights)], dim=1)
+
+
+def right_times(base, merged, changes):
+    above = sum(((merged[name] - base[name]) * change).sum() for name, change in changes.items())
+    return above / sum(change.square().sum() for change in changes.values())
+
+
+# Typical mistakes
+
+
+def nan_is_same(base, adapter, merged, tolerance):
+    if (adapter - base).abs().max() < 10 * tolerance:
+        return "no effect"
+    return "differs" if (merged - adapter).abs().max() > tolerance else "same"
+
+
+def merge_first(base, adapter, merged, tolerance):
+    if not (merged - adapter).abs().max() <= tolerance:
+        return "differs"
+    return right_verdict(base, adapter, merged, tolerance)
+
+
+def in_place(tensors, adapter, scaling):
+    for name, tensor in right_shard(tensors, adapter, scaling).items():
+        tensors[name] = tensor
+    return tensors
+
+
+def everything(tensors, adapter, scaling):
+    return right_shard(tensors, adapter, scaling) | {name: tensor for name, tensor in adapter.items()}
+
+
+def other_shards_too(tensors, adapter, scaling):
+    names = [name.removeprefix("base_model.model.").replace(".lora_A", "") for name in adapter if "lora_A" in name]
+    return right_shard(tensors, adapter, scaling) | {name: torch.zeros(2) for name in names if name not in tensors}
+
+
+def only_changed(tensors, adapter, scaling):
+    return {name: tensor for name, tensor in right_shard(tensors, adapter, scaling).items() if not torch.equal(tensor, tensors[name])}
+
+
+def adding(rule):
+    return lambda tensors, adapter, scaling: right_shard(tensors, adapter, scaling, add=rule)
+
+
+def touched_norm(tensors, adapter, scaling):
+    merged = right_shard(tensors, adapter, scaling)
+    return {name: tensor + 1 if "norm" in name else tensor for name, tensor in merged.items()}
+
+
+def added(adapters, weights):
+    return sum(w * s * A for (A, _, s), w in zip(adapters, weights)), sum(B for _, B, _ in adapters)
+
+
+def joined(of_A, of_B=lambda w, s: 1.0):
+    return lambda adapters, weights: right_join(adapters, weights, of_A, of_B)
+
+
+def swapped(adapters, weights):
+    A, B = right_join(adapters, weights)
+    return B, A
+
+
+def other_order(adapters, weights):
+    A, _ = right_join(adapters, weights)
+    return A, right_join(adapters[::-1], weights[::-1])[1]
+
+
+def ratio_of_norms(base, merged, changes):
+    return math.sqrt(sum((merged[n] - base[n]).square().sum() for n in changes) / sum(c.square().sum() for c in changes.values()))
+
+
+def single(base, merged, changes, name):
+    return ((merged[name] - base[name]) * changes[name]).sum() / changes[name].square().sum()
+
+
+def cosine(base, merged, changes):
+    return right_times(base, merged, changes) / ratio_of_norms(base, merged, changes)
+
+
+@pytest.mark.parametrize("check, solution", [
+    (lesson06.verdict, right_verdict), (lesson06.agreement, right_agreement), (lesson06.shard, right_shard),
+    (lesson06.join, right_join), (lesson06.times, right_times),
+])
+def test_stub_is_to_do_and_solution_passes(check, solution):
+    assert check.outcome(lambda *given: ...).status == "TODO"
+    outcome = check.outcome(solution)
+    assert outcome.passed, outcome
+
+
+def all_terms(reference, candidate):  # top-1 agreement, log p, log q
+    p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
+    return right_agreement(reference, candidate)[0], p, q
+
+
+def mean_of_all(top_1, p, q):
+    return top_1, torch.nn.functional.kl_div(q, p, log_target=True)
+
+
+def side_by_side(adapters, weights):
+    return torch.cat([A for A, _, _ in adapters], dim=1), adapters[0][1]
+
+
+@pytest.mark.parametrize("check, wrong, hint", [
+    (lesson06.verdict, lambda b, a, m, t: "same" if (m - a).abs().max() <= t else "differs", "which shows nothing about the merge"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, size=lambda d: d.abs().mean()), "a mean hides it"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, size=lambda d: d.max()), "off downwards"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=1), "only five tolerances"),
+    (lesson06.verdict, merge_first, "The first question comes first"),
+    (lesson06.verdict, nan_is_same, "no comparison with NaN is true"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t) == "same", "should be of type str"),
+    (lesson06.verdict, lambda b, a, m, t: "equal", "one of 'no effect'"),
+    (lesson06.verdict, lambda b, a, m, t: print(right_verdict(b, a, m, t)), "Is a return missing"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
+    (lesson06.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
+    (lesson06.agreement, lambda r, c: (r.argmax() == c.argmax(), 0.0), "of type|should be a number|one place of the whole"),
+    (lesson06.agreement, lambda r, c: (0.123, 0), "you return 0.12"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], len(r) * right_agreement(r, c)[1]), "sum over positions"),
+    (lesson06.agreement, lambda r, c: mean_of_all(*all_terms(r, c)), "size of the vocabulary"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], right_agreement(c, r)[1]), "The reference stands first"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], -right_agreement(r, c)[1]), "sign is turned"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], right_agreement(r, c)[1] / math.log(2)), "in bits"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], (r.softmax(-1) * (r - c)).sum(-1).mean()), "no log-probabilities"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], 7.0), "KL is not right"),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
+    (lesson06.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
+    (lesson06.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
+    (lesson06.shard, in_place, "has changed. Put the results"),
+    (lesson06.shard, everything, "is no tensor of this shard"),
+    (lesson06.shard, other_shards_too, "layers.0.self_attn.q_proj.weight is no tensor of this shard"),
+    (lesson06.shard, only_changed, "input_layernorm.weight is missing"),
+    (lesson06.shard, lambda t, a, s: {name: tensor.clone() for name, tensor in t.items()}, "is as it was"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + B @ A), "scaling is missing"),
+    (lesson06.shard, adding(lambda w, B, A, s: s * (B @ A)), "the change alone"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + s * (B @ A)), "would change its size"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + (s * (B @ A)).to(w.dtype)), "BA was rounded before"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + 2 * s * (B @ A)), "is not W \\+ scaling·BA"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + s * (A @ B)), "Your code stopped with RuntimeError"),
+    (lesson06.shard, touched_norm, "has no A and B, and has changed"),
+    (lesson06.shard, lambda t, a, s: [1], "of type dict"),
+    (lesson06.shard, lambda t, a, s: {name: None for name in t}, "of type Tensor"),
+    (lesson06.shard, lambda t, a, s: {name: tensor * math.nan for name, tensor in t.items()}, "NaN"),
+    (lesson06.join, added, "nobody asked for"),
+    (lesson06.join, joined(lambda w, s: 1.0), "Neither weight nor scaling|scaling is missing|weights? (is|are) missing"),
+    (lesson06.join, joined(lambda w, s: w), "scaling is missing|Neither"),
+    (lesson06.join, joined(lambda w, s: s), "weights are missing"),
+    (lesson06.join, joined(lambda w, s: w * s, lambda w, s: w * s), "count twice"),
+    (lesson06.join, joined(lambda w, s: w * s, lambda w, s: w), "The weight counts twice"),
+    (lesson06.join, joined(lambda w, s: w * s, lambda w, s: s), "The scaling counts twice"),
+    (lesson06.join, joined(lambda w, s: abs(w) * s), "its sign was lost"),
+    (lesson06.join, joined(lambda w, s: torch.tensor(w * s).sqrt(), lambda w, s: torch.tensor(w * s).sqrt()), "its root is NaN"),
+    (lesson06.join, joined(lambda w, s: 3.0), "stacked in the same order"),
+    (lesson06.join, other_order, "stacked in the same order"),
+    (lesson06.join, swapped, "changed places"),
+    (lesson06.join, side_by_side, "nobody asked for|Stack the A as rows"),
+    (lesson06.join, lambda adapters, w: (torch.zeros(2, 2), torch.zeros(2, 2)), "Stack the A as rows"),
+    (lesson06.join, lambda adapters, w: right_join(adapters, w)[0], "A and B are expected|of type tuple"),
+    (lesson06.join, lambda adapters, w: (None, None), "of type Tensor"),
+    (lesson06.join, lambda adapters, w: (torch.zeros(3), torch.zeros(3)), "should be a matrix"),
+    (lesson06.times, ratio_of_norms, "no sign"),
+    (lesson06.times, cosine, "the cosine"),
+    (lesson06.times, lambda b, m, c: right_times({n: 0 * t for n, t in b.items()}, m, c), "Take the base away first"),
+    (lesson06.times, lambda b, m, c: sum(((m[n] - b[n]) * c[n]).sum() for n in c), "the dot product"),
+    (lesson06.times, lambda b, m, c: sum(single(b, m, c, n) for n in c) / len(c), "mean over layers"),
+    (lesson06.times, lambda b, m, c: single(b, m, c, next(iter(c))), "one layer only"),
+    (lesson06.times, lambda b, m, c: single(b, m, c, list(c)[-1]), "one layer only"),
+    (lesson06.times, lambda b, m, c: 1, "and you find 1"),
+    (lesson06.times, lambda b, m, c: torch.cat([((m[n] - b[n]) / c[n]).flatten() for n in c]).mean(), "and you find"),
+    (lesson06.times, lambda b, m, c: sum((m[n] - b[n]).sum() for n in b) / 0, "stopped with|is (inf|nan|-inf)"),
+    (lesson06.times, lambda b, m, c: m, "should be a number"),
+])
+def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
+    outcome = check.outcome(wrong)
+    assert outcome.status == "TRY AGAIN"
+    assert re.search(hint, outcome.hint), outcome.hint
+
+
+@pytest.mark.parametrize("check", [lesson06.verdict, lesson06.agreement, lesson06.shard, lesson06.join, lesson06.times])
+@pytest.mark.parametrize("answer", [None, 3, "text", lambda *_: print(end=""), lambda *_: math.nan, lambda *_: 1 / 0, lambda: 1])
+def test_whatever_is_handed_in_gets_a_sentence(check, answer):
+    outcome = check.outcome(answer)
+    assert outcome.status == "TRY AGAIN" and outcome.hint and "Traceback" not in outcome.hint
+
+
+# The sweeps, on a model made for the test
+
+
+@pytest.fixture(scope="module")
+def tiny_course(tmp_path_factory):
+    """A random base with four random adapters, and folders for runs; one token a byte."""
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("course")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_BASE_MODEL", str(root / "base"))
+        patch.setenv("COURSE_RUNS", str(root / "runs"))
+        tokenizer = make_tiny_tokenizer()
+        model = make_tiny_model(tokenizer)
+        model.config.max_position_embeddings = 4096
+        model.save_pretrained(root / "base")
+        tokenizer.save_pretrained(root / "base")
+        for name in combine.ADAPTERS:
+            adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+            for parameter_name, parameter in adapted.named_parameters():
+                if ".lora_B." in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+            adapted.save_pretrained(runtime.adapters_dir() / name)
+            model = adapted.unload()
+        patch.setattr(combine, "SCORED", 2)
+        patch.setattr(training, "LONGEST_ANSWER", dict.fromkeys(combine.ADAPTERS, 2))
+        yield
+
+
+@pytest.mark.parametrize("adapters, weights", [("reading+sailor", "sum"), ("reading+sailor+extract+mood", "mean")])
+def test_combine_measures_every_type(tiny_course, adapters, weights):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns if the adapter that is deleted is active
+        rows = combine.measure(0, adapters, weights)
+    assert [row["combination"] for row in rows] == list(combine.TYPES)
+    by_type = {row["combination"]: row for row in rows}
+    number = adapters.count("+") + 1
+    assert by_type["cat"]["error"] < 1e-5 and by_type["cat"]["rank"] == 2 * number and by_type["svd"]["rank"] == 2
+    assert all(row["error"] > 0.01 for row in rows if row["combination"] != "cat")
+    assert all(0 <= row[task] <= 1 for row in rows for task in combine.ADAPTERS)
+
+
+def test_dial_sets_the_weights_that_it_says(tiny_course, monkeypatch):
+    from peft.tuners.lora import LoraLayer
+
+    seen = []
+
+    def score(model, tokenizer, task, rows):
+        layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+        seen.append((task, {name: layer.scaling[name] / 3 for name in layer.active_adapters}))
+        return {"score": 0.5}
+
+    monkeypatch.setattr(training, "score", score)
+    monkeypatch.setattr(dial, "WEIGHTS", (0.25,))
+    (row,) = dial.measure(1, "sailor+mood")
+    assert row == {"weight": 0.25, "first": 0.5, "second": 0.5, "first_alone": 0.5, "second_alone": 0.5}
+    both = {"sailor": 0.75, "mood": 0.25}
+    assert seen == [("sailor", both), ("mood", both), ("sailor", {"sailor": 0.75}), ("mood", {"mood": 0.25})]
+
+
+def test_the_seed_draws_the_rows_that_are_scored(tiny_course):
+    first, again, other = (combine.scored_rows(seed) for seed in (0, 0, 1))
+    assert {task: list(rows) for task, rows in first.items()} == {task: list(rows) for task, rows in again.items()}
+    assert any(list(first[task]) != list(other[task]) for task in combine.ADAPTERS)
+
+
+def test_the_sweeps_resume_and_are_read_back(tiny_course, monkeypatch):
+    from course_utils import data
+
+    monkeypatch.setattr(combine, "TYPES", ("cat", "linear"))
+    runs = combine.RUNS[:1]
+    rows = harness.sweep("combine", runs, combine.measure, log=lambda line: None)
+    assert len(rows) == 2 and harness.missing(data.load_results("combine", harness.folder()), runs) == []
+
+
+# What the lesson says of PEFT
+
+
+def two_adapters(**settings):
+    """A tiny Llama in float64 with two random adapters, alpha not r, and the function that measures a combination."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_tiny_model(make_tiny_tokenizer()).double()
+    first, second = (LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], **settings) for alpha in (12, 6))
+    model = get_peft_model(model, first, adapter_name="one", autocast_adapter_dtype=False)
+    model.add_adapter("two", second, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+PARTS = {"one": 0.5, "two": -0.25}
+
+
+def combined(model, kind, **given):
+    """The error of a combination with the weights PARTS."""
+    model.add_weighted_adapter(list(PARTS), list(PARTS.values()), kind, combination_type=kind, **given)
+    return combine.error_of(model, kind, PARTS)
+
+
+def test_cat_is_exact_and_svd_with_the_sum_of_the_ranks_and_no_type_is_with_rslora():
+    assert combined(two_adapters(), "cat") < 1e-12 and combined(two_adapters(), "svd", svd_rank=8) < 1e-6
+    assert combined(two_adapters(), "svd") > 0.05 and combined(two_adapters(), "linear") > 0.2
+    for kind in combine.TYPES:
+        density = {} if kind in combine.WITHOUT_DENSITY else {"density": 0.5}
+        assert combined(two_adapters(use_rslora=True), kind, **density) > 0.3, kind
+    assert combined(two_adapters(use_rslora=True), "cat") == pytest.approx(8**0.5 - 1)
+
+
+def test_the_types_are_all_that_peft_offers():
+    import inspect
+    import typing
+
+    from peft.tuners.lora import LoraModel
+
+    offered = inspect.signature(LoraModel.add_weighted_adapter, eval_str=True).parameters["combination_type"].annotation
+    assert set(typing.get_args(offered)) == set(combine.TYPES) and len(combine.TYPES) == 11
+
+
+def test_linear_makes_cross_terms_and_scales_by_roots():
+    model = two_adapters()
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mix", combination_type="linear")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    (A1, B1), (A2, B2) = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for name in ("one", "two"))
+    c1, c2 = 0.5 * 12 / 4, 0.5 * 6 / 4
+    wanted = c1 * B1 @ A1 + c2 * B2 @ A2 + (c1 * c2) ** 0.5 * (B1 @ A2 + B2 @ A1)
+    assert torch.allclose(layer.get_delta_weight("mix"), wanted, atol=1e-6)  # PEFT keeps the roots in float32
+
+
+def test_a_name_that_exists_is_passed_over_even_after_an_error():
+    model = two_adapters()
+    with pytest.raises(TypeError):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="ties")
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="ties", density=0.5)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert not layer.get_delta_weight("mix").any() and model.active_adapters == ["one"]
+    model.delete_adapter("mix")
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="ties", density=0.5)
+    assert layer.get_delta_weight("mix").any() and model.active_adapters == ["one"]
+
+
+def test_linear_needs_equal_ranks_and_cat_and_svd_do_not():
+    from peft import LoraConfig, get_peft_model
+
+    for kind in combine.TYPES:
+        model = make_tiny_model(make_tiny_tokenizer())
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="one")
+        model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"]))
+        density = {} if kind in combine.WITHOUT_DENSITY else {"density": 0.5}
+        if kind == "cat" or "svd" in kind:
+            model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type=kind, **density)
+        else:
+            with pytest.raises(ValueError, match="same r value"):
+                model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type=kind, **density)
+
+
+def test_a_merged_adapter_is_not_deleted_and_is_unmerged_by_a_look_without_it():
+    model = two_adapters()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("one")
+    with model.disable_adapter(), torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_a_safe_merge_that_fails_leaves_a_model_half_merged():
+    from peft.tuners.lora import LoraLayer
+
+    model = two_adapters()
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers[-1].lora_B["one"].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    assert 0 < sum(isinstance(module, LoraLayer) for module in model.modules()) < len(layers)
