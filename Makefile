@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+INSTRUCTOR := $(VENV)/.instructor
 FIRST_LESSON := notebooks/01_load_lora_adapter.ipynb
 
 # Two at a time with a thread each: one more thread gains a model of this size little.
@@ -10,17 +11,23 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
-.PHONY: help setup lab test check test-notebooks notebooks classroom experiments base-model lock
+.PHONY: help setup lab test check test-notebooks notebooks experiments base-model lock classroom grade report feedback formgrader test-classroom
 
 help:
 	@echo "make lab         open lesson 1 in JupyterLab (NO_BROWSER=1 serves without a browser)"
 	@echo "make test        all tests: code, then every notebook of both editions"
 	@echo "make check       the tests that run no notebook"
 	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson)"
-	@echo "make classroom   lessons/*.py to classroom/staging/, with grading cells"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
-	@echo "make lock        renew constraints.txt from requirements.txt"
+	@echo "make lock        renew the constraints from requirements.txt and requirements-instructor.txt"
+	@echo "For instructors (classroom/README.md), with nbgrader, which the first of these installs:"
+	@echo "make classroom   stage the lessons as assignments, and pack the hand-out (ONLY=01 for one lesson)"
+	@echo "make grade       SUBMISSIONS=folder or zip, to classroom/staging/scores.csv and report.md (OPTIONS=...)"
+	@echo "make report      both anew, after grading by hand"
+	@echo "make feedback    a page for each submission, to classroom/staging/feedback/"
+	@echo "make formgrader  open nbgrader's formgrader, to grade by hand (NO_BROWSER=1 as above)"
+	@echo "make test-classroom  the tests of all that"
 
 # The stamp holds the folder it was made for: the package is installed by its path,
 # so a checkout that was moved must be installed again.
@@ -35,6 +42,11 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@printf '%s' "$(CURDIR)" > $(STAMP)
 
 setup: $(STAMP)
+
+# What an instructor needs beside the course, in the same environment.
+$(INSTRUCTOR): $(STAMP) requirements-instructor.txt constraints-instructor.txt
+	$(RUN) -m pip install --disable-pip-version-check -r requirements-instructor.txt
+	@touch $(INSTRUCTOR)
 
 # JupyterLab's own defaults hold: a token, and localhost only. It refuses to start
 # for root, who has only that account in most containers, so root is let in here.
@@ -52,13 +64,27 @@ test-notebooks: $(STAMP)
 	COURSE_STRICT=1 $(NBMAKE) solutions
 # The instructor's edition is the solved one with the hidden tests, which run nowhere else.
 	$(RUN) -m tools.build classroom
-	COURSE_STRICT=1 $(NBMAKE) classroom/staging
+	COURSE_STRICT=1 $(NBMAKE) classroom/staging/source
 
 notebooks: $(STAMP)
 	$(RUN) -m tools.build notebooks $(ONLY)
 
-classroom: $(STAMP)
-	$(RUN) -m tools.build classroom $(ONLY)
+classroom: $(INSTRUCTOR)
+	$(RUN) -m classroom stage $(ONLY)
+
+grade: $(INSTRUCTOR)
+	$(RUN) -m classroom grade "$(SUBMISSIONS)" $(OPTIONS)
+
+report feedback: $(INSTRUCTOR)
+	$(RUN) -m classroom $@
+
+formgrader: $(INSTRUCTOR)
+	cd classroom && ../$(RUN) -m jupyterlab --LabApp.default_url=/formgrader/manage_assignments \
+		$(if $(NO_BROWSER),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
+
+# TEST_CLASSROOM: nothing is skipped, neither what is slow nor what misses nbgrader.
+test-classroom: $(INSTRUCTOR)
+	TEST_CLASSROOM=1 $(PYTEST) tests/test_classroom.py
 
 experiments: $(STAMP)
 	$(RUN) -m experiments.run $(ONLY)

@@ -165,8 +165,18 @@ def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
         f"|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 notebooks",
         f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 solutions",
         "||-m tools.build classroom",
-        f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 classroom/staging",
+        f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 classroom/staging/source",
     ]
+
+
+def test_what_an_instructor_needs_is_installed_once_beside_the_course(checkout):
+    for name in ("requirements-instructor.txt", "constraints-instructor.txt"):
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    assert make("report", "PYTHON=./python", folder=checkout)[0] == 0
+    installs = [*INSTALLS, "-m pip install --disable-pip-version-check -r requirements-instructor.txt"]
+    assert calls(checkout) == [*installs, "-m classroom report"]
+    assert make("grade", "PYTHON=./python", "SUBMISSIONS=week 1.zip", "OPTIONS=--jobs 3", folder=checkout)[0] == 0
+    assert calls(checkout) == ["-m classroom grade week 1.zip --jobs 3"]
 
 
 def test_the_lesson_that_lab_opens_is_there():
@@ -213,6 +223,22 @@ def test_constraints_are_portable_and_repeat_no_direct_dependency():
         assert not re.match(r"nvidia|cuda|triton|pywin|appnope|colorama|pexpect", line), line
     direct = {requirement.name for requirement in lock.direct_requirements(REQUIREMENTS)}
     assert not direct & {line.split("==")[0] for line in pins}
+
+
+def test_the_instructors_requirements_add_to_the_courses_and_change_none():
+    text = (ROOT / "requirements-instructor.txt").read_text(encoding="utf-8")
+    options = [line for line in text.splitlines() if line.startswith("-")]
+    assert options == ["-r requirements.txt", "-c constraints-instructor.txt"]
+    added = [str(one) for one in lock.direct_requirements(text)]
+    pins = (ROOT / "constraints-instructor.txt").read_text(encoding="utf-8").splitlines()
+    assert added == ["nbgrader==0.9.6"] and all(line.startswith("#") or "==" in line for line in pins)
+    known = {line.split("==")[0] for line in CONSTRAINTS.splitlines()}
+    known |= {one.name for one in lock.direct_requirements(REQUIREMENTS)}
+    assert not known & {line.split("==")[0] for line in pins if "==" in line}
+
+
+def test_lock_writes_for_instructors_only_what_they_need_more():
+    assert lock.added("# head\na==1\n", "# head\na==1\nb==2\n") == lock.INSTRUCTOR_HEADER + "b==2\n"
 
 
 def test_the_installed_versions_are_the_pinned_ones():
@@ -267,7 +293,8 @@ def test_the_package_is_course_utils_whole_and_nothing_else():
 
 
 def test_no_file_of_the_set_up_names_a_host():
-    for name in ("Makefile", "pyproject.toml", "requirements.txt", "constraints.txt", ".ci/run"):
+    for name in ("Makefile", "pyproject.toml", "requirements.txt", "constraints.txt", ".ci/run",
+                 "requirements-instructor.txt", "constraints-instructor.txt", "classroom/Dockerfile"):
         assert "://" not in (ROOT / name).read_text(encoding="utf-8"), name
 
 

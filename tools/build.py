@@ -95,10 +95,11 @@ def build(path, root):
     return found
 
 
-def build_classroom(path, root):
-    """Save the instructor's edition where nbgrader looks for an assignment's source."""
+def build_classroom(path, root, source=None):
+    """Save the instructor's edition where nbgrader looks for an assignment's source: in `source`, a folder."""
     notebook = edition(editions.staging, path, read_record(root))
-    save_notebook(Path(root, "classroom", "staging", "source", path.stem, f"{path.stem}.ipynb"), notebook)
+    source = Path(source or Path(root, "classroom", "staging", "source"))
+    save_notebook(source / path.stem / f"{path.stem}.ipynb", notebook)
 
 
 def table(root):

@@ -28,6 +28,7 @@ import nbformat
 
 BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
 BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
+LEFT_OF_TEST = "# Graded here, by a test that is put in later. Leave this cell as it is.\n"
 NOTEBOOK_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
@@ -59,12 +60,12 @@ def parse(text, where="the lesson"):
                 raise BuildError(f"{where}: two exercises are called {exercise['name']}.")
             if not re.fullmatch(r"\d\d\.[a-z0-9_]+", exercise["name"]):
                 raise BuildError(f"{where}: an exercise is named like 01.size_ratio, not {exercise['name']}.")
-            _split(cell.source, BEGIN_SOLUTION, END_SOLUTION, f"{where}, exercise {exercise['name']}")
+            split(cell.source, BEGIN_SOLUTION, END_SOLUTION, f"{where}, exercise {exercise['name']}")
             identity = "exercise-" + _slug(exercise["name"])
         elif BEGIN_HIDDEN in cell.source or END_HIDDEN in cell.source:
             if exercise is None or exercise["name"] in tested:
                 raise BuildError(f"{where}: a hidden test follows its exercise, one for each.")
-            before, _, after = _split(cell.source, BEGIN_HIDDEN, END_HIDDEN, where)
+            before, _, after = split(cell.source, BEGIN_HIDDEN, END_HIDDEN, where)
             if before.strip() or after.strip():
                 raise BuildError(f"{where}: the hidden test of {exercise['name']} needs a cell of its own.")
             tested.add(exercise["name"])
@@ -85,21 +86,25 @@ def parse(text, where="the lesson"):
 
 def learner(lesson):
     """Return the learner's edition of a parsed lesson: stubs for solutions, no hidden tests."""
-    return _edition(lesson, _stubbed)
+    return _edition(lesson, stubbed)
 
 
 def solved(lesson):
     """Return the solved edition of a parsed lesson: solutions without markers, no hidden tests."""
 
     def without_markers(source, name):
-        before, solution, after = _split(source, BEGIN_SOLUTION, END_SOLUTION, name)
+        before, solution, after = split(source, BEGIN_SOLUTION, END_SOLUTION, name)
         return before + solution + after
 
     return _edition(lesson, without_markers)
 
 
 def staging(lesson):
-    """Return the instructor's edition: everything, marked with nbgrader's metadata (schema 3)."""
+    """Return the instructor's edition: everything, marked with nbgrader's metadata (schema 3).
+
+    `metadata.exercise` keeps the exercise's own name, which a grade_id can't hold. A line before each hidden test
+    is what the learner sees of it.
+    """
     notebook = copy.deepcopy(lesson)
     for cell in notebook.cells:
         role = cell.metadata.pop("lesson")
@@ -107,6 +112,9 @@ def staging(lesson):
             continue
         graded = role["role"] == "hidden test"
         identity = _slug(role["name"])
+        cell.metadata["exercise"] = role["name"]
+        if graded:
+            cell.source = LEFT_OF_TEST + cell.source
         cell.metadata["nbgrader"] = {
             "schema_version": 3,
             "grade_id": f"{identity}-test" if graded else identity,
@@ -156,7 +164,7 @@ def _edition(lesson, of_exercise):
     return notebook
 
 
-def _split(source, begin, end, where):
+def split(source, begin, end, where):
     """Return what stands before, between and after two marker lines, which occur once each."""
     lines = source.splitlines(keepends=True)
     found = [(i, line.strip()) for i, line in enumerate(lines) if begin in line or end in line]
@@ -166,9 +174,12 @@ def _split(source, begin, end, where):
     return "".join(lines[:first]), "".join(lines[first + 1 : last]), "".join(lines[last + 1 :])
 
 
-def _stubbed(source, name):
-    """Replace the solution by `...`: for what it returns, or for the names that the cell uses later."""
-    before, solution, after = _split(source, BEGIN_SOLUTION, END_SOLUTION, name)
+def stubbed(source, name):
+    """Return an exercise cell with its solution replaced by `...`: for what it returns, or for the names used later.
+
+    `name` is the exercise's, for the message of the `BuildError` that unusable markers raise.
+    """
+    before, solution, after = split(source, BEGIN_SOLUTION, END_SOLUTION, name)
     try:
         body = ast.parse(textwrap.dedent(solution)).body
     except SyntaxError as error:

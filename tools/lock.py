@@ -5,6 +5,9 @@
 pip resolves requirements.txt afresh, without installing anything and without the old
 constraints. What is kept is portable: version tags such as "+cpu" are dropped, and so
 is every package that only some of Linux, macOS and Windows need.
+
+Then it resolves requirements-instructor.txt on top of that, and writes what this adds to
+constraints-instructor.txt: a class uses the very versions that the lessons were built with.
 """
 import json
 import subprocess
@@ -20,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = """\
 # Versions of what requirements.txt pulls in. Written by "make lock"; do not edit.
 # Portable: no local version tags, nothing that only one system needs.
+"""
+INSTRUCTOR_HEADER = """\
+# Versions of what requirements-instructor.txt pulls in beside constraints.txt. Written by "make lock"; do not edit.
 """
 # PEP 508 marker values of the systems that the course supports.
 SYSTEMS = [
@@ -67,16 +73,34 @@ def constraints(requirements, report):
     return HEADER + "".join(f"{name}=={Version(metadata[name]['version']).public}\n" for name in sorted(indirect))
 
 
-def main():
-    """Resolve requirements.txt with pip and write constraints.txt beside it."""
-    requirements = direct_requirements((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+def resolved(requirements, *options):
+    """Return pip's installation report (a dict) for `requirements`; nothing is installed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", *options]
         subprocess.run([*command, "--report", str(report), *map(str, requirements)], check=True)
-        text = constraints(requirements, json.loads(report.read_text(encoding="utf-8")))
-    (ROOT / "constraints.txt").write_text(text, encoding="utf-8")
-    print(f"constraints.txt holds {text.count('==')} packages.")
+        return json.loads(report.read_text(encoding="utf-8"))
+
+
+def added(text, more):
+    """Return the constraints in `more` that `text` lacks, under the instructor's header."""
+    known = set(text.splitlines())
+    return INSTRUCTOR_HEADER + "".join(f"{line}\n" for line in more.splitlines() if line not in known)
+
+
+def main():
+    """Resolve both requirements files with pip and write their constraints beside them."""
+    course, instructor = (
+        direct_requirements((ROOT / name).read_text(encoding="utf-8"))
+        for name in ("requirements.txt", "requirements-instructor.txt")
+    )
+    text = constraints(course, resolved(course))
+    path = ROOT / "constraints.txt"
+    path.write_text(text, encoding="utf-8")
+    together = [*course, *instructor]
+    more = added(text, constraints(together, resolved(together, "-c", str(path))))
+    (ROOT / "constraints-instructor.txt").write_text(more, encoding="utf-8")
+    print(f"constraints.txt holds {text.count('==')} packages, constraints-instructor.txt {more.count('==')} more.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Lesson 7's checks: the stub, the solution, and typical wrong answers, each with its own hint."""
+import pytest
+
+from course_utils.exercises import lesson07
+
+
+def test_the_stub_is_to_do():
+    assert lesson07.share.outcome(lambda inputs, outputs, rank: ...).status == "TODO"
+
+
+def test_the_solution_passes():
+    assert lesson07.share.outcome(lambda inputs, outputs, rank: rank * (inputs + outputs) / (inputs * outputs)).passed
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda inputs, outputs, rank: rank * (inputs + outputs), "the count"),
+        (lambda inputs, outputs, rank: rank, "add up"),
+        (lambda inputs, outputs, rank: (inputs + outputs) / (inputs * outputs), "rank 1"),
+        (lambda inputs, outputs, rank: print(end=""), "Is a return missing?"),
+        (lambda inputs, outputs, rank: 1 / 0, "ZeroDivisionError"),
+        (3, "A function is expected"),
+    ],
+)
+def test_a_wrong_answer_gets_its_own_hint(wrong, hint):
+    outcome = lesson07.share.outcome(wrong)
+    assert outcome.status == "TRY AGAIN" and hint in outcome.hint

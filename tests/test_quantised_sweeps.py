@@ -1,0 +1,120 @@
+"""The sweeps of lesson 4, on a model made for the test."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import make_tiny_model, make_tiny_tokenizer
+from course_utils import data, runtime
+
+runtime.quiet_imports()
+
+from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from experiments import cost, harness, quantised, quantised_cost, quantised_merge, training
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    """A folder with a random model whose context takes a few rows at one token a byte."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = make_tiny_tokenizer()
+    model = make_tiny_model(tokenizer)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small(tiny_base, tmp_path, monkeypatch):
+    """Four steps of two short rows; the folder of the results."""
+    load_task = data.load_task
+
+    def few_rows(task, split):
+        return load_task(task, split).filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
+
+    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(data, "load_task", few_rows)
+    monkeypatch.setattr(data, "held_out_texts", lambda tokenizer: ["A lamp is in the mill."] * 2)
+    for module, sizes in {
+        training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}, "BATCH": 2}, quantised: {"STEPS": 4, "CHECKED": 2},
+        quantised_merge: {"COMPARED": 2}, quantised_cost: {"STEPS": 4},
+    }.items():
+        for constant, value in sizes.items():
+            monkeypatch.setattr(module, constant, value)
+    return harness.folder()
+
+
+def rows_of(script, runs, name):
+    harness.sweep(name, runs, script.measure, log=lambda line: None)
+    return data.load_results(name, harness.folder())
+
+
+def test_each_form_is_what_its_name_says_and_only_that(small, monkeypatch):
+    seen, make = {}, training.make_trainer
+
+    def watched(*arguments, **options):
+        trainer, clock = make(*arguments, **options)
+        seen["model"] = trainer.model
+        return trainer, clock
+
+    monkeypatch.setattr(training, "make_trainer", watched)
+    for weights in quantised.WEIGHTS:
+        quantised.make_trainer(0, weights)
+        model = seen["model"]
+        four = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+        assert len(four) == (14 if weights.startswith("nf4") else 0), weights
+        assert sum(isinstance(layer, Linear8bitLt) for layer in model.modules()) == (14 if weights == "int8" else 0)
+        assert {layer.weight.quant_type for layer in four} <= {"nf4"} and {layer.compute_dtype for layer in four} <= {torch.float32}
+        assert all(layer.weight.quant_state.nested == (weights == "nf4_double") for layer in four)
+        # Left alone in one form only; elsewhere the processor's own layout is switched off.
+        assert all(bool(layer.support_avx512bf16_for_cpu) == (weights == "nf4_repacked" and bool(has_avx512bf16())) for layer in four)
+        assert model.get_input_embeddings().weight.dtype == (torch.bfloat16 if weights == "bf16" else torch.float32)
+        adapter = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        assert adapter == {torch.bfloat16 if weights == "nf4_trl" else torch.float32}, weights
+
+
+def test_the_sweep_measures_what_the_lesson_shows(small):
+    rows = rows_of(quantised, [{"seed": 0, "weights": weights} for weights in ("fp32", "nf4", "nf4_double")], "quantised")
+    full, nf4, double = rows
+    assert full["footprint"] > nf4["footprint"] == double["footprint"], "get_memory_footprint leaves out the scales"
+    assert full["weights_bytes"] > nf4["weights_bytes"]
+    for row in rows:
+        assert 0 <= row["test"] <= 1 and 0 <= row["novel"] <= 1 and row["validation_loss"] > 0
+        assert row["held_out_after"] != row["held_out_before"]
+    assert full["held_out_before"] != nf4["held_out_before"]
+
+
+def test_the_routes_of_merging(small):
+    rows = {row["way"]: row for row in rows_of(quantised_merge, [{"seed": 0}], "quantised_merge")}
+    assert list(rows) == ["trained", "original", "dequantised", "four_bit"]
+    assert rows["trained"]["kl"] == 0 and rows["trained"]["top1"] == 1
+    assert rows["dequantised"]["largest"] < 1e-3 < 0.1 < rows["original"]["largest"]
+    assert rows["four_bit"]["largest"] > 0.1
+
+
+def test_cost_measures_in_a_process_of_its_own(small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cost, "in_fresh_process", lambda *arguments: asked.append(arguments) or {"peak_bytes": 1})
+    assert quantised_cost.measure(seed=2, variant="nf4") == {"peak_bytes": 1} and asked == [("experiments.quantised_cost", "nf4", 2)]
+    peaks = iter([10**9, 4 * 10**9] * 3)
+    monkeypatch.setattr(cost, "peak_bytes", lambda: next(peaks))
+    plain, checkpointing, adamw8bit = (
+        json.loads(json.dumps(quantised_cost.measure_here(seed=0, variant=variant))) for variant in ("nf4", "nf4_checkpointing", "nf4_adamw8bit")
+    )
+    for row in (plain, checkpointing, adamw8bit):
+        assert row["peak_bytes"] == 4 * 10**9 and row["seconds_per_step"] > 0
+    assert plain["state_bytes"] == checkpointing["state_bytes"] > plain["footprint"]
+    assert set(plain) == set(adamw8bit)
+
+
+def test_variants_of_the_cost_change_what_they_say(small):
+    from bitsandbytes.optim import AdamW
+
+    for variant, optimizer, checkpointing in (("nf4", torch.optim.AdamW, False), ("nf4_checkpointing", torch.optim.AdamW, True), ("nf4_adamw8bit", AdamW, False)):
+        trainer, _ = quantised.make_trainer(0, "nf4", max_steps=1, warmup_steps=0, **quantised_cost.CHANGES.get(variant, {}))
+        trainer.train()
+        assert type(trainer.optimizer.optimizer) is optimizer and trainer.model.get_base_model().is_activation_checkpointing == checkpointing

@@ -1,0 +1,87 @@
+"""The sweeps of lesson 5, on a model made for the test."""
+
+import pytest
+
+from conftest import make_tiny_model, make_tiny_tokenizer
+from course_utils import data
+from course_utils.runtime import CourseError
+from experiments import harness, starts, starts_rank, training
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    """A folder with a random model whose context takes a few rows at one token a byte."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = make_tiny_tokenizer()
+    model = make_tiny_model(tokenizer)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small(tiny_base, tmp_path, monkeypatch):
+    """Four steps of two short rows; the folder of the results."""
+    load_task = data.load_task
+
+    def few_rows(task, split):
+        return load_task(task, split).filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
+
+    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(data, "load_task", few_rows)
+    for module, sizes in {
+        training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}}, starts: {"STEPS": 4, "BATCH": 2, "EVERY": 2},
+    }.items():
+        for constant, value in sizes.items():
+            monkeypatch.setattr(module, constant, value)
+    return harness.folder()
+
+
+def rows_of(script, runs, name):
+    harness.sweep(name, runs, script.measure, log=lambda line: None)
+    return data.load_results(name, harness.folder())
+
+
+def test_each_method_is_what_its_name_says_and_only_that(small, monkeypatch):
+    configs, make = [], training.make_trainer
+    monkeypatch.setattr(training, "make_trainer", lambda *a, **k: configs.append(k["lora"]) or make(*a, **k))
+    rows = rows_of(starts, [{"seed": 0, "method": method, "learning_rate": 5e-3} for method in starts.METHODS], "starts")
+    said = {
+        row["method"]: (config.init_lora_weights, config.use_rslora, config.use_dora, config.r, config.lora_alpha)
+        for row, config in zip(rows, configs, strict=True)
+    }
+    assert said == {
+        "default": (True, False, False, 8, 16), "gaussian": ("gaussian", False, False, 8, 16), "orthogonal": ("orthogonal", False, False, 8, 16),
+        "pissa": ("pissa", False, False, 8, 16), "olora": ("olora", False, False, 8, 16), "rslora": (True, True, False, 8, 16),
+        "dora": (True, False, True, 8, 16),
+    }
+    for row in rows:
+        assert row["loss_2"] > 0 and row["loss_4"] > 0 and row["validation_loss"] > 0 and 0 <= row["test"] <= 1
+    # All start at the base; the first rate of a warm-up is 0 and the second small, so at first the losses hardly differ.
+    assert max(row["loss_2"] for row in rows) < 1.3 * min(row["loss_2"] for row in rows)
+    assert len({row["loss_4"] for row in rows}) == len(rows), "each took its own way"
+
+
+def test_other_ranks_train_at_the_rate_that_is_best_at_rank_8(small, monkeypatch):
+    with pytest.raises(CourseError, match="starts"):
+        starts.best_rate("olora")
+    columns = {"seconds": 1, "cpu": "c", "cores": 2, "base": harness.base_fingerprint()}
+    rows = [
+        {"seed": run["seed"], **columns, **run, "test": 1 / (1 + run["learning_rate"]),
+         "validation": {1.5e-3: 0.5 + 0.1 * run["seed"], 5e-3: 0.6, 1.5e-2: 0.6}.get(run["learning_rate"], 0.4)}
+        for run in starts.RUNS
+    ]
+    harness._write(small / "starts.csv", rows)
+    assert starts.best_rate("olora") == 1.5e-3, "0.6 on average at three rates: the lowest is taken; test scores play no part"
+    harness._write(small / "starts.csv", rows[:-1])
+    with pytest.raises(CourseError, match="1 runs of starts are missing.*experiments.run starts"):
+        starts.best_rate("olora")
+
+    harness._write(small / "starts.csv", rows)
+    configs, make = [], training.make_trainer
+    monkeypatch.setattr(training, "make_trainer", lambda *a, **k: configs.append(k["lora"]) or make(*a, **k))
+    (row,) = rows_of(starts_rank, [{"seed": 0, "method": "pissa", "rank": 4}], "starts_rank")
+    assert row["learning_rate"] == 1.5e-3 and row["validation_loss"] > 0 and row["loss_4"] > 0
+    assert (configs[0].r, configs[0].lora_alpha, configs[0].init_lora_weights) == (4, 16, "pissa")
