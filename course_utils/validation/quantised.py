@@ -110,7 +110,7 @@ def check_quantised(model, original_base=None) -> Report:
         return report
     repacked = [name for name, layer in four.items() if runtime.is_repacked(layer)]
     if repacked:
-        report.fail("repacked", f"{len(repacked)} of {len(four)} 4-bit weights were repacked by a forward pass in eval mode: "
+        report.fail("repacked", f"A forward pass in eval mode has repacked {len(repacked)} of {len(four)} 4-bit weights: "
                     f"{some(repacked, 1)}. They pass no gradient on, and to merge, dequantise or save them gives wrong numbers.",
                     "Load the model afresh, and call runtime.stop_repacking(model) before its first forward pass.")
     elif any(layer.support_avx512bf16_for_cpu and layer.weight.device.type == "cpu" for layer in four.values()):
