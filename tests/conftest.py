@@ -29,6 +29,18 @@ def results_elsewhere(tmp_path_factory):
         yield
 
 
+def swept(name, column, *keys):
+    """{setting: (mean, lowest, highest)} over the seeds of a committed sweep, by which the lessons' prose is held."""
+    import importlib
+
+    from course_utils import data, sweeps
+    from experiments import harness
+
+    rows, script = data.load_results(name), importlib.import_module(f"experiments.{name}")
+    assert not harness.missing(rows, script.RUNS), f"the sweep {name} is not finished: python -m experiments.run {name}"
+    return sweeps.over_seeds(rows, column, *keys)
+
+
 def make_tiny_tokenizer():
     """One token a byte, four special tokens, and a chat template with generation markers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

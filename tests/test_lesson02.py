@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import counting, data, sweeps
+from conftest import swept
+from course_utils import counting
 from course_utils.exercises import lesson02
 from tools import build, editions
 
@@ -268,12 +269,7 @@ def test_the_sailors_sentence_is_right():
 
 
 def test_what_the_lesson_says_of_cutting_to_a_rank():
-    from experiments import cut_to_rank, harness
-
-    results = data.results_dir() / "cut_to_rank.csv"
-    if not results.exists() or harness.missing(rows := data.load_results("cut_to_rank"), cut_to_rank.RUNS):
-        pytest.skip("the sweep cut_to_rank is not finished yet")
-    right, kept = (sweeps.over_seeds(rows, column, "task", "method", "rank") for column in ("test", "kept"))
+    right, kept = (swept("cut_to_rank", column, "task", "method", "rank") for column in ("test", "kept"))
     assert right["reading", "full", 0] == right["sailor", "full", 0] == (0, 0, 0), "the base alone"
     assert round(right["reading", "full", 1][0], 2) == 0.98 and round(right["sailor", "full", 8][0], 2) == 0.28
     assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), "the same spectrum"

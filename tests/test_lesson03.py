@@ -1,6 +1,5 @@
 """The checks of lesson 3, each with its typical mistakes; and what the lesson says in prose."""
 
-import importlib
 import math
 import re
 import statistics
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import data, runtime, sweeps
+from conftest import swept
+from course_utils import data, runtime
 from course_utils.exercises import lesson03
 from tools import build
 
@@ -259,17 +259,13 @@ def test_the_made_up_sweep_misleads_as_it_says():
 # What the lesson says in prose
 
 
-
 def test_the_lessons_run_is_a_point_of_the_sweeps():
     """Same task, steps, batch, rate and seed: its losses are compared with the sweep's in one table."""
-    from experiments import harness, learning_rate, training
+    from experiments import learning_rate, training
 
     steps, batch, rate = map(float, re.search(r"^STEPS, BATCH, RATE = (\d+), (\d+), (\S+)$", SOURCE, flags=re.MULTILINE).groups())
     assert (steps, batch, training.TASK) == (training.STEPS, training.BATCH, "sailor")
     assert f'data.load_task("{training.TASK}")' in SOURCE
-    results = data.results_dir() / "learning_rate.csv"
-    if not results.exists() or harness.missing(data.load_results("learning_rate"), learning_rate.RUNS):
-        pytest.skip("the sweep over learning rates is not finished yet")
     assert rate == learning_rate.best_rate("lora")
 
 
@@ -309,18 +305,8 @@ def test_packed_rows_are_kept_apart_only_without_the_cache(cache, mixed, tiny_mo
 # What it says of the sweeps, by their committed results
 
 
-def group(name, column, *keys):
-    """{setting: (mean, lowest, highest)}, or a skip where the sweep is not finished."""
-    from experiments import harness
-
-    script = importlib.import_module(f"experiments.{name}")
-    if not (data.results_dir() / f"{name}.csv").exists() or harness.missing(rows := data.load_results(name), script.RUNS):
-        pytest.skip(f"the sweep {name} is not finished yet")
-    return sweeps.over_seeds(rows, column, *keys)
-
-
 def test_what_the_lesson_says_of_learning_rates():
-    score = group("learning_rate", "validation", "method", "learning_rate")
+    score = swept("learning_rate", "validation", "method", "learning_rate")
     best = {method: max(score[key] for key in score if key[0] == method) for method in ("lora", "full")}
     assert score["lora", 1.5e-2] == best["lora"] and score["full", 1.5e-3] == best["full"], "ten times"
     assert 0.4 < score["lora", 1.5e-3][0] < 0.6, "about half"
@@ -328,73 +314,73 @@ def test_what_the_lesson_says_of_learning_rates():
     assert {method: sorted(rates) for method, rates in good.items()} == {"lora": [5e-3, 1.5e-2], "full": [5e-4, 1.5e-3, 5e-3]}
     assert score["lora", 5e-2][2] < 0.05, "one step above nothing"
     assert round(900 * (score["full", 1.5e-3][0] - score["full", 5e-3][0])) == 1, "one answer in 900 apart"
-    test = group("learning_rate", "test", "method", "learning_rate")
+    test = swept("learning_rate", "test", "method", "learning_rate")
     lora, full = test["lora", 1.5e-2], test["full", 1.5e-3]
     assert round(test["full", 5e-3][0], 2) == 0.92
     assert max(lora[1], full[1]) <= min(lora[2], full[2]), "agree within their spread"
 
 
 def test_what_the_lesson_says_of_forgetting():
-    score, lost = (group("learning_rate", column, "method", "learning_rate") for column in ("validation", "held_out_after"))
+    score, lost = (swept("learning_rate", column, "method", "learning_rate") for column in ("validation", "held_out_after"))
     for key, nats in ((("lora", 5e-3), 2.6), (("full", 5e-4), 1.4)):
         assert abs(score[key][0] - 0.97) < 0.015 and round(lost[key][0], 1) == nats, "at about 97% right"
     assert lost["lora", 1.5e-2][1] > lost["full", 1.5e-3][2] and round(100 * (score["lora", 1.5e-2][0] - score["lora", 5e-3][0])) == 3
 
 
 def test_what_the_lesson_says_of_cost():
-    trainable, saved = (group("learning_rate", column, "method") for column in ("trainable", "saved_bytes"))
+    trainable, saved = (swept("learning_rate", column, "method") for column in ("trainable", "saved_bytes"))
     assert round(trainable["full"][0] / trainable["lora"][0]) == round(saved["full"][0] / saved["lora"][0]) == 23
     assert round(12 * trainable["full"][0] / 1e6) == 40, "gradients and Adam's two numbers, MB"
-    seconds, peak, training = (group("cost", column, "method") for column in ("seconds_per_step", "peak_bytes", "training_bytes"))
+    seconds, peak, training = (swept("cost", column, "method") for column in ("seconds_per_step", "peak_bytes", "training_bytes"))
     for found in (seconds, peak, training):
         assert 1 < found["lora"][0] / found["full"][0] < 1.4, "a little more of both"
 
 
 def test_what_the_lesson_says_of_speed():
-    speed, loss = (group("throughput", column, "loop") for column in ("tokens_per_second", "last_loss"))
+    speed, loss = (swept("throughput", column, "loop") for column in ("tokens_per_second", "last_loss"))
     assert 0.75 < speed["trl"][0] / speed["bare"][0] < 0.85, "four fifths"
     assert 0.93 < speed["trl_model_loss"][0] / speed["bare"][0] < 1.07, "within the spread"
     assert len({f"{mean:.4f}" for mean, _, _ in loss.values()}) == 1
 
 
 def test_what_the_lesson_says_of_ranks():
-    loss = {step: group("rank", f"loss_{step}", "rank") for step in (25, 50, 75, 100)}
+    loss = {step: swept("rank", f"loss_{step}", "rank") for step in (25, 50, 75, 100)}
     for step, by_rank in loss.items():
         assert max(by_rank[rank][0] for rank in (4, 8, 16, 64)) < by_rank[1][0], step
     assert 2.5 < loss[50][1][0] / loss[50][4][0] < 3.5, "three times that of rank 4"
-    test = group("rank", "test", "rank")
+    test = swept("rank", "test", "rank")
     assert round(test[1][0], 2) == 0.93 and all(0.98 <= test[rank][0] <= 1 for rank in (4, 8, 16, 64))
 
 
 def test_what_the_lesson_says_of_facts():
-    told, reworded = (group("recall", column, "rank") for column in ("told", "reworded"))
+    told, reworded = (swept("recall", column, "rank") for column in ("told", "reworded"))
     assert round(told[1][0], 1) == 0.1 and 0.5 <= told[4][1] < 0.6 and told[4][2] == 1, "a tenth; between half and all"
     assert told[16][1] > 0.97 and told[64][1] > 0.97 and abs(reworded[64][0] - 0.5) < 0.05 and reworded[64][2] - reworded[64][1] > 0.5
 
 
 def test_what_the_lesson_says_of_alpha_and_layers():
-    score, lost = (group("alpha", column, "alpha") for column in ("test", "held_out_after"))
+    score, lost = (swept("alpha", column, "alpha") for column in ("test", "held_out_after"))
     assert score[64][2] < 0.05 and 0 < score[16][0] - score[4][0] < 0.02 and lost[4][2] < lost[16][1]
-    score, lost = (group("targets", column, "targets") for column in ("test", "held_out_after"))
+    score, lost = (swept("targets", column, "targets") for column in ("test", "held_out_after"))
     assert round(100 * (score["all_linear"][0] - score["attention"][0])) == 3 and score["attention"][2] - score["attention"][1] > 0.04
     assert abs(score["all_linear"][0] - score["feed_forward"][0]) < 0.005
     assert lost["attention"][0] < lost["feed_forward"][0] < lost["all_linear"][0]
 
 
 def test_what_the_lesson_says_of_too_few_rows():
-    training, validation = (group("overfitting", f"{kind}_loss", "rows", "step") for kind in ("training", "validation"))
+    training, validation = (swept("overfitting", f"{kind}_loss", "rows", "step") for kind in ("training", "validation"))
     on_32 = {step: mean for (rows, step), (mean, _, _) in validation.items() if rows == 32}
     assert max(on_32.values()) < 1.1 * min(on_32.values()), "hardly moves"
     seeds = {(row["seed"], row["step"]): row["validation_loss"] for row in data.load_results("overfitting") if row["rows"] == 32}
     assert seeds[0, 200] < seeds[0, 20] and seeds[1, 200] > seeds[1, 20] and seeds[2, 40] < seeds[2, 20] < seeds[2, 200]
     assert training[32, 20][0] / training[32, 200][0] > 1000
-    assert round(group("overfitting", "test", "rows")[32][0], 1) == 0.2
+    assert round(swept("overfitting", "test", "rows")[32][0], 1) == 0.2
     on_2000 = [validation[2000, step][0] for step in (20, 60, 100, 200)]
     assert on_2000 == sorted(on_2000, reverse=True)
 
 
 def test_what_the_lesson_says_of_prompts_and_few_examples():
-    score = group("few_shot", "score", "task", "method", "examples")
+    score = swept("few_shot", "score", "task", "method", "examples")
     assert all(high == 0 for (_, method, _), (_, _, high) in score.items() if method == "prompt")
     for task in ("reading", "extract", "mood"):
         few, many = score[task, "lora", 64][0], score[task, "lora", 2000][0]

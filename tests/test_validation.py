@@ -687,8 +687,11 @@ def test_merged_model_saved_into_the_folder(saved, folder):
 def test_merged_model_under_the_adapters_name(saved, folder):
     rewrite(folder, lambda tensors: load_file(saved / "base" / "model.safetensors"))
     assert check_adapter_folder(folder, make_base()).codes == ["merged_in_disguise"]
+
+
+def test_wrapper_saved_after_its_adapter_was_merged_away(saved, folder):
     rewrite(folder, lambda tensors: {})
-    assert check_adapter_folder(folder).codes == ["merged_in_disguise"]
+    assert check_adapter_folder(folder).codes == ["empty"]
 
 
 def test_extra_tensors(folder):

@@ -173,6 +173,11 @@ def _check_tensors(report, config, shapes) -> dict:
             "loading, so under any other name nothing is found and B stays zero.",
             "Save with model.save_pretrained(folder), not from model.state_dict().",
         )
+    elif not shapes:
+        report.fail(
+            "empty", "The weights' file holds no tensor at all: the adapter was gone from the model when it was saved.",
+            "Save before merge_and_unload(); what that returns is the merged model.",
+        )
     elif not pairs:
         report.fail(
             "merged_in_disguise",

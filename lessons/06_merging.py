@@ -14,6 +14,7 @@
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
+import contextlib
 import itertools
 import logging
 import shutil
@@ -365,7 +366,9 @@ plotting.show(figure, title + ". " + "; ".join(
     for name, (low, middle, high) in quarters.items()))
 
 # %% [markdown]
-# @@MEASURE: on a quiet machine: is base − merged inside the middle half of each, and how much does the adapter add?@@
+# Base and merged lie in each other's middle half: the hundredth between them is noise. The adapter added two fifths when
+# this page was made, on a model so small that two thin products for each layer are a large part of its work. What share
+# they are of a large model's is not measured here.
 #
 # **Merged, the adapter costs nothing; unmerged, it can be switched. Merge what is final.**
 
@@ -564,8 +567,8 @@ for name, (_, score, _) in precision.items():
         evaluation.band(name, score, 0.9, 1)
 
 # %% [markdown]
-# Three things to read off. In float32 a merge is the adapter, to rounding. In 16 bits everything is thousands of times
-# coarser, **and the merge is no worse than the unmerged model in the same dtype**: it is 16 bits that cost, not
+# Three things to read off. In float32 a merge is the adapter, to rounding. In 16 bits everything is a thousand times
+# coarser, or several thousand, **and the merge is no worse than the unmerged model in the same dtype**: it is 16 bits that cost, not
 # merging. float16 has three more bits of precision than bfloat16, and it shows; but its numbers end at 65,504, and
 # bfloat16's don't.
 #
@@ -698,20 +701,30 @@ ways = {"`auto`": ({"device_map": "auto"}, {}),
                                        {"device_map": in_wrapper, "offload_dir": offload})}
 # accelerate would log that parameters are offloaded, which is what was asked for.
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+shutil.rmtree(offload, ignore_errors=True)
+offload.mkdir(parents=True)
 table = []
-for way, (for_base, for_adapter) in ways.items():
-    one = AutoModelForCausalLM.from_pretrained(base_folder, **for_base)
-    with warnings.catch_warnings(action="ignore"):
-        one = PeftModel.from_pretrained(one, adapter_folder, **for_adapter).merge_and_unload()
-    away = [parameter.is_meta for parameter in one.parameters()]
-    table.append([way, f"{sum(away)} of {len(away)}",
-                  f"{furthest(logits(one), adapter_logits):.1e}"])
+with contextlib.chdir(offload):  # for the copy that PEFT writes, see below
+    for way, (for_base, for_adapter) in ways.items():
+        one = AutoModelForCausalLM.from_pretrained(base_folder, **for_base)
+        with warnings.catch_warnings(action="ignore"):
+            one = PeftModel.from_pretrained(one, adapter_folder, **for_adapter).merge_and_unload()
+        away = [parameter.is_meta for parameter in one.parameters()]
+        table.append([way, f"{sum(away)} of {len(away)}",
+                      f"{furthest(logits(one), adapter_logits):.1e}"])
 plotting.table(["device_map", "tensors not in memory", "merged, from the adapter"], table)
+copies = list(offload.rglob("*.safetensors"))
+print("PEFT wrote:", *(f".../{path.parent.name}/{path.name}" for path in copies),
+      f"({sum(path.stat().st_size for path in copies) / 1e6:.1f} MB)")
 
 # %% [markdown]
 # All three are right. With blocks on the disk, PEFT 0.21 must be told again: `PeftModel.from_pretrained` takes
 # `offload_dir` and its own `device_map`, with the names that the *wrapped* model has. Without them it stops with
 # `Cannot copy out of meta tensor`.
+#
+# And mind where you stand. PEFT then writes the base's file once more, with the adapter in it, by the path that it was
+# read from *less the slash in front*: the copy lands below the current folder. **A base given by a relative path it
+# overwrites.** Hence the folder of its own above.
 #
 # ### Shard by shard
 #
@@ -1124,8 +1137,8 @@ for names in dict.fromkeys(row["pair"] for row in dial):
     both = {w: min(score, drawn["second"][w]) for w, score in drawn["first"].items()}
     lines[names], best[names] = drawn, max(both.items(), key=lambda item: item[1])
 shown = ("extract+mood", "reading+extract", "reading+sailor")
-title = "The most of both skills at once:\n" + "; ".join(
-    f"{best[names][1]:.0%} of {names.replace('+', ' and ')} (w = {best[names][0]:g})"
+title = "The most of both skills at once: " + ",\n".join(
+    f"{best[names][1]:.0%} of {names.replace('+', ' and ')} at w = {best[names][0]:g}"
     for names in shown)
 
 # %%
@@ -1202,7 +1215,8 @@ table = []
 for names, (w, value) in best.items():
     column = sets.index(names)
     top = max(range(len(TYPES)), key=lambda i: matrix[i][column])
-    table.append([names.replace("+", " and "), f"{matrix[top][column]:.0%} (`{TYPES[top]}`)",
+    winner = f" (`{TYPES[top]}`)" if matrix[top][column] else ""
+    table.append([names.replace("+", " and "), f"{matrix[top][column]:.0%}{winner}",
                   f"{value:.0%} (w = {w:g})"])
 plotting.table(["score of the weaker skill", "equal weights, best of eleven types",
                 "exact sum, best of eleven weights"], table)
