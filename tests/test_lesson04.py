@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import runtime
+from conftest import swept
+from course_utils import data, runtime
 from course_utils.exercises import lesson04
 from tools import build
 
@@ -252,3 +253,41 @@ def test_the_lessons_run_is_the_sweeps():
 
     steps, batch, rate = map(float, re.search(r"^STEPS, BATCH, RATE = (\d+), (\d+), (\S+)$", SOURCE, flags=re.MULTILINE).groups())
     assert (steps, batch, rate) == (quantised.STEPS, training.BATCH, quantised.RATE)
+
+
+# What it says of the sweeps, by their committed results
+
+FORMS = ("fp32", "bf16", "int8", "nf4", "nf4_double", "nf4_trl")
+
+
+def test_what_the_lesson_says_of_the_form_of_the_base():
+    test, before, after = (swept("quantised", column, "weights") for column in ("test", "held_out_before", "held_out_after"))
+    means = [test[form][0] for form in FORMS]
+    assert max(means) - min(means) < 0.03 < max(test[form][2] - test[form][1] for form in FORMS), "seeds of one form are further apart"
+    rows = {(row["weights"], row["seed"]): row["test"] for row in data.load_results("quantised")}
+    for form in ("int8", "nf4"):
+        assert all(0 < rows[form, seed] - rows["fp32", seed] < 0.03 for seed in (0, 1, 2)), "above on the same seed"
+    assert abs(test["nf4"][0] - test["nf4_trl"][0]) < 0.01
+    assert all(round(before[form][0], 1) == 1.0 and round(after[form][0]) == 4 for form in FORMS), "from 1.0 to about 4 nats"
+
+
+def test_what_the_lesson_says_of_cost():
+    seconds, peak, state = (swept("quantised_cost", column, "variant") for column in ("seconds_per_step", "peak_bytes", "state_bytes"))
+    fp32, nf4 = seconds["fp32"], seconds["nf4"]
+    assert nf4[1] < fp32[2] and min(mean for mean, _, _ in seconds.values()) == fp32[0], "none of the forms is faster"
+    assert 1.35 < seconds["bf16"][0] / fp32[0] < 1.45 and 1.2 < seconds["nf4_checkpointing"][0] / nf4[0] < 1.3
+    assert round(state["fp32"][0] / 1e6, 1) == 15.7 and round(state["nf4"][0] / 1e6, 1) == 6.0
+    assert abs(peak["nf4"][0] - peak["fp32"][0]) < peak["fp32"][2] - peak["fp32"][1], "the peak doesn't show it"
+    assert 0.055e9 < peak["fp32"][0] - peak["bf16"][0] < 0.07e9 and 0.085e9 < peak["nf4"][0] - peak["nf4_checkpointing"][0] < 0.1e9
+
+
+def test_what_the_lesson_says_of_the_routes_of_merging():
+    kl, top1 = (swept("quantised_merge", column, "way") for column in ("kl", "top1"))
+    rows = {(row["way"], row["seed"]): row["test"] for row in data.load_results("quantised_merge")}
+    lost = [rows["trained", seed] - rows[way, seed] for way in ("original", "four_bit") for seed in (0, 1, 2)]
+    trained = [rows["trained", seed] for seed in (0, 1, 2)]
+    assert 0 < max(lost) <= 0.0201 and max(lost) < max(trained) - min(trained) + 0.001, "two answers in a hundred"
+    assert all(rows["trained", seed] == rows["dequantised", seed] for seed in (0, 1, 2))
+    for way in ("original", "four_bit"):
+        assert 0.79 < top1[way][1] and top1[way][2] < 0.96, "one position in twenty to one in five"
+        assert kl[way][0] / kl["dequantised"][0] > 1e10

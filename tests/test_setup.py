@@ -184,10 +184,11 @@ def test_the_lesson_that_lab_opens_is_there():
     assert (ROOT / lesson).is_file()
 
 
-def test_ci_runs_make_test():
+def test_ci_runs_every_test():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
-    assert path.read_text().splitlines()[-1] == "exec make test"
+    lines = path.read_text().splitlines()
+    assert lines[-2:] == ["make test", "exec make test-classroom"] and "set -eu" in lines, "the first failure ends it"
 
 
 def test_every_goal_of_make_is_explained():
