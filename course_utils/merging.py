@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course_utils.runtime import CourseError, quiet_imports, read_safetensors_header, saving
-from course_utils.validation.fit import _skeleton
+from course_utils.validation.fit import skeleton
 from course_utils.validation.folders import check_adapter_folder
 from course_utils.validation.merged import SAFE_FILES, local_folder, weight_files
 from course_utils.validation.names import plain_name
@@ -172,7 +172,7 @@ def _changes(base: Path, adapter: Path, tensors: dict) -> dict[str, _Change]:
         raise CourseError(f"{base} is quantised. Merge into the 16-bit or 32-bit base that it was made from.")
     config = _check_adapter(adapter, base)
     _refuse_unknown(config)
-    model, _ = _skeleton(base)
+    model, _ = skeleton(base)
     modules = dict(model.named_modules())
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     file = adapter / "adapter_model.safetensors"

@@ -86,6 +86,22 @@ def unplanned(rows, runs):
     return [row for row in rows if not any(_belongs(row, run) for run in runs)]
 
 
+def best_rate(name, runs, method):
+    """The learning rate with the best mean score on the validation split in this sweep; of equal ones the lowest.
+
+    Raises CourseError if the sweep is not complete.
+    """
+    rows = data.load_results(name, folder())
+    if left := missing(rows, runs):
+        raise CourseError(f"{len(left)} runs of {name} are missing. Run `python -m experiments.run {name}` first.")
+
+    def mean_score(rate):
+        found = [row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]
+        return round(sum(found) / len(found), 9)  # a sum in another order is not another mean
+
+    return max(sorted({run["learning_rate"] for run in runs if run["method"] == method}), key=mean_score)  # `max` takes the first of equals
+
+
 def machine():
     """Processor model, cores that torch computes on, and base model: a host's name has no place in a result."""
     import torch

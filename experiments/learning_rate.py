@@ -7,7 +7,6 @@ higher, since "LoRA Without Regret" (Thinking Machines, 2025) finds its best rat
 from peft import LoraConfig
 
 from course_utils import data
-from course_utils.runtime import CourseError
 from experiments import harness, training
 
 RATES = {"lora": (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2), "full": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)}
@@ -35,16 +34,5 @@ def measure(seed, method, learning_rate):
 
 
 def best_rate(method):
-    """The learning rate with the best mean score on the validation split; of equal ones the lowest.
-
-    Raises CourseError if the sweep is not complete.
-    """
-    rows = data.load_results("learning_rate", harness.folder())
-    if missing := harness.missing(rows, RUNS):
-        raise CourseError(f"{len(missing)} runs of learning_rate are missing. Run `python -m experiments.run learning_rate` first.")
-
-    def mean_score(rate):
-        found = [row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]
-        return round(sum(found) / len(found), 9)  # a sum in another order is not another mean
-
-    return max(RATES[method], key=mean_score)  # `max` takes the first of equals
+    """The learning rate at which the method is best, see `harness.best_rate`."""
+    return harness.best_rate("learning_rate", RUNS, method)

@@ -11,7 +11,7 @@ import warnings
 import transformers
 from peft import PeftModel
 
-from course_utils import data, validation
+from course_utils import validation
 from experiments import quantised, training
 
 COMPARED = 64

@@ -8,7 +8,6 @@ All methods get the same rates, steps, batches and seeds, and the same alpha, so
 from peft import LoraConfig
 
 from course_utils import data
-from course_utils.runtime import CourseError
 from experiments import harness, training
 
 METHODS = {
@@ -45,15 +44,5 @@ def measure(seed, method, learning_rate):
 
 
 def best_rate(method):
-    """The learning rate with the best mean score on the validation split; of equal ones the lowest.
-
-    Raises CourseError if the sweep is not complete.
-    """
-    rows = data.load_results("starts", harness.folder())
-    if missing := harness.missing(rows, RUNS):
-        raise CourseError(f"{len(missing)} runs of starts are missing. Run `python -m experiments.run starts` first.")
-
-    def total_score(rate):
-        return sum(row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate))
-
-    return max(RATES, key=total_score)  # `max` takes the first of equals
+    """The learning rate at which the method is best, see `harness.best_rate`."""
+    return harness.best_rate("starts", RUNS, method)

@@ -64,7 +64,7 @@ def save_adapter(model, folder):
 
 def train_adapters():
     """Train every shipped adapter; for the shipped base, also full fine-tuning beside it, and record all scores."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     runtime.quiet_imports()
     runtime.disable_progress_bars()

@@ -94,3 +94,39 @@ def tiny_model_folder(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+# For the scripts of experiments/
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A folder with a random model whose context takes a few rows at one token a byte."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = make_tiny_tokenizer()
+    model = make_tiny_model(tokenizer)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def results(tiny_base, tmp_path, monkeypatch):
+    """Where results go: with another base than the shipped one, never among the committed ones."""
+    from experiments import harness
+
+    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    assert harness.folder().is_relative_to(tmp_path)
+    return harness.folder()
+
+
+@pytest.fixture
+def short_rows(monkeypatch):
+    """Eight short rows in the place of every split."""
+    from course_utils import data
+
+    load_task = data.load_task
+    monkeypatch.setattr(data, "load_task", lambda task, split: load_task(task, split).filter(
+        lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8)))

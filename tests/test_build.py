@@ -6,7 +6,7 @@ import os
 import nbformat
 import pytest
 
-from tools import build, editions, form
+from tools import build, editions
 from tools.editions import BuildError
 
 LESSON = '''\

@@ -11,34 +11,12 @@ import sys
 import pytest
 import torch
 
-from conftest import make_tiny_model, make_tiny_tokenizer
 from course_utils import data, evaluation, runtime
 from course_utils.runtime import CourseError
 from experiments import harness, run
 from pretraining import corpus, tasks, world as world_module
 
 MINUTES_FOR_A_LESSON = 90
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory):
-    """A folder with a random model whose context takes a few rows at one token a byte."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_tiny_tokenizer()
-    model = make_tiny_model(tokenizer)
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def results(tiny_base, tmp_path, monkeypatch):
-    """Where results go: with another base than the shipped one, never among the committed ones."""
-    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
-    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
-    assert harness.folder().is_relative_to(tmp_path)
-    return harness.folder()
 
 
 RUNS = [{"seed": seed, "rank": rank} for seed in (0, 1) for rank in (1, 8)]

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from conftest import make_tiny_model, make_tiny_tokenizer
 from course_utils import data, runtime
 
 runtime.quiet_imports()
@@ -15,29 +14,9 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from experiments import cost, harness, quantised, quantised_cost, quantised_merge, training
 
 
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory):
-    """A folder with a random model whose context takes a few rows at one token a byte."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_tiny_tokenizer()
-    model = make_tiny_model(tokenizer)
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def small(tiny_base, tmp_path, monkeypatch):
+def small(results, short_rows, monkeypatch):
     """Four steps of two short rows; the folder of the results."""
-    load_task = data.load_task
-
-    def few_rows(task, split):
-        return load_task(task, split).filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
-
-    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
-    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(data, "load_task", few_rows)
     monkeypatch.setattr(data, "held_out_texts", lambda tokenizer: ["A lamp is in the mill."] * 2)
     for module, sizes in {
         training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}, "BATCH": 2}, quantised: {"STEPS": 4, "CHECKED": 2},
@@ -45,7 +24,7 @@ def small(tiny_base, tmp_path, monkeypatch):
     }.items():
         for constant, value in sizes.items():
             monkeypatch.setattr(module, constant, value)
-    return harness.folder()
+    return results
 
 
 def rows_of(script, runs, name):

@@ -2,41 +2,20 @@
 
 import pytest
 
-from conftest import make_tiny_model, make_tiny_tokenizer
 from course_utils import data
 from course_utils.runtime import CourseError
 from experiments import harness, starts, starts_rank, training
 
 
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory):
-    """A folder with a random model whose context takes a few rows at one token a byte."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_tiny_tokenizer()
-    model = make_tiny_model(tokenizer)
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def small(tiny_base, tmp_path, monkeypatch):
+def small(results, short_rows, monkeypatch):
     """Four steps of two short rows; the folder of the results."""
-    load_task = data.load_task
-
-    def few_rows(task, split):
-        return load_task(task, split).filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
-
-    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
-    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(data, "load_task", few_rows)
     for module, sizes in {
         training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}}, starts: {"STEPS": 4, "BATCH": 2, "EVERY": 2},
     }.items():
         for constant, value in sizes.items():
             monkeypatch.setattr(module, constant, value)
-    return harness.folder()
+    return results
 
 
 def rows_of(script, runs, name):

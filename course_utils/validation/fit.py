@@ -14,7 +14,7 @@ from course_utils.validation.report import some
 def check_fit(report, config: dict, pairs: dict, base) -> None:
     """Add findings on how `pairs` ({module: {"A": shape, "B": shape}}) and the base's layers go together."""
     try:
-        model, name = _skeleton(base)
+        model, name = skeleton(base)
     except Exception as error:
         report.fail(
             "bad_base",
@@ -25,7 +25,7 @@ def check_fit(report, config: dict, pairs: dict, base) -> None:
     layers = {
         plain_name(path): shapes
         for path, module in model.named_modules()
-        if (shapes := _in_out(module)) and ".lora_" not in path
+        if (shapes := in_out(module)) and ".lora_" not in path
     }
     _check_names(report, config, pairs, layers)
     wrong = []
@@ -102,7 +102,7 @@ def _ends_a_name(target: str, layers) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in layers)
 
 
-def _skeleton(base):
+def skeleton(base):
     """The base as a model, its weights on the meta device unless it was loaded already, and its name or path."""
     import torch
     import transformers
@@ -124,7 +124,7 @@ def _skeleton(base):
     return model, name
 
 
-def _in_out(module) -> tuple[int, int] | None:
+def in_out(module) -> tuple[int, int] | None:
     """What LoRA's A reads and what its B writes on this layer; None if LoRA does not go on such a layer."""
     import torch
     from transformers.pytorch_utils import Conv1D

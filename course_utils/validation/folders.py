@@ -13,7 +13,7 @@ from course_utils.validation.report import Report, never_raises, some
 from course_utils.validation.starts import changes_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # What a Trainer leaves in its checkpoints; PEFT does not read these, but Trainer's resume does.
 _TRAINER_STATE = re.compile(r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth")
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(\.\w+)*)$")
@@ -87,7 +87,7 @@ def _existing_folder(report, folder) -> Path | None:
 def _check_files(report, folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     state = [name for name in names if _TRAINER_STATE.fullmatch(name)]
-    pickles = [name for name in names if name.endswith(_PICKLES) and name not in state]
+    pickles = [name for name in names if name.endswith(PICKLES) and name not in state]
     if pickles:
         report.fail(
             "pickle",

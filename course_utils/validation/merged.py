@@ -13,7 +13,7 @@ from pathlib import Path
 
 from course_utils.runtime import CourseError, quiet_imports, read_safetensors_header
 from course_utils.validation.compare import MERGE_ATOL, Comparison, check_changes_output, compare_models
-from course_utils.validation.folders import _PICKLES, check_adapter_folder
+from course_utils.validation.folders import PICKLES, check_adapter_folder
 from course_utils.validation.merged_weights import StoredWeights, compare_weights
 from course_utils.validation.names import same_base
 from course_utils.validation.report import never_raises, some
@@ -209,7 +209,7 @@ def _read_files(report, base: Path, merged: Path):
                 "score.",
             )
     names = sorted(path.name for path in merged.iterdir())
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
         report.fail(
             "pickle",
             f"Beside the merged weights lies {some(pickles)}, a pickle: reading one can run any code.",

@@ -9,7 +9,7 @@ from course_utils.runtime import CourseError
 from course_utils.validation.names import plain_name
 from course_utils.validation.report import Report, never_raises, some
 from course_utils.validation.training import bad_argument
-from course_utils.validation.weights import _weight_reader
+from course_utils.validation.weights import weight_reader
 
 TYPES = ("nf4", "fp4")
 # Of a weight's size: how far the same quantisation of the same base may lie off, for absmax values that were rounded to 16
@@ -145,7 +145,7 @@ def _check_weights(report, layers, original_base) -> None:
     from transformers.pytorch_utils import Conv1D
 
     try:
-        original, differences = _weight_reader(original_base), {}
+        original, differences = weight_reader(original_base), {}
     except CourseError as error:
         report.fail("bad_argument", f"original_base can't be read. {error}", "Pass the unquantised base, or its folder.")
         return

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 
-from course_utils.validation.fit import _in_out
+from course_utils.validation.fit import in_out
 from course_utils.validation.names import plain_name
 from course_utils.validation.report import Report, never_raises, some
 from course_utils.validation.starts import check_config
@@ -49,7 +49,7 @@ def check_lora_config(model, lora_config, learning_rate: float | None = None) ->
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         skeleton = type(base)(copy.deepcopy(base.config))
         names = [f".{name}" for name, _ in skeleton.named_modules()]
-        own = some(sorted({n.rpartition(".")[2] for n, m in skeleton.named_modules() if _in_out(m)}), 9)
+        own = some(sorted({n.rpartition(".")[2] for n, m in skeleton.named_modules() if in_out(m)}), 9)
         try:
             adapted = get_peft_model(skeleton, config)
         except Exception as error:

@@ -80,7 +80,7 @@ def check_base_weights(report, layers, configs, original_base) -> None:
     import torch
 
     try:
-        original = _weight_reader(original_base)
+        original = weight_reader(original_base)
     except CourseError as error:
         report.fail(
             "bad_argument",
@@ -169,7 +169,7 @@ def _comparable(weight, before) -> bool:
     return weight.is_floating_point() and not (weight.is_meta or before.is_meta)
 
 
-def _weight_reader(base):
+def weight_reader(base):
     """A function from a weight's name in the plain base to its tensor, or None if there is none."""
     import torch
     from safetensors import safe_open
