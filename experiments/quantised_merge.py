@@ -2,12 +2,15 @@
 
 `original` adds the change to the unquantised base, `dequantised` to the base read back from its 4 bits, and `four_bit` to the
 4-bit weights themselves, which are quantised anew: what `merge_and_unload` does to a 4-bit model unasked. The trained model
-stands in the table, too. KL and top-1 agreement are those on the answers of test rows, with their questions.
+stands in the table, too. KL and top-1 agreement with it are told apart: where a token of the answer is predicted, which is what
+was trained, and where one of the question is. `loss` is that of the answers, nats a token.
 """
 
+import math
 import tempfile
 import warnings
 
+import torch
 import transformers
 from peft import PeftModel
 
@@ -27,6 +30,23 @@ def merged(way, adapter):
         return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
+def witnesses(tokenizer, rows):
+    """(batch, the positions where a token of the answer is predicted): questions and answers, padded on the right."""
+    texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    asked = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows]
+    starts = torch.tensor([len(ids) for ids in asked])[:, None]
+    steps = torch.arange(batch["input_ids"].shape[1])
+    return batch, (steps >= starts - 1) & (steps < batch["attention_mask"].sum(1, keepdim=True) - 1)
+
+
+def loss(model, batch, answers):
+    """Mean of -log p over the tokens of the answers."""
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits[:, :-1][answers[:, :-1]]
+    return torch.nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][answers[:, :-1]]).item()
+
+
 def measure(seed):
     """A row for the trained model and for each way."""
     transformers.utils.logging.set_verbosity_error()  # else dequantize() tells its dtype
@@ -34,18 +54,19 @@ def measure(seed):
     trainer.train()
     model, tokenizer = trainer.model, trainer.processing_class
     rows = training.scored_rows(training.TASK, "test")
-    texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows.select(range(COMPARED))]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False).to(model.device)
+    batch, answers = witnesses(tokenizer, rows.select(range(COMPARED)))
+    batch, answers = {key: value.to(model.device) for key, value in batch.items()}, answers.to(model.device)
+    questions = batch["attention_mask"].bool() & ~answers
     results = []
     with tempfile.TemporaryDirectory() as adapter:
         model.save_pretrained(adapter)
         for way in ("trained", "original", "dequantised", "four_bit"):
             candidate = model if way == "trained" else merged(way, adapter)
-            compared = validation.compare_models(
-                lambda **inputs: model(**inputs).logits, candidate, batch["input_ids"], batch["attention_mask"], atol=1e9
-            )
-            score = training.score(candidate, tokenizer, training.TASK, rows)
-            results.append({
-                "way": way, "kl": compared.kl, "top1": compared.top1_agreement, "largest": compared.max_abs, "test": score["score"],
-            })
+            row = {"way": way, "test": training.score(candidate, tokenizer, training.TASK, rows)["score"], "loss": loss(candidate, batch, answers)}
+            for name, positions in (("", answers), ("_question", questions)):
+                compared = validation.compare_models(
+                    lambda **inputs: model(**inputs).logits, candidate, batch, positions=positions, atol=math.inf
+                )
+                row |= {f"kl{name}": compared.kl, f"top1{name}": compared.top1_agreement}
+            results.append(row)
     return results

@@ -42,10 +42,12 @@ def right_merge(layer, A, B, scaling):
 
 
 def right_spoilt(model, action):
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    before = {name: read(layer) for name, layer in layers.items()}
+    def weights():
+        return {name: read(layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+
+    before = weights()
     action()
-    return [name for name, layer in layers.items() if not torch.equal(read(layer), before[name])]
+    return [name for name, weight in weights().items() if not torch.equal(weight, before[name])]
 
 
 # Typical mistakes
@@ -94,6 +96,21 @@ def next_level(weight, levels, block):
     rows = weight.reshape(-1, block)
     absmax = rows.abs().amax(1, keepdim=True)
     return (levels[torch.bucketize(rows / absmax, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape)
+
+
+def level_below(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return (levels[(torch.bucketize(rows / absmax, levels, right=True) - 1).clamp(min=0)] * absmax).reshape(weight.shape)
+
+
+def with_absmax(change):
+    def quantise(weight, levels, block):
+        rows = weight.reshape(-1, block)
+        absmax = change(rows.abs().amax(1, keepdim=True))
+        return (levels[((rows / absmax)[..., None] - levels).abs().argmin(-1)] * absmax).reshape(weight.shape)
+
+    return quantise
 
 
 def equal_steps(weight, levels, block):
@@ -156,6 +173,20 @@ def by_identity(model, action):
     return [name for name, layer in layers.items() if read(layer) is not before[name]]
 
 
+def children_only(model, action):
+    layers = {name: layer for name, layer in model.named_children() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [name for name, layer in layers.items() if not torch.equal(read(layer), before[name])]
+
+
+def layers_from_before(model, action):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [name for name, layer in layers.items() if read(layer).dtype != before[name].dtype or not torch.equal(read(layer), before[name])]
+
+
 def with_head(model, action):
     return [*right_spoilt(model, action), "head"]
 
@@ -177,6 +208,8 @@ def test_stub_is_to_do_and_solution_passes(name):
     ("bits", lambda block, group: right_bits(block, group) * block, "a whole block"),
     ("bits", lambda block, group: 4 + 4 / block, "4 bytes, and 32 bits"),
     ("bits", lambda block, group: 4 + 32 / block, "has 8 bits, not 32"),
+    ("bits", lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block + 32 / (64 * 256), "need not have 64 numbers"),
+    ("bits", lambda block, group: round(right_bits(block, group), 3), "That is rounded"),
     ("bits", lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block, "a float32 of its own"),
     ("bits", lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block + 32 / group, "each for a whole block"),
     ("bits", lambda block, group: right_bits(block, group) + (32 / block if group else 0), "don't come on top"),
@@ -195,6 +228,10 @@ def test_stub_is_to_do_and_solution_passes(name):
     ("quantise", equal_steps, "not equally far apart"),
     ("quantise", wrong_reshape, "reshape(block, -1) puts the blocks into columns"),
     ("quantise", in_place, "have changed"),
+    ("quantise", lambda weight, levels, block: right_quantise(weight, levels, weight.numel() // block), "Pieces of `block` numbers"),
+    ("quantise", level_below, "goes down to the level below"),
+    ("quantise", with_absmax(lambda absmax: absmax + 1e-6), "of its largest number"),
+    ("quantise", with_absmax(lambda absmax: absmax.clamp(min=0.05)), "of its largest number"),
     ("quantise", one_block_wrong, "row 3 is off by"),
     ("quantise", lambda *given: right_quantise(*given).reshape(-1), "has shape"),
     ("quantise", lambda *given: right_quantise(*given).tolist(), "should be of type Tensor"),
@@ -208,6 +245,9 @@ def test_stub_is_to_do_and_solution_passes(name):
     ("merge", lambda layer, A, B, scaling: read(layer) + scaling * (B @ A).T if layer.in_features == layer.out_features else right_merge(layer, A, B, scaling), "lies on its side"),
     ("merge", lambda *given: dequantize_4bit(*quantize_4bit(right_merge(*given), quant_type="nf4")), "quantised again"),
     ("merge", merge_in_place, "The layer has changed"),
+    ("merge", lambda layer, A, B, scaling: read(layer) + B @ A.mul_(scaling), "A or B has changed"),
+    ("merge", lambda *given: right_merge(*given).bfloat16(), "right to 16 bits"),
+    ("merge", lambda layer, A, B, scaling: right_merge(layer, A, B, scaling / len(A)), "Don't divide by r again"),
     ("merge", lambda layer, A, B, scaling: layer.weight.data + scaling * B @ A, "RuntimeError"),
     ("merge", lambda layer, A, B, scaling: layer.weight.data, "has shape"),
     ("merge", lambda *given: right_merge(*given) + 0.1, "is off by 0.1"),
@@ -219,8 +259,14 @@ def test_stub_is_to_do_and_solution_passes(name):
     ("spoilt", every_parameter, "give the layer's name"),
     ("spoilt", by_identity, "Nothing happened, and you found"),
     ("spoilt", with_head, "head is no 4-bit layer"),
-    ("spoilt", lambda model, action: [model["key"], action()], "names of the layers"),
-    ("spoilt", lambda *given: [*right_spoilt(*given), "query"] if right_spoilt(*given) else [], "more than once"),
+    ("spoilt", lambda model, action: [model["head"], action()], "names of the layers"),
+    ("spoilt", lambda *given: [name.rpartition(".")[2] for name in right_spoilt(*given)], "Give whole names"),
+    ("spoilt", children_only, "you found nothing"),
+    ("spoilt", layers_from_before, "go through the model again"),
+    ("spoilt", by(lambda layer: torch.cat([layer.weight.data.float().flatten(), layer.weight.quant_state.absmax.float().flatten()])), "scales of scales"),
+    ("spoilt", by(lambda layer: read(layer).float().sum().round(decimals=1)), "compare every number"),
+    ("spoilt", by(lambda layer: read(layer).float()[0]), "compare every number"),
+    ("spoilt", lambda *given: [*right_spoilt(*given), "head"] if right_spoilt(*given) else [], "more than once"),
     ("spoilt", lambda *given: len(right_spoilt(*given)), "should be of type"),
     ("spoilt", lambda *given: print(len(right_spoilt(*given))), "Is a return missing"),
     ("spoilt", lambda model, action: model.missing, "AttributeError"),
@@ -263,10 +309,10 @@ FORMS = ("fp32", "bf16", "int8", "nf4", "nf4_double", "nf4_trl")
 def test_what_the_lesson_says_of_the_form_of_the_base():
     test, before, after = (swept("quantised", column, "weights") for column in ("test", "held_out_before", "held_out_after"))
     means = [test[form][0] for form in FORMS]
-    assert max(means) - min(means) < 0.03 < max(test[form][2] - test[form][1] for form in FORMS), "seeds of one form are further apart"
-    rows = {(row["weights"], row["seed"]): row["test"] for row in data.load_results("quantised")}
-    for form in ("int8", "nf4"):
-        assert all(0 < rows[form, seed] - rows["fp32", seed] < 0.03 for seed in (0, 1, 2)), "above on the same seed"
+    assert max(means) - min(means) < 0.03 and all(0.015 < test[form][2] - test[form][1] < 0.045 for form in FORMS), "2 to 4 apart"
+    loss = {(row["weights"], row["seed"]): row["validation_loss"] for row in data.load_results("quantised")}
+    assert all(loss["nf4", seed] < loss["fp32", seed] for seed in (0, 1, 2)), "below float32's with every seed"
+    assert abs(before["nf4"][0] - before["fp32"][0] - 0.005) < 0.001, "half a hundredth of a nat"
     assert abs(test["nf4"][0] - test["nf4_trl"][0]) < 0.01
     assert all(round(before[form][0], 1) == 1.0 and round(after[form][0]) == 4 for form in FORMS), "from 1.0 to about 4 nats"
 
@@ -282,12 +328,13 @@ def test_what_the_lesson_says_of_cost():
 
 
 def test_what_the_lesson_says_of_the_routes_of_merging():
-    kl, top1 = (swept("quantised_merge", column, "way") for column in ("kl", "top1"))
-    rows = {(row["way"], row["seed"]): row["test"] for row in data.load_results("quantised_merge")}
+    elsewhere = swept("quantised_merge", "top1_question", "way")
+    rows, loss = ({(row["way"], row["seed"]): row[column] for row in data.load_results("quantised_merge")} for column in ("test", "loss"))
     lost = [rows["trained", seed] - rows[way, seed] for way in ("original", "four_bit") for seed in (0, 1, 2)]
     trained = [rows["trained", seed] for seed in (0, 1, 2)]
     assert 0 < max(lost) <= 0.0201 and max(lost) < max(trained) - min(trained) + 0.001, "two answers in a hundred"
     assert all(rows["trained", seed] == rows["dequantised", seed] for seed in (0, 1, 2))
     for way in ("original", "four_bit"):
-        assert 0.79 < top1[way][1] and top1[way][2] < 0.96, "one position in twenty to one in five"
-        assert kl[way][0] / kl["dequantised"][0] > 1e10
+        assert 0.59 < elsewhere[way][1] and elsewhere[way][2] < 0.92, "a tenth to two fifths"
+        assert all(1.1 < loss[way, seed] / loss["trained", seed] < 1.3 for seed in (0, 1, 2)), "by a tenth to a quarter and more"
+        assert swept("quantised_merge", "top1", "way")[way][1] > 0.998

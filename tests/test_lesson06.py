@@ -118,9 +118,157 @@ def cosine(base, merged, changes):
     return right_times(base, merged, changes) / ratio_of_norms(base, merged, changes)
 
 
+def largest(difference):
+    return difference.abs().max()
+
+
+def judged(effect=largest, error=largest):
+    """A verdict that takes the sizes of adapter - base and of merged - adapter in its own way."""
+    def verdict(base, adapter, merged, tolerance):
+        if effect(adapter - base) < 10 * tolerance:
+            return "no effect"
+        return "same" if error(merged - adapter) <= tolerance else "differs"
+    return verdict
+
+
+def relative(base, adapter, merged, tolerance):
+    if largest(adapter - base) < 10 * tolerance:
+        return "no effect"
+    return "same" if largest(merged - adapter) / largest(adapter) <= tolerance else "differs"
+
+
+def relative_effect(base, adapter, merged, tolerance):
+    if largest(adapter - base) / largest(base) < 10 * tolerance:
+        return "no effect"
+    return "same" if largest(merged - adapter) <= tolerance else "differs"
+
+
+def close_to(rtol=1e-5, effect_too=False):
+    def verdict(base, adapter, merged, tolerance):
+        if torch.allclose(adapter, base, atol=10 * tolerance, rtol=rtol) if effect_too else largest(adapter - base) < 10 * tolerance:
+            return "no effect"
+        return "same" if torch.allclose(merged, adapter, atol=tolerance, rtol=rtol) else "differs"
+    return verdict
+
+
+def merged_is_base(base, adapter, merged, tolerance):
+    return "no effect" if torch.equal(merged, base) else right_verdict(base, adapter, merged, tolerance)
+
+
+def effect_of_merged(base, adapter, merged, tolerance):
+    if largest(merged - base) < 10 * tolerance:
+        return "no effect"
+    return right_verdict(base, base + 1 + 0 * adapter, base + 1 + merged - adapter, tolerance)
+
+
+def log_of_softmax(log, clean=lambda terms: terms):
+    def agreement(reference, candidate):
+        p, q = reference.softmax(-1), candidate.softmax(-1)
+        return right_agreement(reference, candidate)[0], clean(p * (log(p) - log(q))).sum(-1).mean()
+    return agreement
+
+
+def by_part_of_name(part, ending=""):
+    """A shard that takes the first A whose name holds `part` of the layer's name."""
+    def shard(tensors, adapter, scaling):
+        merged = {}
+        for name, tensor in tensors.items():
+            key = next((key for key in adapter if "lora_A" in key and part(name) + ending in key), None)
+            merged[name] = tensor if key is None else tensor.float() + scaling * adapter[key.replace("_A.", "_B.")] @ adapter[key]
+            merged[name] = merged[name].to(tensor.dtype)
+        return merged
+    return shard
+
+
+def shard_by_kind(is_adapted, layer_of=lambda name: name.removesuffix(".weight")):
+    def shard(tensors, adapter, scaling):
+        merged = {}
+        for name, tensor in tensors.items():
+            A, B = (f"base_model.model.{layer_of(name)}.lora_{factor}.weight" for factor in "AB")
+            merged[name] = (tensor.float() + scaling * adapter[B] @ adapter[A]).to(tensor.dtype) if is_adapted(name, adapter, A) else tensor
+        return merged
+    return shard
+
+
+def first_dtype(tensors, adapter, scaling):
+    return {name: tensor.to(next(iter(tensors.values())).dtype) for name, tensor in right_shard(tensors, adapter, scaling).items()}
+
+
+def emptied(tensors, adapter, scaling):
+    merged = right_shard(tensors, adapter, scaling)
+    adapter.clear()
+    return merged
+
+
+def scaled_in_place(tensors, adapter, scaling):
+    return right_shard(tensors, adapter, scaling, lambda w, B, A, s: (w.float() + B.mul_(s) @ A).to(w.dtype))
+
+
+def joined_in_place(adapters, weights):
+    return torch.cat([A for A, _, _ in adapters]), torch.cat([B.mul_(w * s) for (_, B, s), w in zip(adapters, weights)], dim=1)
+
+
+def by_svd(rank_of):
+    def join(adapters, weights):
+        U, S, V = torch.linalg.svd(sum(w * s * B @ A for (A, B, s), w in zip(adapters, weights)), full_matrices=False)
+        rank = rank_of(adapters)
+        return V[:rank], U[:, :rank] * S[:rank]
+    return join
+
+
+def joined_in(dtype):
+    return lambda adapters, weights: tuple(part.to(dtype) for part in right_join(adapters, weights))
+
+
+def singles(base, merged, changes):
+    return torch.stack([single(base, merged, changes, name) for name in changes])
+
+
+def norms(changes):
+    return torch.stack([change.norm() for change in changes.values()])
+
+
+def largest_layer(base, merged, changes):
+    return singles(base, merged, changes)[norms(changes).argmax()]
+
+
+def signed_ratio(base, merged, changes):
+    return math.copysign(ratio_of_norms(base, merged, changes), right_times(base, merged, changes))
+
+
+def ratios(base, merged, changes):
+    return torch.cat([((merged[n] - base[n]) / changes[n]).flatten() for n in changes])
+
+
+def weighted_by_norms(base, merged, changes):
+    return (singles(base, merged, changes) * norms(changes)).sum() / norms(changes).sum()
+
+
+def without_small(is_small):
+    return lambda b, m, c: right_times(b, m, {n: change for n, change in c.items() if not is_small(change, norms(c).max())})
+
+
+def in_order(base, merged, changes):
+    return right_times(*(dict(enumerate(part.values())) for part in (base, merged, changes)))
+
+
+def all_keys(base, merged, changes):
+    above = sum(((merged[n] - base[n]) * changes.get(n, merged[n] - base[n])).sum() for n in base)
+    return above / norms(changes).square().sum()
+
+
+def ratio_over_all_keys(base, merged, changes):
+    return math.sqrt(sum((merged[n] - base[n]).square().sum() for n in base)) / norms(changes).norm()
+
+
 @pytest.mark.parametrize("check, solution", [
     (lesson06.verdict, right_verdict), (lesson06.agreement, right_agreement), (lesson06.shard, right_shard),
     (lesson06.join, right_join), (lesson06.times, right_times),
+    (lesson06.verdict, close_to(rtol=0, effect_too=True)), (lesson06.join, by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters))),
+    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0],
+                                       torch.nn.functional.kl_div(c.float().log_softmax(-1), r.float().softmax(-1), reduction="batchmean"))),
+    (lesson06.shard, lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: torch.addmm(w.float(), s * B, A).to(w.dtype))),
+    (lesson06.shard, lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: (w.double() + (A.T @ B.T).T * s).to(w.dtype))),
 ])
 def test_stub_is_to_do_and_solution_passes(check, solution):
     assert check.outcome(lambda *given: ...).status == "TODO"
@@ -151,6 +299,26 @@ def side_by_side(adapters, weights):
     (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t) == "same", "should be of type str"),
     (lesson06.verdict, lambda b, a, m, t: "equal", "one of 'no effect'"),
     (lesson06.verdict, lambda b, a, m, t: print(right_verdict(b, a, m, t)), "Is a return missing"),
+    (lesson06.verdict, judged(effect=lambda d: d.abs().mean()), "500 tolerances.*a mean hides it"),
+    (lesson06.verdict, judged(error=lambda d: d.abs().mean()), "fifty tolerances.*a mean hides it"),
+    (lesson06.verdict, judged(effect=torch.mean), "The largest absolute differences"),
+    (lesson06.verdict, judged(error=lambda d: (-d).max()), "off upwards.*abs\\(\\) before max"),
+    (lesson06.verdict, judged(error=torch.max), "off downwards.*abs\\(\\) before max"),
+    (lesson06.verdict, judged(effect=torch.max), "effect is downwards"),
+    (lesson06.verdict, judged(effect=lambda d: (-d).max()), "effect is upwards"),
+    (lesson06.verdict, judged(effect=torch.norm), "Ten logits move by five.*a norm"),
+    (lesson06.verdict, judged(error=torch.norm), "Ten logits are off.*a norm"),
+    (lesson06.verdict, judged(effect=lambda d: d.abs().sum()), "Ten logits move by five"),
+    (lesson06.verdict, relative, "about 400 here"),
+    (lesson06.verdict, relative_effect, "about 400 here"),
+    (lesson06.verdict, close_to(), "rtol=0"),
+    (lesson06.verdict, close_to(1e-3), "rtol=0"),
+    (lesson06.verdict, close_to(effect_too=True), "rtol=0"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=9), "is 9.5 tolerances"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=11), "is 10.5 tolerances"),
+    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=20), "is 10.5 tolerances"),
+    (lesson06.verdict, merged_is_base, "the merge was lost"),
+    (lesson06.verdict, effect_of_merged, "differ from the base"),
     (lesson06.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
     (lesson06.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
     (lesson06.agreement, lambda r, c: (r.argmax() == c.argmax(), 0.0), "of type|should be a number|one place of the whole"),
@@ -165,6 +333,11 @@ def side_by_side(adapters, weights):
     (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
     (lesson06.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
     (lesson06.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
+    (lesson06.agreement, log_of_softmax(torch.log), "Use log_softmax"),
+    (lesson06.agreement, log_of_softmax(lambda p: (p + 1e-9).log()), "Use log_softmax"),
+    (lesson06.agreement, log_of_softmax(lambda p: p.clamp(1e-12).log()), "Use log_softmax"),
+    (lesson06.agreement, log_of_softmax(torch.log, torch.nan_to_num), "Use log_softmax"),
+    (lesson06.agreement, log_of_softmax(torch.log, lambda terms: terms.nan_to_num(0, 0, 0)), "Use log_softmax"),
     (lesson06.shard, in_place, "has changed. Put the results"),
     (lesson06.shard, everything, "is no tensor of this shard"),
     (lesson06.shard, other_shards_too, "layers.0.self_attn.q_proj.weight is no tensor of this shard"),
@@ -180,6 +353,17 @@ def side_by_side(adapters, weights):
     (lesson06.shard, lambda t, a, s: [1], "of type dict"),
     (lesson06.shard, lambda t, a, s: {name: None for name in t}, "of type Tensor"),
     (lesson06.shard, lambda t, a, s: {name: tensor * math.nan for name, tensor in t.items()}, "NaN"),
+    (lesson06.shard, by_part_of_name(lambda name: name.partition("layers.")[2].removesuffix(".weight")[1:]), "compare whole names|has no A and B, and has changed"),
+    (lesson06.shard, by_part_of_name(lambda name: name.removesuffix(".weight")), "got A and B of .*gate_proj. A part of a name"),
+    (lesson06.shard, by_part_of_name(lambda name: name.partition("layers.1")[2].removesuffix(".weight"), "."), "got A and B of .*compare whole names"),
+    (lesson06.shard, shard_by_kind(lambda name, a, A: "proj" in name), "KeyError.*Not every tensor"),
+    (lesson06.shard, shard_by_kind(lambda name, a, A: A in a, lambda name: name.rstrip(".weight")), "rstrip.*take removesuffix"),
+    (lesson06.shard, first_dtype, "would change its size"),
+    (lesson06.shard, emptied, "adapter that you were given has changed"),
+    (lesson06.shard, scaled_in_place, "adapter that you were given has changed"),
+    (lesson06.shard, adding(lambda w, B, A, s: w - s * (B @ A)), "sign is turned"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + s**2 * (B @ A)), "scaling counts twice"),
+    (lesson06.shard, adding(lambda w, B, A, s: w + s / len(A) * (B @ A)), "Don't divide by r"),
     (lesson06.join, added, "nobody asked for"),
     (lesson06.join, joined(lambda w, s: 1.0), "Neither weight nor scaling|scaling is missing|weights? (is|are) missing"),
     (lesson06.join, joined(lambda w, s: w), "scaling is missing|Neither"),
@@ -197,6 +381,12 @@ def side_by_side(adapters, weights):
     (lesson06.join, lambda adapters, w: right_join(adapters, w)[0], "A and B are expected|of type tuple"),
     (lesson06.join, lambda adapters, w: (None, None), "of type Tensor"),
     (lesson06.join, lambda adapters, w: (torch.zeros(3), torch.zeros(3)), "should be a matrix"),
+    (lesson06.join, joined_in_place, "you were given has changed"),
+    (lesson06.join, by_svd(lambda adapters: len(adapters[0][0])), "only the nearest to the sum, at rank 3"),
+    (lesson06.join, by_svd(lambda adapters: 7), "BA is the sum, at rank 7"),
+    (lesson06.join, joined_in(torch.bfloat16), "A is bfloat16"),
+    (lesson06.join, joined_in(torch.float32), "Keep their dtype"),
+    (lesson06.join, lambda adapters, w: (right_join(adapters, w)[0], right_join(adapters, w)[1].float()), "B float32"),
     (lesson06.times, ratio_of_norms, "no sign"),
     (lesson06.times, cosine, "the cosine"),
     (lesson06.times, lambda b, m, c: right_times({n: 0 * t for n, t in b.items()}, m, c), "Take the base away first"),
@@ -208,6 +398,23 @@ def side_by_side(adapters, weights):
     (lesson06.times, lambda b, m, c: torch.cat([((m[n] - b[n]) / c[n]).flatten() for n in c]).mean(), "and you find"),
     (lesson06.times, lambda b, m, c: sum((m[n] - b[n]).sum() for n in b) / 0, "stopped with|is (inf|nan|-inf)"),
     (lesson06.times, lambda b, m, c: m, "should be a number"),
+    (lesson06.times, largest_layer, "one layer only"),
+    (lesson06.times, signed_ratio, "no sign of its own"),
+    (lesson06.times, lambda *given: ratios(*given).median(), "Entry by entry"),
+    (lesson06.times, lambda *given: ratios(*given).mean(), "Entry by entry"),
+    (lesson06.times, weighted_by_norms, "weighted by the norms"),
+    (lesson06.times, without_small(lambda change, most: change.norm() < 0.5), "are left out"),
+    (lesson06.times, without_small(lambda change, most: change.norm() < most / 20), "are left out"),
+    (lesson06.times, without_small(lambda change, most: change.norm() < 1e-3), "Leave no layer out"),
+    (lesson06.times, in_order, "different orders"),
+    (lesson06.times, all_keys, "The norm has no change"),
+    (lesson06.times, ratio_over_all_keys, "and you find"),
+    (lesson06.times, lambda *given: round(right_times(*given).item(), 2), "That is rounded"),
+    (lesson06.times, lambda *given: round(right_times(*given).item(), 3), "That is rounded"),
+    (lesson06.times, lambda *given: -right_times(*given), "sign is turned"),
+    (lesson06.times, lambda *given: singles(*given).median(), "the median over the layers"),
+    (lesson06.times, lambda *given: singles(*given).quantile(0.5), "the median over the layers"),
+    (lesson06.times, lambda b, m, c: right_times(b, m, c) * (1 / (1 + 1e-8 / norms(c).square().sum())), "add nothing below"),
 ])
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
@@ -460,7 +667,9 @@ def test_what_the_lesson_says_of_the_eleven_types():
     sets = list(dict.fromkeys(names for names, _, _ in mean))
     best = {names: max(score for (other, _, _), score in mean.items() if other == names) for names in sets}
     assert [names for names in sets if best[names] >= 0.8] == ["reading+mood"] and len(sets) == 7
-    assert min(mean["reading+mood", "mean", kind] for kind in combine.TYPES) > 0.8, "every type will do"
+    assert min(mean["reading+mood", "mean", kind] for kind in combine.TYPES) > 0.8, "by every type with weights of a half"
+    assert sum(mean["reading+mood", "sum", kind] >= 0.8 for kind in combine.TYPES) == 3, "by three types with weights of 1"
+    assert round(mean["sailor+mood", "mean", "linear"], 1) == 0.2 and mean["sailor+mood", "mean", "cat"] < 0.01
     assert max(mean["extract+mood", way, kind] for way in ("sum", "mean") for kind in combine.TYPES) < 0.3, "looked hopeless"
     for names in sets:
         of_sum = {kind: mean[names, "sum", kind] for kind in combine.TYPES}

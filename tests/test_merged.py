@@ -22,8 +22,8 @@ from course_utils.validation.merged import local_folder
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # A base whose weights are not its adapter's: what the checks say of the weights, whatever else goes with it.
 WEIGHT_CODES = {
-    "not_merged", "partly_merged", "merged_twice", "wrong_scaling", "adapter_lost", "base_mutated", "foreign_change",
-    "quantised_base", "repacked_base", "base_changed", "tied_head", "other_weights", "missing_weights",
+    "not_merged", "partly_merged", "merged_twice", "swapped", "wrong_scaling", "adapter_lost", "base_mutated",
+    "foreign_change", "quantised_base", "repacked_base", "base_changed", "tied_head", "other_weights", "missing_weights",
 }  # fmt: skip
 
 
@@ -225,6 +225,14 @@ def test_merged_twice(root, healthy, tiny_tokenizer, tmp_path):
     report = check(root, save(again, tmp_path / "out", tiny_tokenizer))
     assert weights_finding(report) == "merged_twice" and report.times == pytest.approx(2, abs=0.01)
     assert "2.00 times" in message(report, "merged_twice")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_and_merged_swapped(dtype, root, tmp_path):
+    folder = merging.merge_by_shards(root / "base", root / "one", tmp_path / "out", dtype=dtype)
+    report = check_merged_folder(folder, root / "one", root / "base")
+    assert WEIGHT_CODES & set(report.codes) == {"swapped"} | ({"other_weights"} if dtype == "bfloat16" else set()), report
+    assert "-1.00 times: base and merged look swapped" in message(report, "swapped")
 
 
 @pytest.mark.parametrize(
@@ -584,10 +592,9 @@ def test_the_score_of_the_readers_own_rows(rows, root, healthy, out):
 
 
 def test_rows_that_are_none(root, healthy):
-    for task in (["a"], [{"prompt": "x"}], 3):
+    for task in (["a"], [{"prompt": "x"}]):
         report = check_merged_folder(root / "base", root / "one", healthy, task=task)
         assert not report.ok and isinstance(report, MergedReport)
-    assert "no task" in str(check_merged_folder(root / "base", root / "one", healthy, task="nonsense"))
 
 
 def test_the_shipped_model(tmp_path):
@@ -606,17 +613,52 @@ def test_it_never_raises_on_wrong_arguments(wrong, root, healthy):
     for place in range(3):
         report = check_merged_folder(*right[:place], wrong, *right[place + 1 :])
         assert not report.ok and report.findings[0].remedy and "check_failed" not in report.codes, report
-    assert check_merged_folder(*right, dtype="int8").codes == ["bad_argument"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "advice"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8',", "'float32', 'bfloat16' or 'float16'"),
+        ({"dtype": "bf17"}, "dtype is 'bf17',", "'float32', 'bfloat16' or 'float16'"),
+        ({"task": 3}, "task is 3,", "list of rows"),
+        ({"task": {"prompt": []}}, "task is {'prompt': []},", "list of rows"),
+        ({"task": "nonsense"}, "task is 'nonsense',", "mood"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_is_allowed(options, said, advice, root, healthy):
+    report = check(root, healthy, **options)
+    assert report.codes == ["bad_argument"] and said in report.findings[0].message and advice in report.findings[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "advice"),
+    [
+        (load, "is a LlamaForCausalLM, neither a folder nor", "Save it with save_pretrained"),
+        (lambda root: "", "No folder was given", "Pass the folder"),
+        (lambda root: root / "base" / "config.json", "config.json is a file, not a folder", "Pass the folder"),
+    ],
+    ids=["model", "empty", "file"],
+)
+def test_something_else_than_a_folder_is_named(given, said, advice, root):
+    for place, role in enumerate(("base", "adapter", "merged model")):
+        folders = [root / "base", root / "one", root / "base"]
+        folders[place] = given(root)
+        (finding,) = check_merged_folder(*folders).findings
+        assert finding.code == "no_folder" and f"The {role}" in finding.message
+        assert said in finding.message and advice in finding.remedy
 
 
 def test_folders_that_are_no_models(root, healthy, tmp_path):
     (tmp_path / "file").touch()
     assert check(root, tmp_path / "file").codes == ["no_folder"]
     assert check(root, tmp_path).codes == ["not_a_model"]
-    report = check(root, root / "one")
-    assert {"not_a_model", "adapter_beside"} <= set(report.codes) and "an adapter only" in message(report, "not_a_model")
-    (tmp_path / "config.json").write_text("{")
-    assert check(root, tmp_path).codes == ["not_a_model"]
+    for name, said in (("one", "is the adapter's folder: the same one was given twice"), ("two", "holds an adapter only")):
+        for report in (check(root, root / name), check_merged_folder(root / name, root / "one", healthy)):
+            assert report.codes == ["not_a_model"] and said in message(report, "not_a_model")
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        for report in (check(root, tmp_path), check_merged_folder(tmp_path, root / "one", healthy)):
+            assert f"{tmp_path / 'config.json'} is not a model's configuration: " in message(report, "not_a_model")
     index = {"weight_map": {"a": "../../somewhere.safetensors"}}
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -70,9 +70,18 @@ def test_the_sweep_measures_what_the_lesson_shows(small):
 def test_the_routes_of_merging(small):
     rows = {row["way"]: row for row in rows_of(quantised_merge, [{"seed": 0}], "quantised_merge")}
     assert list(rows) == ["trained", "original", "dequantised", "four_bit"]
-    assert rows["trained"]["kl"] == 0 and rows["trained"]["top1"] == 1
-    assert rows["dequantised"]["largest"] < 1e-3 < 0.1 < rows["original"]["largest"]
-    assert rows["four_bit"]["largest"] > 0.1
+    assert rows["trained"]["kl"] == 0 and rows["trained"]["top1"] == rows["trained"]["top1_question"] == 1
+    for kl in ("kl", "kl_question"):
+        assert rows["dequantised"][kl] < 1e-8 < 1e-5 < min(rows[way][kl] for way in ("original", "four_bit"))
+    assert abs(rows["dequantised"]["loss"] - rows["trained"]["loss"]) < 1e-4 < abs(rows["original"]["loss"] - rows["trained"]["loss"])
+
+
+def test_answers_are_told_from_questions(tiny_tokenizer):
+    rows = [{"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+            for asked, said in (("Who?", "Edan"), ("Where, and why?", "Here"))]
+    batch, answers = quantised_merge.witnesses(tiny_tokenizer, rows)
+    said = [tiny_tokenizer.decode(ids[1:][where[:-1]]) for ids, where in zip(batch["input_ids"], answers)]
+    assert [text.replace(" ", "") for text in said] == ["Edan<|end|>", "Here<|end|>"]
 
 
 def test_cost_measures_in_a_process_of_its_own(small, monkeypatch):

@@ -491,6 +491,22 @@ def test_pads_do_not_count():
     assert compare_models(lambda **inputs: first, lambda **inputs: second, batch).codes == []
 
 
+def test_only_the_positions_that_are_named_count():
+    first = torch.zeros(2, 8, 64)
+    second = first.clone()
+    second[0, 2] = torch.arange(64.0)
+    everywhere = torch.ones(2, 8, dtype=torch.bool)
+    elsewhere = everywhere.clone()
+    elsewhere[0, 2] = False
+
+    def codes(positions):
+        return compare_models(lambda **inputs: first, lambda **inputs: second, IDS, positions=positions).codes
+
+    assert codes(everywhere) == ["logits_differ"] and codes(elsewhere) == []
+    for wrong in (elsewhere.long(), everywhere[:1], ~everywhere):
+        assert codes(wrong) == ["bad_inputs"]
+
+
 def test_base_changed_in_place_is_no_reference(saved):
     """The break-it of lesson 1: 'base and tuned give the same output'."""
     base = make_base()

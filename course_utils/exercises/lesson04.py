@@ -8,11 +8,13 @@ from course_utils.exercises import TryAgain, call_learner, exercise, expect_numb
 @exercise("04.bits", title="Bits per parameter", level="warm-up", minutes=5)
 def bits(function):
     """Compare with 4 + 32/block, and with double quantisation 4 + 8/block + 32/(block * group)."""
-    for block, group in ((64, None), (128, None), (64, 256), (32, 512)):
+    for block, group in ((64, None), (128, None), (64, 256), (32, 256)):
         found = expect_number(call_learner(function, block, group), "the number of bits")
         right = 4 + 32 / block if group is None else 4 + 8 / block + 32 / (block * group)
         if math.isclose(found, right, abs_tol=1e-9):
             continue
+        if round(right, 3) == found != right:
+            raise TryAgain("That is rounded. Return the number as it is.")
         mistakes = [
             (right - 4, "That is the scales' share alone. Add the 4 bits of the number itself."),
             (right / 8, "That is in bytes. Count in bits."),
@@ -24,6 +26,7 @@ def bits(function):
                 (4 + 32 / block, "With double quantisation an absmax has 8 bits, not 32."),
                 (4 + 8 / block, "The absmax values are quantised in groups, and each group has a float32 of its own: 32 bits for group × block numbers."),
                 (4 + 8 / block + 32 / group, "A group holds absmax values, each for a whole block. So it stands for group × block numbers."),
+                (4 + 8 / block + 32 / (64 * 256), "Blocks need not have 64 numbers: a group stands for group × block of them."),
                 (4 + 32 / block + 8 / block + 32 / (block * group), "The 8 bits stand in place of the 32, they don't come on top."),
             ]
         for wrong, hint in mistakes:
@@ -59,13 +62,13 @@ def quantise(function):
     generator = torch.Generator().manual_seed(6)
     for shape, block in (((16, 128), 64), ((12, 96), 32), ((6, 64), 128)):
         for name, levels in level_sets().items():
-            weight = torch.randn(shape, generator=generator) * torch.logspace(-1, 1, shape[0])[:, None]
+            weight = torch.randn(shape, generator=generator) * torch.logspace(-4, 1, shape[0])[:, None]
             given, known = weight.clone(), levels.clone()
             found = expect_tensor(call_learner(function, given, known, block), shape, "the result").float()
             if not torch.equal(given, weight) or not torch.equal(known, levels):
                 raise TryAgain("The weight or the levels that you were given have changed. Make a new tensor.")
             right = there_and_back(weight, levels, block)
-            if not torch.allclose(found, right, rtol=1e-5, atol=1e-6):
+            if not torch.allclose(found, right, rtol=1e-5, atol=1e-9):
                 _explain_quantised(weight, levels, block, found, right, name)
 
 
@@ -73,7 +76,7 @@ def _explain_quantised(weight, levels, block, found, right, name):
     import torch
 
     def close(other):
-        return other is not None and other.shape == found.shape and torch.allclose(found, other.to(found), rtol=1e-4, atol=1e-5)
+        return other is not None and other.shape == found.shape and torch.allclose(found, other.to(found), rtol=1e-4, atol=1e-8)
 
     rows = weight.reshape(-1, block)
     absmax = rows.abs().amax(1, keepdim=True)
@@ -86,7 +89,9 @@ def _explain_quantised(weight, levels, block, found, right, name):
         (codes.reshape(weight.shape), "These are the numbers of the levels. Look the levels up, and multiply by the block's absmax."),
         (levels[codes].reshape(weight.shape), "These are levels from -1 to 1. Multiply each block by its absmax again."),
         (there_and_back(weight, levels, weight.numel()), "One absmax for the whole matrix. Each block has its own."),
-        (there_and_back(weight, levels, weight.shape[1]), "One absmax for each row. Cut the numbers into blocks first: weight.reshape(-1, block)."),
+        (there_and_back(weight, levels, weight.shape[1]), "One absmax for each row. A block has `block` numbers, may be shorter than a row, "
+         "and may run on into the next: weight.reshape(-1, block)."),
+        (there_and_back(weight, levels, weight.numel() // block), "These are `block` pieces. Pieces of `block` numbers are weight.reshape(-1, block)."),
         (there_and_back(weight.T.contiguous(), levels, block).T if weight.numel() % block == 0 else None,
          "Your blocks run down the columns. They run along the rows: weight.reshape(-1, block)."),
         (there_and_back(weight.reshape(block, -1).T.contiguous(), levels, block).T.reshape(weight.shape),
@@ -95,14 +100,16 @@ def _explain_quantised(weight, levels, block, found, right, name):
          "You divide by the largest number. A block's largest size may be that of a negative one: take abs() first."),
         ((levels[torch.bucketize(inside, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape),
          "Each number goes up to the next level. Take the nearest one: the borders lie half-way between levels."),
+        ((levels[(torch.bucketize(inside, levels, right=True) - 1).clamp(min=0)] * absmax).reshape(weight.shape),
+         "Each number goes down to the level below. Take the nearest one: the borders lie half-way between levels."),
         ((levels[steps] * absmax).reshape(weight.shape),
          "You round to equal steps and look the level up by its number. The levels are not equally far apart: take the nearest."),
     ]
     for wrong, hint in mistakes:
         if close(wrong):
             raise TryAgain(hint)
-    row = int((found - right).abs().amax(1).argmax())
-    raise TryAgain(f"With {name} levels and blocks of {block} row {row} is off by {(found - right)[row].abs().max():.2g}. "
+    off = (found - right).abs().amax(1) / right.abs().amax(1)
+    raise TryAgain(f"With {name} levels and blocks of {block} row {int(off.argmax())} is off by {off.max():.1%} of its largest number. "
                    "Divide each block by its absmax, take the nearest level, multiply by the absmax.")
 
 
@@ -140,9 +147,12 @@ def merge(function):
     for seed, (inputs, outputs, rank, scaling) in enumerate(((64, 64, 4, 2.0), (128, 64, 3, 0.5), (64, 192, 5, 2.0))):
         layer, (A, B) = four_bit_layer(inputs, outputs, seed), change_of(inputs, outputs, rank, seed)
         stored, base, change = layer.weight.data.clone(), read(layer), B @ A
-        found = expect_tensor(call_learner(function, layer, A.clone(), B.clone(), scaling), (outputs, inputs), "the merged weight")
+        given = A.clone(), B.clone()
+        found = expect_tensor(call_learner(function, layer, *given, scaling), (outputs, inputs), "the merged weight")
         if not torch.equal(layer.weight.data, stored) or not torch.equal(read(layer), base):
             raise TryAgain("The layer has changed. Return a new weight, and leave the 4-bit one as it is.")
+        if not torch.equal(given[0], A) or not torch.equal(given[1], B):
+            raise TryAgain("A or B has changed. Multiply without an underscore: scaling * B @ A makes a new tensor.")
         right = base + scaling * change
         if torch.allclose(found.float(), right, atol=1e-5):
             continue
@@ -154,6 +164,8 @@ def merge(function):
             (scaling * change, "This is the adapter's change alone: add the base's weight."),
             (base + change, "The scaling is missing: add scaling * B @ A."),
             (base - scaling * change, "The change is added, not taken away."),
+            (right.bfloat16().float(), "This is right to 16 bits. Return the sum in float32."),
+            (base + scaling / rank * change, "The scaling is α/r already. Don't divide by r again."),
             (rounded, "This was quantised again, and the change rounded with it. Return the sum in float32."),
             (base + scaling * change.T if inputs == outputs else None, "The change lies on its side. B @ A has the shape (outputs, inputs) already."),
             (base + scaling * A.T @ B.T if inputs == outputs else None, "The change lies on its side. B @ A has the shape (outputs, inputs) already."),
@@ -166,41 +178,63 @@ def merge(function):
 
 
 def small_model():
-    """Six 4-bit layers and one that is not."""
+    """Two blocks of 4-bit layers, one of them with quantised scales, and a head that is not in 4 bits."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
     from torch import nn
 
-    layers = {name: four_bit_layer(64, 64, seed) for seed, name in enumerate(("query", "key", "value", "output", "up", "down"))}
-    return nn.ModuleDict({**layers, "head": nn.Linear(64, 8)})
+    parts = ("query", "key", "up", "down")
+    blocks = nn.ModuleList(nn.ModuleDict({name: four_bit_layer(64, 64, 4 * i + j) for j, name in enumerate(parts)}) for i in range(2))
+    double = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+    double.weight.data = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))
+    return nn.ModuleDict({"blocks": blocks, "last": double.to("cpu"), "head": nn.Linear(64, 8)})
 
 
 def spoilers(model):
     """{what happens: (an action that does it to the model, the names of the layers that it spoils)}."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
+    first, second = model["blocks"]
+
     def nothing():
         pass
 
     def repack():
-        for name in ("key", "up"):
-            weight = model[name].weight
+        for layer in (first["key"], second["up"]):
+            weight = layer.weight
             weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
 
-    def numbers_in_place():
-        model["value"].weight.data.copy_(model["value"].weight.data.flip(0))
+    def other_numbers():
+        second["query"].weight.data.copy_(second["query"].weight.data.flip(0))
+
+    def one_number():
+        second["key"].weight.data[-1] ^= 1  # one step up or down in the last two numbers of the last row
 
     def scales_only():
-        model["down"].weight.quant_state.absmax.mul_(2)
+        first["down"].weight.quant_state.absmax.mul_(2)
+
+    def scales_of_scales():
+        model["last"].weight.quant_state.state2.absmax.mul_(1.01)
+
+    def another_layer():
+        first["up"] = four_bit_layer(64, 64, seed=77)
 
     def head_only():
         model["head"].weight.data.zero_()
 
-    return {"nothing": (nothing, set()), "repacking": (repack, {"key", "up"}), "other numbers": (numbers_in_place, {"value"}),
-            "other scales": (scales_only, {"down"}), "a head in float32": (head_only, set())}
+    return {
+        "nothing": (nothing, set()), "repacking": (repack, {"blocks.0.key", "blocks.1.up"}),
+        "other numbers": (other_numbers, {"blocks.1.query"}), "another last number": (one_number, {"blocks.1.key"}),
+        "other scales": (scales_only, {"blocks.0.down"}), "other scales of the scales": (scales_of_scales, {"last"}),
+        "another layer in the place of one": (another_layer, {"blocks.0.up"}), "a head in float32": (head_only, set()),
+    }
 
 
 @exercise("04.spoilt", title="Which weights were spoilt?", level="stretch", minutes=15)
 def spoilt(function):
     """Plant damage of several kinds, in place, and compare the names that are returned."""
+    from bitsandbytes.nn import Linear4bit
+
     for what in spoilers(small_model()):
         model, ran = small_model(), []
         action, right = spoilers(model)[what]
@@ -216,18 +250,21 @@ def spoilt(function):
             raise TryAgain("The action was called more than once. Call it once, between the two looks at the weights.")
         if not all(isinstance(name, str) for name in answer):
             raise TryAgain("Return the names of the layers, as named_modules() gives them.")
-        found = set(answer)
+        found, layers = set(answer), {name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
         if found == right:
             continue
-        if found - {"query", "key", "value", "output", "up", "down"}:
-            raise TryAgain(f"{sorted(found - set(model))[0] if found - set(model) else 'head'} is no 4-bit layer. Look at isinstance(layer, "
-                           "Linear4bit), and give the layer's name, not its weight's.")
+        if {name.rpartition(".")[2] for name in right} == found != right:
+            raise TryAgain(f"Two blocks may have a layer {sorted(found)[0]!r}. Give whole names, as named_modules() does: {sorted(right)[0]!r}.")
+        if strangers := sorted(found - layers):
+            raise TryAgain(f"{strangers[0]} is no 4-bit layer. Look at isinstance(layer, Linear4bit), and give the layer's name, not its weight's.")
         if what == "nothing":
             raise TryAgain(f"Nothing happened, and you found {sorted(found)}. Compare tensors with torch.equal, of the same layer before and after.")
-        if what == "other scales" and not found:
-            raise TryAgain("The scales of a layer were changed, and you found nothing. Its numbers alone don't tell: compare what "
-                           "dequantize_4bit gives.")
+        if "scales" in what and not found:
+            raise TryAgain(f"The action brought {what}, and you found nothing. Its numbers alone don't tell, and there may be scales of scales: "
+                           "compare what dequantize_4bit gives.")
+        if what.startswith("another layer") and not found:
+            raise TryAgain("A layer was replaced by another one, and you found nothing. After the action, go through the model again.")
         if not found:
             raise TryAgain(f"The action brought {what}, and you found nothing. Did you keep the weights themselves, which change with the "
-                           "model, rather than what dequantize_4bit gives?")
+                           "model, rather than what dequantize_4bit gives? And compare every number.")
         raise TryAgain(f"The action spoilt {sorted(right)}, and you return {sorted(found)}.")

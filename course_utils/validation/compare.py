@@ -36,13 +36,17 @@ class Comparison(Report):
 
 
 @never_raises("Same output", Comparison)
-def compare_models(reference, candidate, input_ids, attention_mask=None, *, atol: float = MERGE_ATOL) -> Comparison:
+def compare_models(
+    reference, candidate, input_ids, attention_mask=None, *, positions=None, atol: float = MERGE_ATOL
+) -> Comparison:
     """Compare the logits of two models on the same tokens; fails if any differs by more than `atol`.
 
     reference, candidate  models, or functions called as f(input_ids=..., attention_mask=...) that return logits or
                           an object with `.logits`; use functions for two routes through one model
     input_ids             (batch, length) token ids, or what a tokenizer returned (its mask is then used)
     attention_mask        (batch, length), 0 at pads, which do not count
+    positions             (batch, length), true where to compare: such as at the tokens before those of an answer, which
+                          is where the answer is predicted; None for all that are no pads
     atol                  in units of logits; the default is that of PEFT's tests in float32. For bfloat16 and float16
                           models no absolute tolerance is right everywhere: look at top1_agreement and kl.
 
@@ -61,7 +65,7 @@ def compare_models(reference, candidate, input_ids, attention_mask=None, *, atol
     if isinstance(atol, bool) or not isinstance(atol, (int, float)) or not atol >= 0:
         report.fail("bad_argument", f"atol is {atol!r}, not a number of at least 0.", "Leave it out: 1e-4.")
         return report
-    logits = _both(report, {"reference": reference, "candidate": candidate}, input_ids, attention_mask)
+    logits = _both(report, {"reference": reference, "candidate": candidate}, input_ids, attention_mask, positions)
     if logits is None:
         return report
     dtype = _measure(report, *logits)
@@ -148,12 +152,13 @@ class _Route:
     model: object
 
 
-def _both(report, routes, input_ids, attention_mask):
-    """The logits of both routes at the positions that are no pads, each (positions, vocabulary), or None."""
+def _both(report, routes, input_ids, attention_mask, positions=None):
+    """The logits of both routes at the positions to compare, each (positions, vocabulary), or None."""
     import torch
 
     try:
         input_ids, attention_mask = _as_inputs(input_ids, attention_mask)
+        compared = attention_mask.bool() & _as_positions(positions, input_ids)
     except ValueError as error:
         report.fail("bad_inputs", str(error), "Pass tokenizer(texts, padding=True, return_tensors='pt').")
         return None
@@ -176,7 +181,7 @@ def _both(report, routes, input_ids, attention_mask):
             )
             return None
         # A classifier has one row of logits a text, which the mask does not apply to.
-        found.append((logits[attention_mask.bool().to(logits.device)] if logits.dim() == 3 else logits).detach().cpu())
+        found.append((logits[compared.to(logits.device)] if logits.dim() == 3 else logits).detach().cpu())
     first, second = found
     if first.shape != second.shape:
         names = list(routes)
@@ -239,6 +244,21 @@ def _as_inputs(input_ids, attention_mask):
     if not attention_mask.any():
         raise ValueError("attention_mask masks every token, so there is nothing to compare.")
     return input_ids, attention_mask
+
+
+def _as_positions(positions, input_ids):
+    import torch
+
+    if positions is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    positions = torch.as_tensor(positions)
+    if positions.shape != input_ids.shape or positions.dtype != torch.bool:
+        raise ValueError(
+            f"positions must be true or false for each token, {tuple(input_ids.shape)}, not {positions.dtype} {tuple(positions.shape)}."
+        )
+    if not positions.any():
+        raise ValueError("positions names no token, so there is nothing to compare.")
+    return positions.to(input_ids.device)
 
 
 def _logits(route, input_ids, attention_mask):

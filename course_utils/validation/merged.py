@@ -8,9 +8,11 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_utils.data import TASKS
 from course_utils.runtime import CourseError, quiet_imports, read_safetensors_header
 from course_utils.validation.compare import MERGE_ATOL, Comparison, check_changes_output, compare_models
 from course_utils.validation.folders import PICKLES, check_adapter_folder
@@ -53,13 +55,18 @@ def local_folder(name) -> Path:
 
     Raises CourseError if it is neither.
     """
+    if isinstance(name, str) and not name.strip():
+        raise CourseError("No folder was given: the name is empty.")
     try:
         folder = Path(name).expanduser()
     except TypeError:
-        raise CourseError(f"{name!r} is neither a folder nor a hub id.") from None
+        what = f"a {type(name).__name__}" if hasattr(name, "save_pretrained") else f"{name!r:.60}"
+        raise CourseError(f"This is {what}, neither a folder nor a hub id.") from None
     if folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or folder.parent.exists():
+    if folder.exists():
+        raise CourseError(f"{name} is a file, not a folder.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or folder.parent.exists():
         raise CourseError(f"There is no folder {name}.")
     import huggingface_hub
 
@@ -115,8 +122,8 @@ def check_merged_folder(base, adapter, merged, *, task=None, dtype=None, device=
     layer: a distance of twice one such rounding, since a merge may round three times (base, change, sum), whose errors
     add up as √3. Score: lost answers may outnumber won ones by 2·√(lost + won), two standard deviations of a fair coin.
 
-    Failures (report.codes) of the weights: not_merged, partly_merged, merged_twice, wrong_scaling, adapter_lost,
-    base_mutated, foreign_change, quantised_base, repacked_base, base_changed, tied_head, other_weights, missing_weights;
+    Failures (report.codes) of the weights: not_merged, partly_merged, merged_twice, swapped, wrong_scaling,
+    adapter_lost, base_mutated, foreign_change, quantised_base, repacked_base, base_changed, tied_head, other_weights, missing_weights;
     of the files: no_folder, not_a_model, damaged_weights, pickle, quantised_weights, adapter_beside, no_tokenizer,
     no_template, other_tokenizer, vocab_mismatch; of the output: no_change, logits_differ, score_fell; and those of
     check_adapter_folder, such as zero_b. Warnings: change_rounded_away, too_coarse, other_config,
@@ -129,17 +136,26 @@ def check_merged_folder(base, adapter, merged, *, task=None, dtype=None, device=
     report = MergedReport("Merged model")
     adapters = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
     folders = _folders(report, base, adapters, merged)
-    dtype = getattr(torch, str(dtype).removeprefix("torch."), None) if dtype is not None else torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        report.fail("bad_argument", "dtype is no floating-point type of torch.", "Leave it out, or pass 'bfloat16'.")
-        return report
-    if folders is None:
+    kind = getattr(torch, str(dtype).removeprefix("torch."), None) if dtype is not None else torch.float32
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        report.fail(
+            "bad_argument",
+            f"dtype is {dtype!r:.60}, which is no floating-point type of torch.",
+            "Leave it out, or pass 'float32', 'bfloat16' or 'float16'.",
+        )
+    if not _is_task(task):
+        report.fail(
+            "bad_argument",
+            f"task is {task!r:.60}, neither the name of a task nor rows.",
+            f"Leave it out, pass one of {', '.join(TASKS)}, or a list of rows {{'prompt': [messages], 'completion': [messages]}}.",
+        )
+    if not report.ok:
         return report
     base_name, (base, adapters, merged) = base, folders
     report.title = f"Merged model {merged.name}"
-    files, base_files = _read_files(report, base, merged)
+    files, base_files = _read_files(report, base, adapters, merged)
     for folder in adapters:
-        skipped = {"merged_model_beside"} | ({"base_mismatch"} if _trained_on(folder, base_name) else set())
+        skipped = {"merged_model_beside", "bad_base" if base_files is None else ""} | ({"base_mismatch"} if _trained_on(folder, base_name) else set())
         found = check_adapter_folder(folder, base=base).findings
         report.findings += [finding for finding in found if finding.level != "ok" and finding.code not in skipped]
     unreadable = {"no_config", "bad_config", "no_weights", "damaged_weights", "not_a_model", "quantised_weights"}
@@ -147,7 +163,7 @@ def check_merged_folder(base, adapter, merged, *, task=None, dtype=None, device=
         return report
     try:
         with _quiet():
-            _compare(report, base, adapters, merged, files, base_files, task, dtype, device)
+            _compare(report, base, adapters, merged, files, base_files, task, kind, device)
     except Exception as error:
         report.fail(
             "check_failed",
@@ -155,6 +171,12 @@ def check_merged_folder(base, adapter, merged, *, task=None, dtype=None, device=
             "See the other findings; load base and adapter by PeftModel.from_pretrained, and the merged folder, to see where it fails.",
         )
     return report
+
+
+def _is_task(task) -> bool:
+    if isinstance(task, str):
+        return task in TASKS
+    return task is None or (isinstance(task, Iterable) and not isinstance(task, Mapping))
 
 
 def _trained_on(adapter: Path, base_name) -> bool:
@@ -171,7 +193,14 @@ def _folders(report, base, adapters, merged):
         try:
             found.append([local_folder(name) for name in names])
         except CourseError as error:
-            report.fail("no_folder", f"The {role} can't be found. {error}", "Pass the folder that save_pretrained wrote, or a hub id.")
+            unsaved = any(hasattr(name, "save_pretrained") for name in names)
+            report.fail(
+                "no_folder",
+                f"The {role} can't be found. {error}",
+                "Save it with save_pretrained, and pass that folder."
+                if unsaved
+                else "Pass the folder that save_pretrained wrote, or a hub id.",
+            )
     if not adapters:
         report.fail("bad_argument", "No adapter was given.", "Pass the adapter's folder.")
     return (found[0][0], found[1], found[2][0]) if report.ok else None
@@ -180,22 +209,37 @@ def _folders(report, base, adapters, merged):
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _read_files(report, base: Path, merged: Path):
+def _read_config(folder: Path) -> dict:
+    file = folder / "config.json"
+    if not file.exists():
+        raise CourseError(f"{folder} has no {file.name}.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it should be an object")
+    except (OSError, ValueError) as error:
+        raise CourseError(f"{file} is not a model's configuration: {error}.") from error
+    return config
+
+
+def _read_files(report, base: Path, adapters: list[Path], merged: Path):
     """{file: {tensor: (dtype, shape)}} of both folders; None where that can't be read."""
     headers = []
     for role, folder in (("merged model", merged), ("base", base)):
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = _read_config(folder)
             headers.append({file: read_safetensors_header(file) for file in weight_files(folder)})
-        except (CourseError, OSError, ValueError) as error:
+        except CourseError as error:
             alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
             code = "damaged_weights" if (folder / "config.json").exists() and list(folder.glob("*.safetensors*")) else "not_a_model"
+            own = folder.resolve() in [adapter.resolve() for adapter in adapters]
+            problem = "is the adapter's folder: the same one was given twice" if own else "holds an adapter only"
             report.fail(
                 code,
-                f"The {role} in {folder.name} holds an adapter only." if alone else f"The {role} can't be read. {error}",
+                f"The {role} in {folder.name} {problem}." if alone else f"The {role} can't be read. {error}",
                 "Save the model that merge_and_unload returns, with save_pretrained, to a folder of its own."
                 if folder == merged
-                else "Pass the base as safetensors.",
+                else "Pass the base that the adapter was trained on, whole and as safetensors.",
             )
             headers.append(None)
             continue
@@ -215,7 +259,7 @@ def _read_files(report, base: Path, merged: Path):
             f"Beside the merged weights lies {some(pickles)}, a pickle: reading one can run any code.",
             "Delete it: the safetensors files hold the model.",
         )
-    if beside := [name for name in names if name.startswith("adapter_")]:
+    if "config.json" in names and (beside := [name for name in names if name.startswith("adapter_")]):
         report.fail(
             "adapter_beside",
             f"{some(beside)} lies beside the merged weights. AutoModelForCausalLM.from_pretrained loads the model and puts the "

@@ -285,6 +285,13 @@ def _say_amount(report, layers, bad, times, shares) -> None:
             f"already{''.join(f', or {cause}' for cause in causes)}.",
             "Load the original base afresh, merge once, and save to a folder without the adapter.",
         )
+    elif all(_near(layer.times, -1) for layer in layers):
+        report.fail(
+            "swapped",
+            f"The merged weights hold the adapter's change {times:.2f} times: base and merged look swapped, or the adapter was "
+            "subtracted.",
+            "Pass base, adapter and merged model in this order. If you did, merge once into the original base, loaded afresh.",
+        )
     else:
         spread = sorted(layer.times for layer in layers)
         how_often = f"{times:.2f} times" if _near(spread[0], times) and _near(spread[-1], times) else (
