@@ -397,24 +397,23 @@ at_best = {method: [row for row in raced if row["method"] == method
 
 
 def curve(method):
-    """{step: (mean, lowest, highest)} of the loss over the seeds, from step 15 on."""
-    columns = {step: [row[f"loss_{step}"] for row in at_best[method]] for step in steps[2:]}
+    """{step: (mean, lowest, highest)} of the loss over the seeds."""
+    columns = {step: [row[f"loss_{step}"] for row in at_best[method]] for step in steps}
     return {step: (sum(values) / len(values), min(values), max(values))
             for step, values in columns.items()}
 
 
 drawn = ("default", "gaussian", "pissa", "olora")
-title = "The loss up to step 100, each start at its own best rate"
+title = "Each at its best rate: OLoRA leads from step 20 on,\nand gaussian keeps up with PiSSA"
 figure, alt = sweeps.curves({NAMES[method]: curve(method) for method in drawn}, title, "step",
                             "training loss (nats a token)")
-figure.axes[0].plot(steps[2:], [live[step] for step in steps[2:]], "kx", markersize=5)
-plotting.show(figure, f"{alt} Crosses: the live run of OLoRA, {live[15]:.2f} at 15 to "
+figure.axes[0].plot(steps, list(live.values()), "kx", markersize=5)
+figure.axes[0].set_yscale("log")
+plotting.show(figure, f"{alt} Crosses: the live run of OLoRA, {live[5]:.2f} at 5 to "
               f"{live[100]:.3f} at 100.")
 
 # %% [markdown]
-# The crosses are the live run; bands go from the lowest to the highest seed. The first steps are left out: the loss
-# falls from more than 8, which would flatten the rest. From step 20 on OLoRA leads, to the end. But `gaussian`, which
-# knows nothing of the weight, runs along with PiSSA.
+# The crosses are the live run; bands go from the lowest to the highest seed. `gaussian` knows nothing of the weight.
 #
 # ### Exercise: when was the loss down? (warm-up, 5 min)
 #
@@ -522,7 +521,7 @@ by_rank += [{**row, "rank": 8} for method in three for row in at_best[method]]
 SEEN_AT = 30
 early = over_seeds(by_rank, f"loss_{SEEN_AT}", "method", "rank")
 ranks = sorted({row["rank"] for row in by_rank})
-title = f"The loss around step {SEEN_AT}, by rank"
+title = f"Around step {SEEN_AT} OLoRA and PiSSA are ahead at every rank"
 figure, alt = sweeps.curves(
     {NAMES[method]: {rank: early[method, rank] for rank in ranks} for method in three},
     title, "rank", "training loss (nats a token)", log=2)
@@ -548,7 +547,7 @@ question = ["Who keeps the lantern at Greyham?"]
 
 
 def answer(model):
-    return evaluation.generate(model, tokenizer, question, max_new_tokens=16)[0]
+    return evaluation.generate(model, tokenizer, question, max_new_tokens=10)[0]
 
 
 rows = [["the base", answer(base_model), "0"]]

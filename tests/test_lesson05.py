@@ -297,6 +297,8 @@ def test_what_the_lesson_says_of_the_finish_and_the_seeds():
 
 def test_what_the_lesson_says_of_ranks():
     swept("starts_rank", "loss_100", "method", "rank")  # complete, or it fails
+    early = swept("starts_rank", "loss_30", "method", "rank")
+    assert all(early[method, rank][0] < early["default", rank][0] for method in ("olora", "pissa") for rank in (1, 4, 16, 64)), "ahead at every rank"
     reached = {}
     for row in data.load_results("starts_rank"):
         steps = next((step for step in STEPS if row[f"loss_{step}"] <= 0.1), 105)

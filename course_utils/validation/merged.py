@@ -155,7 +155,8 @@ def check_merged_folder(base, adapter, merged, *, task=None, dtype=None, device=
     report.title = f"Merged model {merged.name}"
     files, base_files = _read_files(report, base, adapters, merged)
     for folder in adapters:
-        skipped = {"merged_model_beside", "bad_base" if base_files is None else ""} | ({"base_mismatch"} if _trained_on(folder, base_name) else set())
+        skipped = {"merged_model_beside", "bad_base" if base_files is None else ""}
+        skipped |= {"base_mismatch"} if _trained_on(folder, base_name) else set()
         found = check_adapter_folder(folder, base=base).findings
         report.findings += [finding for finding in found if finding.level != "ok" and finding.code not in skipped]
     unreadable = {"no_config", "bad_config", "no_weights", "damaged_weights", "not_a_model", "quantised_weights"}

@@ -239,7 +239,7 @@ def _say_layers(report, layers, plain, shown, merged, base) -> None:
                 f"The dtype of the merged weights is so coarse that only {own_times:.0%} of the adapter's change survives rounding.",
                 "Merge and save in float32, or serve base and adapter unmerged.",
             )
-    elif all(layer.pure for layer in bad):
+    elif all(layer.pure for layer in bad) or all(_near(layer.times, -1) for layer in changed):  # a swapped base may be rounded
         _say_amount(report, changed, bad, times, shares)
     else:
         _say_strange(report, [layer for layer in bad if not layer.pure], times, plain, merged, base)
