@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -122,7 +123,7 @@ def _attempt(course, one, limits, threads, stop, blocked):
         with open(scratch / "log", "wb") as log:
             ended = watch.run(
                 [sys.executable, "-m", "classroom.worker", json.dumps(job)], limits, stop, cwd=ROOT, env=environment,
-                stdin=watch.subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )
         return ended, _read(scratch / "result") or {"error": _last_line(scratch / "log")}, _read(scratch / "trace")
 

@@ -47,10 +47,11 @@ def main(only, learners):
         record, _ = grade(course, handed_in)
         minutes = (time.perf_counter() - began) / 60
         entries = [lessons[lesson] for lessons in record.values()]
-        not_graded = sum(entry["status"] != "graded" for entry in entries)
+        if problems := {problem for entry in entries if entry["status"] != "graded" for problem in entry["problems"]}:
+            sys.exit("Not all were graded, so there is no time to state: " + "; ".join(sorted(problems)))
         longest, peak = max(entry["seconds"] for entry in entries), max(entry["peak_gb"] for entry in entries)
         return (f"{lesson}: {learners} submissions in {minutes:.1f} min on {os.cpu_count()} cores ({runtime.processor()}); "
-                f"the longest took {longest:.0f} s, the largest {peak:.1f} GB; {not_graded} not graded")
+                f"the longest took {longest:.0f} s, the largest {peak:.1f} GB")
 
 
 if __name__ == "__main__":
