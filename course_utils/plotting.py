@@ -128,20 +128,26 @@ def score_matrix(scores, rows, columns, title):
     return fig
 
 
-def curves(series, title, xlabel, ylabel):
-    """Lines of `series`, {label: (x, y)}, each labelled at its end; xlabel and ylabel name the units."""
+def curves(series, title, xlabel, ylabel, log_y=False):
+    """Lines of `series`, {label: (x, y)}, each labelled at its end; xlabel and ylabel name the units.
+
+    log_y: a logarithmic y axis, on which all y must be above 0.
+    """
     import matplotlib.pyplot as plt
 
     with plt.style.context(STYLE_FILE):
         fig, axes = plt.subplots()
+        if log_y:
+            axes.set_yscale("log")
         ends = []
         for label, (x, y) in series.items():
             (line,) = axes.plot(x, y, markevery=max(1, len(x) // 12))
             ends.append((float(y[-1]), float(x[-1]), label, line.get_color()))
         # Where lines end close together, their labels are moved apart, and keep their order.
-        low, high = axes.get_ylim()
         ends.sort()
-        heights = _spread([end[0] for end in ends], gap=0.075 * (high - low))
+        scale = axes.yaxis.get_transform()  # to where heights on the page are differences
+        low, high = scale.transform(axes.get_ylim())
+        heights = scale.inverted().transform(_spread(list(scale.transform([end[0] for end in ends])), gap=0.075 * (high - low)))
         right = max(end[1] for end in ends)
         for height, (_, _, label, color) in zip(heights, ends):
             axes.annotate(label, (right, height), xytext=(8, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)

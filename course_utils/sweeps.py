@@ -27,13 +27,13 @@ def spread(group, form: str = ".0%") -> str:
     return mean if mean == low == high else f"{mean} ({low} to {high})"
 
 
-def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None):
+def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, log_y: bool = False):
     """(figure, its text): {label: {x: (mean, lowest, highest)}} as lines of means in bands from lowest to highest.
 
-    x must ascend. log: the base of a logarithmic x axis, None for a linear one.
+    x must ascend. log: the base of a logarithmic x axis, None for a linear one; log_y: a logarithmic y axis.
     """
     figure = plotting.curves(
-        {label: (list(points), [mean for mean, _, _ in points.values()]) for label, points in lines.items()}, title, xlabel, ylabel
+        {label: (list(points), [mean for mean, _, _ in points.values()]) for label, points in lines.items()}, title, xlabel, ylabel, log_y
     )
     axes = figure.axes[0]
     for line, points in zip(axes.lines, lines.values()):

@@ -1,6 +1,6 @@
 """How does the head start of PiSSA and OLoRA depend on the rank?
 
-The runs of `starts`, which are of rank 8, at other ranks; each method at the rate that is best for it there. Alpha stays 16, as in `rank`.
+The runs of `starts`, which are of rank 8, at other ranks; each method at the learning rate that is best for it at rank 8. Alpha stays 16, as in `rank`.
 """
 
 from experiments import starts, training

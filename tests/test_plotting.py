@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import re
 
 import numpy
@@ -232,3 +233,12 @@ def test_token_strip_is_readable():
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     assert f"background: {plotting.COLORS[0]}; color: white" in plotting._MARKED
     assert 1.05 / (luminance + 0.05) >= 4.5
+
+
+def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
+    series = {name: ([1, 2], [1.0, end]) for name, end in (("a", 0.010), ("b", 0.011), ("c", 0.012), ("d", 0.5))}
+    figure = plotting.curves(series, "Ends", "step", "loss", log_y=True)
+    axes = figure.axes[0]
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    heights = sorted(math.log(text.xy[1]) for text in axes.texts)
+    assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)

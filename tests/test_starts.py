@@ -1,6 +1,7 @@
 """The sweeps of lesson 5, on a model made for the test."""
 
 import pytest
+import torch
 
 from course_utils import data
 from course_utils.runtime import CourseError
@@ -34,13 +35,31 @@ def test_each_method_is_what_its_name_says_and_only_that(small, monkeypatch):
     assert said == {
         "default": (True, False, False, 8, 16), "gaussian": ("gaussian", False, False, 8, 16), "orthogonal": ("orthogonal", False, False, 8, 16),
         "pissa": ("pissa", False, False, 8, 16), "olora": ("olora", False, False, 8, 16), "rslora": (True, True, False, 8, 16),
-        "dora": (True, False, True, 8, 16),
+        "dora": (True, False, True, 8, 16), "random": (True, False, False, 8, 16),
     }
     for row in rows:
         assert row["loss_2"] > 0 and row["loss_4"] > 0 and row["validation_loss"] > 0 and 0 <= row["test"] <= 1
     # All start at the base; the first rate of a warm-up is 0 and the second small, so at first the losses hardly differ.
     assert max(row["loss_2"] for row in rows) < 1.3 * min(row["loss_2"] for row in rows)
     assert len({row["loss_4"] for row in rows}) == len(rows), "each took its own way"
+
+
+def test_the_control_is_oloras_start_with_other_directions(small):
+    from peft.tuners.lora import LoraLayer
+
+    ids = torch.arange(1, 9)[None]
+    base = starts.make_trainer("default", 1e-3, seed=0).model.eval()
+    found = {}
+    for method in ("olora", "random"):
+        model = starts.make_trainer(method, 1e-3, seed=0).model.eval()
+        with torch.no_grad():
+            assert torch.allclose(model(ids).logits, base(ids).logits, atol=1e-4), "step 0 is the base's"
+        for layer, untouched in zip(*((part for part in m.modules() if isinstance(part, LoraLayer)) for m in (model, base)), strict=True):
+            A, B, W = layer.lora_A["default"].weight, layer.lora_B["default"].weight, untouched.get_base_layer().weight
+            assert torch.allclose(B.T @ B, torch.eye(len(A)), atol=1e-5) and torch.allclose(A, B.T @ W, atol=1e-4)
+            assert not torch.allclose(layer.get_base_layer().weight, W, atol=1e-3)
+        found[method] = B
+    assert not torch.allclose(found["olora"].abs(), found["random"].abs(), atol=1e-2)
 
 
 def test_other_ranks_train_at_the_rate_that_is_best_at_rank_8(small, monkeypatch):

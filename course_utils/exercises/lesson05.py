@@ -1,5 +1,6 @@
 """Checks of lesson 5: start as OLoRA does, start with a product of zero, read steps off a curve, convert to plain LoRA."""
 
+import functools
 import math
 
 from course_utils.exercises import TryAgain, call_learner, describe, exercise, expect_number, expect_tensor, expect_type
@@ -15,29 +16,43 @@ def _parts(value, number, names):
 
 @exercise("05.olora", title="Start as OLoRA does", level="core", minutes=15)
 def olora(function):
-    """Compare with PEFT's own start on wide and tall weights, in float64; signs of directions are the learner's own choice."""
+    """Compare with PEFT's own start on wide and tall weights; signs of directions are the learner's own choice."""
     import torch
 
-    for seed, (outputs, inputs, rank, alpha) in enumerate(((12, 12, 3, 3), (20, 8, 2, 6), (9, 15, 4, 2))):
-        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cases = (12, 12, 3, 3, "float64"), (20, 8, 2, 6, "float64"), (9, 15, 4, 2, "float64"), (9, 15, 4, 8, "float32")
+    for seed, (outputs, inputs, rank, alpha, dtype) in enumerate(cases):
+        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=getattr(torch, dtype))
         given = weight.clone()
+        close = functools.partial(torch.allclose, atol=1e-8 if dtype == "float64" else 1e-4)
         returned = _parts(call_learner(function, given, rank, alpha), 3, "A, B and the new weight")
         shapes = {"A": (rank, inputs), "B": (outputs, rank), "the new weight": (outputs, inputs)}
-        A, B, left = (expect_tensor(part, shape, name).double() for part, (name, shape) in zip(returned, shapes.items()))
+        for part, (name, shape) in zip(returned, shapes.items()):
+            expect_tensor(part, shape, name)
         if not torch.equal(given, weight):
             raise TryAgain("The weight that you were given has changed. Return a new one: weight - ..., not weight -= ...")
-        if not torch.allclose(B.T @ B, torch.eye(rank, dtype=torch.float64), atol=1e-8):
+        for part, name in zip(returned, shapes):
+            if part.dtype != weight.dtype:
+                raise TryAgain(f"The weight is in {dtype}, and {name} in {str(part.dtype).removeprefix('torch.')}: keep the weight's dtype.")
+        weight, (A, B, left) = weight.double(), (part.double() for part in returned)
+        gram, one = B.T @ B, torch.eye(rank, dtype=torch.float64)
+        if not close(gram, one):
+            if torch.allclose(gram, one, atol=1e-5):
+                raise TryAgain("B's columns are orthonormal but for float32 rounding: keep the weight's dtype on the way, too.")
             raise TryAgain("B's columns should be orthonormal, BᵀB = I. Take them from Q of torch.linalg.qr(weight).")
-        scaling, product = alpha / rank, B @ A
-        if torch.allclose(left, weight, atol=1e-8):
+        scaling, product, directions = alpha / rank, B @ A, _first_directions(weight, rank)
+        if scaling != 1 and close(product, scaling * directions):
+            raise TryAgain("A has s in it already, and the layer multiplies by s again. Return A = R[:r] as it is.")
+        if alpha % rank and close(left, weight - alpha // rank * product):
+            raise TryAgain(f"You took {alpha // rank} times BA out: {alpha} // {rank} is {alpha // rank}. s is alpha / rank, {scaling:g} here.")
+        if close(left, weight):
             raise TryAgain("The weight is as it was, so the layer's output would change at step 0. Take s·BA out of it.")
-        if torch.allclose(left, weight + scaling * product, atol=1e-8):
+        if close(left, weight + scaling * product):
             raise TryAgain("The sign is wrong: the adapter adds s·BA, so it is to be taken out of the weight.")
-        if scaling != 1 and torch.allclose(left, weight - product, atol=1e-8):
+        if scaling != 1 and close(left, weight - product):
             raise TryAgain("The adapter adds s·BA with s = alpha / rank. Take that out of the weight, not BA alone.")
-        if not torch.allclose(left + scaling * product, weight, atol=1e-8):
+        if not close(left + scaling * product, weight):
             raise TryAgain("The new weight and s·BA, with s = alpha / rank, don't add up to the weight that was given.")
-        if not torch.allclose(product, _first_directions(weight, rank), atol=1e-8):
+        if not close(product, directions):
             raise TryAgain("It adds up, but A and B aren't the first r directions of one QR decomposition: B = Q[:, :r], A = R[:r].")
 
 
@@ -65,12 +80,15 @@ def quiet(function):
 
     for inputs, outputs, rank in ((10, 14, 4), (9, 6, 2), (20, 20, 6)):
         torch.manual_seed(rank)
-        first = _factors(function, inputs, outputs, rank)
-        second = _factors(function, inputs, outputs, rank)
-        A, B = first
+        draws = [_factors(function, inputs, outputs, rank) for _ in range(20)]
+        A, B = draws[0]
         for name, matrix in (("A", A), ("B", B)):
             if not matrix.any():
                 raise TryAgain(f"{name} is zero. Both are to be something, and only their product nothing.")
+            size = float(matrix.abs().mean())
+            if not 1e-5 < size < 1e3:
+                raise TryAgain(f"The numbers of {name} are of size {size:.0e}, too {'small' if size < 1 else 'large'} to train from. "
+                               "Stay nearer to torch.randn's, which are of size 1.")
         largest = float((B @ A).abs().max())
         if largest > 1e-5 * float(B.norm() * A.norm()):
             raise TryAgain(f"BA is not zero: its largest entry is {largest:.2g}. What A writes into the r numbers between the two, "
@@ -80,11 +98,19 @@ def quiet(function):
             found = int(torch.linalg.matrix_rank(matrix, rtol=1e-5))
             if found != half:
                 raise TryAgain(f"{name} has {found} directions here. With r = {rank}, give each of the two half of them, {half}.")
-        if (A == 0).all(1).any() or (B == 0).all(0).any():
+        # (calls, r, inputs) and (calls, r, outputs): what holds in each of the calls is no chance.
+        stacks = [torch.stack([A for A, _ in draws]), torch.stack([B.T for _, B in draws])]
+        if any((stack.abs().amax((0, 2)) < 1e-6 * stack.abs().max()).any() for stack in stacks):
             raise TryAgain("Whole rows of A or columns of B are zero, so some of the r numbers between them begin unused. Turn "
                            "them: a random orthogonal matrix (rank, rank), half of its rows for A, the others for B.")
-        if all(torch.equal(*pair) for pair in zip(first, second)):
-            raise TryAgain("Two calls give the same matrices. Draw them at random, or all layers of a shape begin alike.")
+        for name, stack, lines, are in zip("AB", stacks, ("columns", "rows"), ("inputs are not read", "outputs get nothing")):
+            by_line, least = stack.permute(2, 0, 1).flatten(1), 1e-6 * stack.abs().max()
+            if (stack - stack[0]).abs().max() < least:
+                raise TryAgain(f"Two calls give the same {name}. Draw both A and B at random, or all layers of a shape begin alike.")
+            if by_line.abs().amax(1).min() < least:
+                raise TryAgain(f"Some {lines} of {name} are zero, so some {are}. Draw the other factor of {name} with torch.randn.")
+            if torch.pdist(by_line).min() < least:
+                raise TryAgain(f"Some {lines} of {name} are always the same. Draw each of them at random.")
 
 
 def _factors(function, inputs, outputs, rank):
@@ -94,11 +120,13 @@ def _factors(function, inputs, outputs, rank):
 
 @exercise("05.reach", title="When was the loss down?", level="warm-up", minutes=5)
 def reach(function):
-    """Curves that end below, that never come down, that go down and up again, and whose steps are out of order."""
+    """Curves that end below, never come down, go down and up again, begin below, or have uneven steps, out of order."""
     curves = (
         ({5: 4.0, 10: 2.0, 15: 0.9, 20: 0.4}, 1.0, 15), ({5: 4.0, 10: 2.0}, 2.0, 10), ({5: 4.0, 10: 3.0}, 1.0, None),
         ({5: 3.0, 10: 0.8, 15: 1.4, 20: 0.7, 25: 0.2}, 1.0, 10), ({20: 0.4, 5: 4.0, 15: 0.9, 10: 2.0}, 1.0, 15),
-        ({5: 4.0, 10: math.nan, 15: 0.5}, 1.0, 15),
+        ({5: 4.0, 10: math.nan, 15: 0.5}, 1.0, 15), ({5: 4.0, 10: 1.04, 15: 0.9, 20: 0.4}, 1.0, 15), ({0: 4.0, 7: 0.9, 90: 0.5, 100: 0.3}, 1.0, 7),
+        ({5: 3.0, 10: 0.5, 15: 0.9, 20: 0.4}, 1.0, 10), ({5: 0.5, 10: 0.45, 15: 0.4}, 1.0, 5), ({0: 0.8, 7: 0.6, 14: 0.5}, 1.0, 0),
+        ({5: 3.0, 10: 0.5, 15: 0.9, 20: 1.5}, 1.0, 10),
     )
     for curve, level, right in curves:
         found = call_learner(function, dict(curve), level)
@@ -107,6 +135,10 @@ def reach(function):
             if found is not None:
                 raise TryAgain(f"{case}, return None: it is never reached. This gave {describe(found)}.")
             continue
+        if found is None and right == 0:
+            raise TryAgain(f"{case}, None came back. Step 0 is a step, too, but Python takes 0 for false: ask `is None`, not `or`.")
+        if found is None and [*curve.values()][-1] > level:
+            raise TryAgain(f"{case}, None came back. It is reached at step {right}, whatever comes after.")
         if found is None:
             raise TryAgain(f"{case}, None came back, and the level is reached. \"Reached\" means at or below it; is a return missing?")
         number = expect_number(found, "the step")
@@ -114,8 +146,19 @@ def reach(function):
             continue
         if number in curve.values() and number not in curve:
             raise TryAgain(f"{case}, this is a loss, {number:g}. Return the step.")
+        if number not in curve:
+            raise TryAgain(f"{case}, {number:g} came back, which is no step of it. The steps are the keys, and need not be 5 apart.")
+        if curve[number] > level:
+            raise TryAgain(f"{case}, {number:g} came back, and the loss there is above the level. Compare the losses as they are, with <= level.")
+        below = [step for step in sorted(curve) if curve[step] <= level]
         if number == next((step for step, loss in curve.items() if loss <= level), None):
             raise TryAgain(f"{case}, you took the entries in the order of the dict. Go through the steps in ascending order.")
+        if right == 7 and number == min(below, key=str):
+            raise TryAgain(f"{case}, {number:g} came back. The steps were sorted as text, where 100 comes before 7. Sort them as numbers.")
+        if right == min(curve) and number == below[1]:
+            raise TryAgain(f"{case}, you left out the first step, {right}. It counts, too.")
+        if number == max(below, key=curve.get):
+            raise TryAgain(f"{case}, you found the loss that is nearest to the level. Return the first step at or below it.")
         if number == min(curve, key=curve.get):
             raise TryAgain(f"{case}, you found the lowest loss. Return the first step at or below the level.")
         raise TryAgain(f"{case}, {number:g} came back. Return the first step whose loss is at or below the level.")
@@ -126,7 +169,7 @@ def convert(function):
     """s2·B2·A2 must be s·(B·A − B0·A0), of rank 2r, with s2 = alpha2 / 2r."""
     import torch
 
-    for seed, (outputs, inputs, rank, alpha) in enumerate(((7, 9, 2, 4), (12, 5, 3, 3), (6, 6, 2, 7))):
+    for seed, (outputs, inputs, rank, alpha) in enumerate(((7, 9, 2, 4), (12, 5, 3, 3), (6, 6, 2, 7), (8, 5, 2, 4.3))):
         generator = torch.Generator().manual_seed(seed)
         A0, A = (torch.randn(rank, inputs, generator=generator, dtype=torch.float64) for _ in range(2))
         B0, B = (torch.randn(outputs, rank, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -139,6 +182,8 @@ def convert(function):
         new_A = expect_tensor(returned[0], (2 * rank, inputs), "the new A").double()
         new_B = expect_tensor(returned[1], (outputs, 2 * rank), "the new B").double()
         new_alpha = expect_number(returned[2], "the new alpha")
+        if new_alpha <= 0:
+            raise TryAgain(f"The new alpha is {new_alpha:g}. It stays above 0: the minus goes into one of the matrices, -B0 or -A0.")
         wanted, product = alpha / rank * (B @ A - B0 @ A0), new_B @ new_A
         if torch.allclose(new_alpha / (2 * rank) * product, wanted, atol=1e-8):
             continue
@@ -146,10 +191,14 @@ def convert(function):
             raise TryAgain("The products are added. The start was taken out of the base, so take it out of the adapter: turn one sign.")
         if torch.allclose(product, B0 @ A0 - B @ A, atol=1e-8):
             raise TryAgain("The signs are the wrong way round: what was learned counts plus, the start minus.")
+        if alpha % 1 and not new_alpha % 1 and torch.allclose(product, B @ A - B0 @ A0, atol=1e-8):
+            raise TryAgain(f"Alpha is {alpha:g} here, and your new one {new_alpha:g}. Don't make it a whole number.")
         if torch.allclose(product, B @ A - B0 @ A0, atol=1e-8) or torch.allclose(product, 2 * (B @ A - B0 @ A0), atol=1e-8):
             raise TryAgain(f"The product is right, the scaling is not: the new rank is {2 * rank}, and alpha / rank has to stay "
                            f"{alpha / rank:g}.")
         if torch.allclose(product, (B - B0) @ (A - A0), atol=1e-8):
             raise TryAgain("This is the product of the differences. The difference of the products is wanted, BA − B0A0.")
+        if any(torch.allclose(product, x * B @ A0 + y * B0 @ A, atol=1e-8) for x in (1, -1) for y in (1, -1)):
+            raise TryAgain("A's and B's halves stand in different order. With matrices laid side by side, [B, B0] times [A over A0] is BA + B0A0.")
         raise TryAgain("s·BA of the new adapter is not s·(BA − B0A0). Write the product of two matrices laid side by side: "
                        "[B, B0] times [A over A0] is BA + B0A0.")
