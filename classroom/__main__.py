@@ -9,10 +9,7 @@ import argparse
 import sys
 import zipfile
 
-from course_utils.runtime import CourseError
-from tools.editions import BuildError
-
-MISSING = "nbgrader is not installed: `make classroom` installs requirements-instructor.txt."
+MISSING = "is not installed in this Python: `make classroom` installs requirements-instructor.txt into .venv."
 
 
 def parser():
@@ -47,8 +44,10 @@ def main(arguments=None):
         from classroom.grade import grade
         from classroom.stage import stage
         from classroom.watch import Limits
+        from course_utils.runtime import CourseError
+        from tools.editions import BuildError
     except ModuleNotFoundError as error:
-        return MISSING if error.name.partition(".")[0] == "nbgrader" else str(error)
+        return f"{error.name.partition('.')[0]} {MISSING}"
     course = Course(chosen.course or DEFAULT_ROOT)
     try:
         if chosen.command == "stage":
@@ -56,7 +55,7 @@ def main(arguments=None):
         elif chosen.command == "grade":
             limits = Limits(chosen.cell_seconds, chosen.seconds, chosen.memory_gb)
             _, complaints = grade(course, chosen.source, limits, chosen.jobs, chosen.only, chosen.learner, chosen.names)
-            print(report.write(course, complaints))
+            print(report.write(course, chosen.source, complaints))
             print(f"Scores: {course.root / 'scores.csv'}")
         elif chosen.command == "report":
             print(report.write(course))
@@ -66,6 +65,8 @@ def main(arguments=None):
             return complaints or 0
     except (CourseError, BuildError, OSError, zipfile.BadZipFile) as error:
         return str(error)
+    except KeyboardInterrupt:
+        return "Stopped. What was not done is marked so; run the same command again."
     return 0
 
 

@@ -47,23 +47,25 @@ class Submission:
     notes: tuple = ()
 
 
-def collect(source, lessons, names=None):
+def collect(source, lessons, names=None, known=()):
     """Return (submissions, complaints) for a folder or zip `source`.
 
     `lessons` is {lesson: ids of its marked cells}, `names` a regular expression with a group `learner`, searched in
-    a file's path, for platforms that are not known here. A complaint is a sentence about a file that is nobody's
+    a file's path, for platforms that are not known here; `known` are learners who were graded before, whose folder is
+    theirs at any depth. A complaint is a sentence about a file that is nobody's
     submission. Raises `FileNotFoundError` and `zipfile.BadZipFile` if `source` itself can't be opened.
     """
     files = _without_wrapper(list(_files(Path(source))))
+    known = {name.casefold() for name in known}
     complaints, candidates, idle = [], {}, {}
     for file in files:
-        place, learner = _learner(file, lessons, names)
-        lesson = _lesson(file, lessons) if file.path.suffix == ".ipynb" else None
+        place, learner = _learner(file, lessons, names, known)
+        lesson = _lesson(file, lessons) if _suffix(file.path) == ".ipynb" else None
         if lesson and place:
             candidates.setdefault((place, learner), {}).setdefault(lesson, []).append(file)
         elif lesson:
             complaints.append(f"{file.path}: no folder and no part of the name says whose it is.")
-        elif file.path.suffix == ".ipynb":
+        elif _suffix(file.path) == ".ipynb":
             complaints.append(f"{file.path}: neither its name nor its cells are those of a lesson that was handed out.")
         else:
             idle.setdefault((place, learner), []).append(file)
@@ -82,7 +84,11 @@ def collect(source, lessons, names=None):
 def _files(source):
     """Yield every file of a folder or zip as a `File`, without hidden ones and links."""
     if source.is_file():
-        with zipfile.ZipFile(source) as archive:
+        try:
+            archive = zipfile.ZipFile(source)
+        except zipfile.BadZipFile as error:
+            raise zipfile.BadZipFile(f"{source.name} is neither a folder nor a zip ({error}).") from error
+        with archive:
             yield from _zipped(archive, PurePosixPath())
         return
     if not source.is_dir():
@@ -108,11 +114,11 @@ def _zipped(archive, before, depth=0):
 
 def _opened(path, read, size, changed, depth):
     """Yield the file at `path`, or the files in it if it is a zip; only notebooks and zips are read."""
-    if path.suffix not in (".ipynb", ".zip"):
+    if _suffix(path) not in (".ipynb", ".zip"):
         yield File(path, None, changed)
     elif size > LARGEST:
         yield File(path, None, changed, f"it has {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}.")
-    elif path.suffix == ".ipynb" or depth > 1:
+    elif _suffix(path) == ".ipynb" or depth > 1:
         try:
             yield File(path, read(), changed)
         except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
@@ -123,6 +129,10 @@ def _opened(path, read, size, changed, depth):
                 yield from _zipped(archive, path, depth + 1)
         except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
             yield File(path, None, changed, f"the zip is damaged or locked ({error}).")
+
+
+def _suffix(path):
+    return path.suffix.lower()
 
 
 def _hidden(name):
@@ -137,11 +147,17 @@ def _without_wrapper(files):
     return [File(PurePosixPath(*file.path.parts[1:]), file.content, file.changed, file.problem) for file in files]
 
 
-def _learner(file, lessons, names):
+def _learner(file, lessons, names, known):
     """Return (the part of the path that stands for the learner, the learner's id), both "" if none does."""
     if names:
         found = re.search(names, str(file.path))
         return (found["learner"], _slug(found["learner"])) if found else ("", "")
+    for depth, folder in enumerate(file.path.parts[:-1]):  # a platform's own form, or a learner who was graded before
+        patterns = PLATFORMS if depth == 0 else PLATFORMS[:2]  # Canvas' form is hardly one: work_1_2 has it, too
+        found = next((match for match in (pattern.match(folder) for pattern in patterns) if match), None)
+        learner = _slug(found["learner"].replace("_LATE", "") if found else folder.removesuffix(".zip"))
+        if found or learner.casefold() in known:
+            return folder, learner
     place = file.path.parts[0]
     if len(file.path.parts) == 1:
         lesson = next((name for name in lessons if name.lower() in place.lower()), None)

@@ -5,6 +5,7 @@
     handout/     what to give to learners     feedback/    a page for each
     gradebook.db, grading.json                scores.csv, report.md
 """
+import hashlib
 import json
 import os
 import shutil
@@ -69,7 +70,25 @@ class Course:
                 cells.setdefault(cell.metadata.exercise, []).append(cell)
         return {name: tuple(pair) for name, pair in cells.items()}
 
+    def version(self, lesson):
+        """A fingerprint of a lesson's exercises as they are staged now: answers, hidden tests and points."""
+        marked = [
+            (cell.metadata.exercise, cell.source, cell.metadata.get("nbgrader", {}).get("points"))
+            for cell in nbformat.read(self.notebook("source", lesson), as_version=4).cells if "exercise" in cell.metadata
+        ]
+        return hashlib.sha256(json.dumps(marked).encode()).hexdigest()[:12]
+
     def record(self):
-        """Return {learner: {lesson: what the last grading found}} from grading.json."""
+        """Return {learner: {lesson: what the last grading found}} from grading.json.
+
+        What was graded by another version of a lesson than is staged now counts as not graded.
+        """
         path = self.root / "grading.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        versions = {lesson: self.version(lesson) for lesson in {name for lessons in record.values() for name in lessons}}
+        for lessons in record.values():
+            for lesson, entry in lessons.items():
+                if entry["status"] == "graded" and entry["version"] != versions[lesson]:
+                    entry["status"] = "not graded"
+                    entry["problems"].append("the lesson was staged anew with other tests or points since: grade this submission again")
+        return record

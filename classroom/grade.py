@@ -15,6 +15,7 @@ from nbgrader.api import MissingEntry
 
 from classroom import watch
 from classroom.collect import collect
+from course_utils.runtime import CourseError
 from tools.build import ROOT, save_text
 
 ATTEMPTS = 3  # A cell that brings the kernel down is left out, and the rest graded; so often at most.
@@ -25,24 +26,34 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
 
     `jobs` run at a time: as many as there are cores, or as memory allows with each at its limit. `only` and `learner`
     choose lessons (by the beginning of the name) and one learner. A complaint names a file that is no submission.
+    Raises `CourseError` if there is no submission.
     """
-    lessons = {name: _marks(course, name) for name in course.lessons()}
-    submissions, complaints = collect(source, lessons, names)
+    lessons, record, stop = {name: _marks(course, name) for name in course.lessons()}, course.record(), threading.Event()
+    submissions, complaints = collect(source, lessons, names, known=record)
     submissions = [one for one in submissions if one.lesson.startswith(only) and learner in ("", one.learner)]
+    if not submissions:
+        raise CourseError("\n".join([f"There is no notebook of a staged lesson in {source}.", *complaints]))
     jobs = jobs or default_jobs(limits)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     say(f"{len(submissions)} submissions, {jobs} at a time")
+    if record and (new := sorted({one.learner for one in submissions} - set(record))):
+        say(f"not graded before: {', '.join(new)}")
     with course.gradebook() as gradebook:
         for one in submissions:
             gradebook.update_or_create_student(one.learner)
-    record, stop = course.record(), threading.Event()
+    before = {one: record.get(one.learner, {}).get(one.lesson) for one in submissions}
+    for one in submissions:  # until it is done, whatever ends the grading: an old score must not stand for a new notebook
+        _note(record, one, _not_graded(one, "grading was stopped before it was done: grade this submission again"))
+    _save(course, record)
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(_grade_one, course, one, limits, threads, stop): one for one in submissions}
         try:
             for number, future in enumerate(as_completed(running), 1):
                 one, found = running[future], _result(future, running[future])
-                record.setdefault(one.learner, {})[one.lesson] = found
-                save_text(course.root / "grading.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+                if (earlier := before[one]) and earlier["file"] != found["file"]:
+                    found["problems"].append(f"graded before from {earlier['file']}: look whether that is the same person")
+                _note(record, one, found)
+                _save(course, record)
                 say(f"{number}/{len(running)} {one.lesson} {one.learner}: {found['status']}, {found['seconds']:.0f} s")
         except BaseException:
             stop.set()
@@ -52,13 +63,24 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
     return record, complaints
 
 
+def _note(record, one, found):
+    record.setdefault(one.learner, {})[one.lesson] = found
+
+
+def _save(course, record):
+    save_text(course.root / "grading.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def _not_graded(one, problem):
+    return {"status": "not graded", "problems": [problem], "seconds": 0.0, "peak_gb": 0.0, "file": str(one.file.path)}
+
+
 def _result(future, one):
     """What was found for `one`; a fault of the grader itself is that submission's alone, too."""
     try:
         return future.result()
     except Exception as error:
-        problems = [f"The grader itself failed: {type(error).__name__}: {error}"[:300]]
-        return {"status": "not graded", "problems": problems, "seconds": 0.0, "peak_gb": 0.0, "file": str(one.file.path)}
+        return _not_graded(one, f"The grader itself failed: {type(error).__name__}: {error}"[:300])
 
 
 def default_jobs(limits):
@@ -73,7 +95,7 @@ def _marks(course, lesson):
 
 
 def _grade_one(course, one, limits, threads, stop):
-    """Grade one submission; return {status, problems, seconds, peak_gb, file}."""
+    """Grade one submission; return {status, problems, seconds, peak_gb, file, version}."""
     problems, blocked, seconds, peak = list(one.notes), {}, 0.0, 0.0
     _take_in(course, one)
     failure = one.problem
@@ -95,7 +117,10 @@ def _grade_one(course, one, limits, threads, stop):
     else:
         problems += nbformat.read(course.notebook("autograded", one.lesson, one.learner), as_version=4).metadata.classroom.notes
     status = "not graded" if failure else "graded"
-    return {"status": status, "problems": problems, "seconds": round(seconds, 1), "peak_gb": peak, "file": str(one.file.path)}
+    return {
+        "status": status, "problems": problems, "seconds": round(seconds, 1), "peak_gb": peak, "file": str(one.file.path),
+        "version": course.version(one.lesson),
+    }
 
 
 def _take_in(course, one):

@@ -3,12 +3,15 @@ import base64
 import csv
 import html
 import io
+import json
 import re
+from pathlib import Path
 
 import nbformat
 from nbgrader.converters import GenerateFeedback
 from nbgrader.utils import capture_log
 
+from course_utils.runtime import CourseError
 from tools import build
 
 COLUMNS = ["learner", "lesson", "exercise", "score", "max_score", "status", "note"]
@@ -18,9 +21,9 @@ def rows(course):
     """Return one dict of `COLUMNS` for each learner, lesson and exercise, from the gradebook and grading.json.
 
     `status` is passed, partly, failed, not attempted, not graded or not submitted. The last two have no score: they
-    are for a person to settle, and no 0.
+    are for a person to settle, and no 0. Raises `CourseError` if nothing is graded yet.
     """
-    record, found = course.record(), []
+    record, found = _record(course), []
     handed_in = sorted({lesson for lessons in record.values() for lesson in lessons})
     with course.gradebook() as gradebook:
         for learner in sorted(record):
@@ -37,6 +40,14 @@ def rows(course):
                         row |= _graded(course, gradebook, learner, lesson, pair)
                     found.append(row)
     return found
+
+
+def _record(course):
+    """What was graded so far. Raises `CourseError` if that is nothing."""
+    record = course.record()
+    if not record:
+        raise CourseError("Nothing is graded yet: run `make grade SUBMISSIONS=folder-or-zip` first.")
+    return record
 
 
 def _graded(course, gradebook, learner, lesson, pair):
@@ -82,15 +93,22 @@ def _error(cell):
     return ""
 
 
-def write(course, complaints=()):
-    """Write scores.csv and report.md into the course's folder; return the report's text."""
-    found = rows(course)
+def write(course, source=None, complaints=()):
+    """Write scores.csv and report.md into the course's folder; return the report's text.
+
+    `complaints` about files of `source` are kept for the reports to come, in the place of earlier ones about it.
+    """
+    found, kept = rows(course), course.root / "complaints.json"
+    about = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if source is not None:
+        about[str(Path(source).resolve())] = list(complaints)
+        build.save_text(kept, json.dumps(about, indent=1, sort_keys=True) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     build.save_text(course.root / "scores.csv", text.getvalue())
-    summary = _summary(course.record(), found, complaints)
+    summary = _summary(course.record(), found, [one for said in about.values() for one in said])
     build.save_text(course.root / "report.md", summary)
     return summary
 
@@ -127,7 +145,7 @@ def feedback(course, images=build.ROOT / "images"):
     put into the pages.
     """
     pages, complaints = 0, []
-    for learner, lessons in sorted(course.record().items()):
+    for learner, lessons in sorted(_record(course).items()):
         for lesson, entry in sorted(lessons.items()):
             page = course.root / "feedback" / learner / lesson / f"{lesson}.html"
             if entry["status"] == "not graded":

@@ -281,26 +281,19 @@ assert torch.allclose(quantise_in_blocks(_weight, library, 64), _kernel, atol=1e
 # %% [markdown]
 # ### Hold it to the kernel
 #
-# Here is one way to write it, for any levels. bitsandbytes does the same in compiled code: `quantize_4bit` packs two
-# codes into a byte, and `dequantize_4bit` reads them back.
+# The exercise's check has a function for it, `there_and_back`, and from here on we use that one. bitsandbytes does the
+# same in compiled code: `quantize_4bit` packs two codes into a byte, and `dequantize_4bit` reads them back.
 #
 # **Predict:** over all layers of the model, how many of the numbers will differ?
 
 # %%
-def there_and_back(weight, levels, block=64):
-    """`weight` quantised in blocks to these levels, and read back."""
-    rows = weight.reshape(-1, block)
-    absmax = rows.abs().amax(1, keepdim=True)
-    borders = (levels[1:] + levels[:-1]) / 2  # half-way between two levels
-    return (levels[torch.bucketize(rows / absmax, borders)] * absmax).reshape(weight.shape)
-
-
+there_and_back = lesson04.there_and_back
 for kind in ("nf4", "fp4"):
     differing = 0
     for weight in weights.values():
         bytes_, scale = functional.quantize_4bit(weight, quant_type=kind)
         by_kernel = functional.dequantize_4bit(bytes_, scale)
-        differing += (by_kernel != there_and_back(weight, FORMATS[kind.upper()])).sum().item()
+        differing += (by_kernel != there_and_back(weight, FORMATS[kind.upper()], 64)).sum().item()
     print(f"{kind}: {differing} of {own.numel():,} numbers differ")
     assert differing / own.numel() < 1e-5
 print(f"the last weight {tuple(weight.shape)} in float32: {weight.nbytes:,} bytes; packed:"
