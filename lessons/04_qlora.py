@@ -1089,16 +1089,14 @@ assert same_gradients and same_weights
 def spoilt_layers(model, action):
     """Return the names of the 4-bit layers whose weight is another one after action()."""
     ### BEGIN SOLUTION
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-
     def weights():
         return {name: functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-                for name, layer in layers.items()}
+                for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
 
     before = weights()
     action()
     after = weights()
-    return [name for name in layers if not torch.equal(before[name], after[name])]
+    return [name for name in before if not torch.equal(before[name], after[name])]
     ### END SOLUTION
 
 
