@@ -819,7 +819,7 @@ for depth in (2, 4):
 plotting.table(["the model, MB", "the whole merge takes", "the merge by shards takes"], table)
 
 # %% [markdown]
-# **By shards the need doesn't grow with the model**, but for a little: a few of its largest tensors are there at a
+# **By shards the need hardly grows with the model:** a few of its largest tensors are there at a
 # time.
 #
 # `merging.merge_to_folder` combines both: the usual merge if the model is smaller than the memory that is free, and by
@@ -1290,7 +1290,7 @@ crowded = runs / "crowded"
 shutil.copytree(adapter_folder, crowded, dirs_exist_ok=True)
 merged.save_pretrained(crowded)
 tokenizer.save_pretrained(crowded)
-print(sorted(file.name for file in crowded.iterdir()), "\n")
+print(textwrap.fill(", ".join(sorted(file.name for file in crowded.iterdir())), 95), "\n")
 loaded = AutoModelForCausalLM.from_pretrained(crowded).to(device)
 print("merged:", ask(merged), "\nloaded:", ask(loaded), "\n")
 print(validation.check_merged_folder(base_folder, adapter_folder, crowded))

@@ -122,6 +122,13 @@ def results(tiny_base, tmp_path, monkeypatch):
     return harness.folder()
 
 
+def set_constants(monkeypatch, sizes):
+    """Set {module: {constant: value}} for the test."""
+    for module, constants in sizes.items():
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+
+
 @pytest.fixture
 def short_rows(monkeypatch):
     """Eight short rows in the place of every split."""

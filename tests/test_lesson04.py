@@ -301,6 +301,14 @@ def test_the_lessons_run_is_the_sweeps():
     assert (steps, batch, rate) == (quantised.STEPS, training.BATCH, quantised.RATE)
 
 
+def test_what_the_lesson_says_of_70_billion():
+    """45 GB against 146, which its first figure draws, and its text repeats."""
+    figure = Path(build.ROOT, "notebooks", "04_qlora.ipynb").read_text(encoding="utf-8")
+    drawn = {way: re.search(rf"[;.] {way}: [^;]*?(\d+) GB for 70B", figure)[1] for way in ("LoRA", "QLoRA")}
+    said = re.search(r"has[\s#]+(\d+)[\s#]+GB[\s#]+in the place of[\s#]+LoRA's (\d+)", SOURCE)
+    assert (drawn["QLoRA"], drawn["LoRA"]) == said.groups()
+
+
 # What it says of the sweeps, by their committed results
 
 FORMS = ("fp32", "bf16", "int8", "nf4", "nf4_double", "nf4_trl")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from conftest import set_constants
 from course_utils import data, runtime
 
 runtime.quiet_imports()
@@ -18,12 +19,10 @@ from experiments import cost, harness, quantised, quantised_cost, quantised_merg
 def small(results, short_rows, monkeypatch):
     """Four steps of two short rows; the folder of the results."""
     monkeypatch.setattr(data, "held_out_texts", lambda tokenizer: ["A lamp is in the mill."] * 2)
-    for module, sizes in {
+    set_constants(monkeypatch, {
         training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}, "BATCH": 2}, quantised: {"STEPS": 4, "CHECKED": 2},
         quantised_merge: {"COMPARED": 2}, quantised_cost: {"STEPS": 4},
-    }.items():
-        for constant, value in sizes.items():
-            monkeypatch.setattr(module, constant, value)
+    })
     return results
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import set_constants
 from course_utils import data
 from course_utils.runtime import CourseError
 from experiments import harness, starts, starts_rank, training
@@ -11,11 +12,9 @@ from experiments import harness, starts, starts_rank, training
 @pytest.fixture
 def small(results, short_rows, monkeypatch):
     """Four steps of two short rows; the folder of the results."""
-    for module, sizes in {
+    set_constants(monkeypatch, {
         training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}}, starts: {"STEPS": 4, "BATCH": 2, "EVERY": 2},
-    }.items():
-        for constant, value in sizes.items():
-            monkeypatch.setattr(module, constant, value)
+    })
     return results
 
 
