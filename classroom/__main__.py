@@ -1,10 +1,11 @@
 """What an instructor runs.
 
-    python -m classroom stage [01]               lessons to assignments, and the hand-out
-    python -m classroom grade FOLDER_OR_ZIP      submissions to scores.csv and report.md
-    python -m classroom report                   both anew, after grading by hand
-    python -m classroom feedback                 a page for each submission
+python -m classroom stage [01]               lessons to assignments, and the hand-out
+python -m classroom grade FOLDER_OR_ZIP      submissions to scores.csv and report.md
+python -m classroom report                   both anew, after grading by hand
+python -m classroom feedback                 a page for each submission
 """
+
 import argparse
 import sys
 import zipfile

@@ -4,6 +4,7 @@ A folder for each learner, at any depth below it, or one flat folder with the le
 the file names; the names that Moodle, Canvas and Blackboard give are known. nbgrader's `zip_collect` has the same aim,
 but a class of it stops at the first damaged zip, and at two notebooks of one learner.
 """
+
 import io
 import json
 import os

@@ -1,10 +1,11 @@
 """One class's folder: where nbgrader keeps everything, and what is known of its lessons.
 
-    source/      the instructor's edition     submitted/   what learners handed in, as it came
-    release/     the learner's edition        autograded/  the same, run and graded
-    handout/     what to give to learners     feedback/    a page for each
-    gradebook.db, grading.json                scores.csv, report.md
+source/      the instructor's edition     submitted/   what learners handed in, as it came
+release/     the learner's edition        autograded/  the same, run and graded
+handout/     what to give to learners     feedback/    a page for each
+gradebook.db, grading.json                scores.csv, report.md
 """
+
 import hashlib
 import json
 import os
@@ -74,7 +75,8 @@ class Course:
         """A fingerprint of a lesson's exercises as they are staged now: answers, hidden tests and points."""
         marked = [
             (cell.metadata.exercise, cell.source, cell.metadata.get("nbgrader", {}).get("points"))
-            for cell in nbformat.read(self.notebook("source", lesson), as_version=4).cells if "exercise" in cell.metadata
+            for cell in nbformat.read(self.notebook("source", lesson), as_version=4).cells
+            if "exercise" in cell.metadata
         ]
         return hashlib.sha256(json.dumps(marked).encode()).hexdigest()[:12]
 
@@ -85,10 +87,14 @@ class Course:
         """
         path = self.root / "grading.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        versions = {lesson: self.version(lesson) for lesson in {name for lessons in record.values() for name in lessons}}
+        versions = {
+            lesson: self.version(lesson) for lesson in {name for lessons in record.values() for name in lessons}
+        }
         for lessons in record.values():
             for lesson, entry in lessons.items():
                 if entry["status"] == "graded" and entry["version"] != versions[lesson]:
                     entry["status"] = "not graded"
-                    entry["problems"].append("the lesson was staged anew with other tests or points since: grade this submission again")
+                    entry["problems"].append(
+                        "the lesson was staged anew with other tests or points since: grade this submission again"
+                    )
         return record

@@ -1,4 +1,5 @@
 """Grade submissions side by side: each in a process tree of its own that is watched, and none in silence."""
+
 import json
 import os
 import shutil
@@ -28,7 +29,11 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
     choose lessons (by the beginning of the name) and one learner. A complaint names a file that is no submission.
     Raises `CourseError` if there is no submission.
     """
-    lessons, record, stop = {name: _marks(course, name) for name in course.lessons()}, course.record(), threading.Event()
+    lessons, record, stop = (
+        {name: _marks(course, name) for name in course.lessons()},
+        course.record(),
+        threading.Event(),
+    )
     submissions, complaints = collect(source, lessons, names, known=record)
     submissions = [one for one in submissions if one.lesson.startswith(only) and learner in ("", one.learner)]
     if not submissions:
@@ -42,7 +47,9 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
         for one in submissions:
             gradebook.update_or_create_student(one.learner)
     before = {one: record.get(one.learner, {}).get(one.lesson) for one in submissions}
-    for one in submissions:  # until it is done, whatever ends the grading: an old score must not stand for a new notebook
+    for (
+        one
+    ) in submissions:  # until it is done, whatever ends the grading: an old score must not stand for a new notebook
         _note(record, one, _not_graded(one, "grading was stopped before it was done: grade this submission again"))
     _save(course, record)
     with ThreadPoolExecutor(jobs) as pool:
@@ -51,7 +58,9 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
             for number, future in enumerate(as_completed(running), 1):
                 one, found = running[future], _result(future, running[future])
                 if (earlier := before[one]) and earlier["file"] != found["file"]:
-                    found["problems"].append(f"graded before from {earlier['file']}: look whether that is the same person")
+                    found["problems"].append(
+                        f"graded before from {earlier['file']}: look whether that is the same person"
+                    )
                 _note(record, one, found)
                 _save(course, record)
                 say(f"{number}/{len(running)} {one.lesson} {one.learner}: {found['status']}, {found['seconds']:.0f} s")
@@ -115,10 +124,16 @@ def _grade_one(course, one, limits, threads, stop):
         problems.append(failure)
         _forget(course, one)
     else:
-        problems += nbformat.read(course.notebook("autograded", one.lesson, one.learner), as_version=4).metadata.classroom.notes
+        problems += nbformat.read(
+            course.notebook("autograded", one.lesson, one.learner), as_version=4
+        ).metadata.classroom.notes
     status = "not graded" if failure else "graded"
     return {
-        "status": status, "problems": problems, "seconds": round(seconds, 1), "peak_gb": peak, "file": str(one.file.path),
+        "status": status,
+        "problems": problems,
+        "seconds": round(seconds, 1),
+        "peak_gb": peak,
+        "file": str(one.file.path),
         "version": course.version(one.lesson),
     }
 
@@ -136,19 +151,34 @@ def _attempt(course, one, limits, threads, stop, blocked):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         scratch = Path(scratch)
         job = {
-            "root": str(course.root), "lesson": one.lesson, "learner": one.learner, "cell_seconds": limits.cell_seconds,
-            "blocked": blocked, "trace": str(scratch / "trace"), "result": str(scratch / "result"),
+            "root": str(course.root),
+            "lesson": one.lesson,
+            "learner": one.learner,
+            "cell_seconds": limits.cell_seconds,
+            "blocked": blocked,
+            "trace": str(scratch / "trace"),
+            "result": str(scratch / "result"),
         }
         # What a learner's code passes and writes stays out of the instructor's own records.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COURSE_")}
         environment |= {
-            "COURSE_RUNS": str(scratch / "runs"), "IPYTHONDIR": str(scratch / "ipython"), "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+            "COURSE_RUNS": str(scratch / "runs"),
+            "IPYTHONDIR": str(scratch / "ipython"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
         }
         with open(scratch / "log", "wb") as log:
             ended = watch.run(
-                [sys.executable, "-m", "classroom.worker", json.dumps(job)], limits, stop, cwd=ROOT, env=environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, "-m", "classroom.worker", json.dumps(job)],
+                limits,
+                stop,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         return ended, _read(scratch / "result") or {"error": _last_line(scratch / "log")}, _read(scratch / "trace")
 

@@ -3,6 +3,7 @@
 The hub serves the hand-out, unpacked where learners can read and not write, with an environment of its own. Each
 learner gets a copy of the notebooks at home; models and data are there once for all.
 """
+
 import os
 from pathlib import Path
 

@@ -5,6 +5,7 @@
 Makes that many submissions of the lesson, a third each solved, half solved and untouched, in a folder of its own,
 grades them as `make grade` does, and prints the time. Nothing else should run meanwhile.
 """
+
 import os
 import sys
 import tempfile
@@ -27,7 +28,9 @@ def with_answers(course, lesson, count=None):
     chosen = [answer.id for answer, _ in course.exercises(lesson).values()][:count]
     for cell in notebook.cells:
         if cell.id in chosen:
-            cell.source = "".join(editions.split(source[cell.id], editions.BEGIN_SOLUTION, editions.END_SOLUTION, lesson))
+            cell.source = "".join(
+                editions.split(source[cell.id], editions.BEGIN_SOLUTION, editions.END_SOLUTION, lesson)
+            )
     return notebook
 
 
@@ -50,8 +53,10 @@ def main(only, learners):
         if problems := {problem for entry in entries if entry["status"] != "graded" for problem in entry["problems"]}:
             sys.exit("Not all were graded, so there is no time to state: " + "; ".join(sorted(problems)))
         longest, peak = max(entry["seconds"] for entry in entries), max(entry["peak_gb"] for entry in entries)
-        return (f"{lesson}: {learners} submissions in {minutes:.1f} min on {os.cpu_count()} cores ({runtime.processor()}); "
-                f"the longest took {longest:.0f} s, the largest {peak:.1f} GB")
+        return (
+            f"{lesson}: {learners} submissions in {minutes:.1f} min on {os.cpu_count()} cores ({runtime.processor()}); "
+            f"the longest took {longest:.0f} s, the largest {peak:.1f} GB"
+        )
 
 
 if __name__ == "__main__":

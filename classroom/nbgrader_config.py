@@ -1,4 +1,5 @@
 """nbgrader's configuration for this course. nbgrader's own apps and formgrader read it when they start in this folder."""
+
 import sys
 from pathlib import Path
 

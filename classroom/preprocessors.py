@@ -2,6 +2,7 @@
 
 What they find is kept in the graded notebook, under `metadata.classroom.notes`.
 """
+
 import copy
 import json
 from pathlib import Path
@@ -152,7 +153,9 @@ class ForgiveStderr(NbGraderPreprocessor):
             for output in cell.outputs:
                 if output.output_type == "stream" and output.name == "stderr":
                     output.name = "stdout"
-                    note = f"{cell.metadata.exercise}: the answer writes to stderr when tested; no point is lost for that."
+                    note = (
+                        f"{cell.metadata.exercise}: the answer writes to stderr when tested; no point is lost for that."
+                    )
                     if note not in nb.metadata.classroom.notes:
                         nb.metadata.classroom.notes.append(note)
         return nb, resources

@@ -1,4 +1,5 @@
 """From the gradebook to a table of scores, a report in words, and feedback pages."""
+
 import base64
 import csv
 import html
@@ -150,8 +151,11 @@ def feedback(course, images=build.ROOT / "images"):
             page = course.root / "feedback" / learner / lesson / f"{lesson}.html"
             if entry["status"] == "not graded":
                 problems = "".join(f"<li>{html.escape(_sentence(one))}</li>" for one in entry["problems"])
-                build.save_text(page, f"<!doctype html><meta charset='utf-8'><title>{lesson}</title>\n"
-                                f"<h1>{lesson}: not graded</h1><ul>{problems}</ul>\n")
+                build.save_text(
+                    page,
+                    f"<!doctype html><meta charset='utf-8'><title>{lesson}</title>\n"
+                    f"<h1>{lesson}: not graded</h1><ul>{problems}</ul>\n",
+                )
             else:
                 generate = GenerateFeedback(coursedir=course.directory(lesson, learner), config=course.config())
                 generate.force = True

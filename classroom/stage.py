@@ -1,4 +1,5 @@
 """Stage the lessons as nbgrader's assignments, and pack what learners get."""
+
 import zipfile
 from pathlib import Path
 
@@ -11,8 +12,20 @@ from tools import build
 
 HERE = Path(__file__).resolve().parent
 # What a learner needs. Not in it: lessons/, solutions/ and tests/, which hold the answers.
-HANDED_OUT = ("course_utils", "models", "data", "experiments/results", "images", "docs", "tools/check_python.py",
-              "Makefile", "pyproject.toml", "requirements.txt", "constraints.txt", "LICENSE")
+HANDED_OUT = (
+    "course_utils",
+    "models",
+    "data",
+    "experiments/results",
+    "images",
+    "docs",
+    "tools/check_python.py",
+    "Makefile",
+    "pyproject.toml",
+    "requirements.txt",
+    "constraints.txt",
+    "LICENSE",
+)
 
 
 def stage(course, root=build.ROOT, only=""):

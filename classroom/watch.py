@@ -3,6 +3,7 @@
 What is watched is resident memory, the memory really in use. A limit on the address space (ulimit -v) would count
 what torch only maps, and end an empty notebook. Needs nothing of nbgrader.
 """
+
 import threading
 import time
 from dataclasses import dataclass

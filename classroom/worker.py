@@ -1,8 +1,9 @@
 """Grade one submission with nbgrader, in a process of its own that `classroom.grade` watches.
 
-    python -m classroom.worker '{"root": ..., "lesson": ..., "learner": ..., "cell_seconds": ..., "blocked": {},
-                                 "trace": ..., "result": ...}'
+python -m classroom.worker '{"root": ..., "lesson": ..., "learner": ..., "cell_seconds": ..., "blocked": {},
+                             "trace": ..., "result": ...}'
 """
+
 import json
 import sys
 from pathlib import Path

@@ -70,7 +70,11 @@ def count_lora_parameters(config, lora_config) -> ParameterCount:
     )
 
 
-_CLASS_OF_TASK = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "FEATURE_EXTRACTION": "AutoModel"}
+_CLASS_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def meta_model(config, task_type=None, dtype=None):
@@ -97,8 +101,14 @@ def meta_model(config, task_type=None, dtype=None):
         build = named._from_config
     else:
         # In this order: encoders like BERT may also serve as decoders, and transformers lists them under both.
-        heads = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM)
-        build = next((head for head in heads if type(config) in head._model_mapping), transformers.AutoModel).from_config
+        heads = (
+            transformers.AutoModelForSeq2SeqLM,
+            transformers.AutoModelForMaskedLM,
+            transformers.AutoModelForCausalLM,
+        )
+        build = next(
+            (head for head in heads if type(config) in head._model_mapping), transformers.AutoModel
+        ).from_config
     try:
         with torch.device("meta"):
             return build(config, dtype=dtype or config.dtype)
@@ -124,7 +134,9 @@ def _refuse_what_is_not_counted(lora_config) -> None:
     if lora_config.init_lora_weights in ("eva", "mica"):
         used.append(f"init_lora_weights={lora_config.init_lora_weights!r}")
     if lora_config.task_type in _TASKS_WITH_A_NEW_HEAD:
-        used.append(f"task_type {getattr(lora_config.task_type, 'value', lora_config.task_type)}, which trains the head as well")
+        used.append(
+            f"task_type {getattr(lora_config.task_type, 'value', lora_config.task_type)}, which trains the head as well"
+        )
     if used:
         raise CourseError(
             f"Only A, B and biases are counted here, and this LoraConfig asks for more: {', '.join(used)}. Leave it out, "
@@ -175,7 +187,9 @@ def _match(model, lora_config):
         if not isinstance(rank, int) or rank < 1:
             raise CourseError(f"The rank of {name} is {rank}; it must be a whole number of at least 1.")
         # GPT-2's Conv1D and an embedding keep their weight as (in, out), a linear layer as (out, in).
-        in_features, out_features = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
+        in_features, out_features = (
+            module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
+        )
         if rank > min(in_features, out_features) and lora_config.init_lora_weights not in (True, False, "gaussian"):
             raise CourseError(
                 f"init_lora_weights={lora_config.init_lora_weights!r} takes A and B from the weight of {name}, which has "
@@ -185,7 +199,11 @@ def _match(model, lora_config):
     if not found:
         linear = (name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
         called = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        hint = " A string is a pattern for a layer's whole name; for a part of it, give a list." if isinstance(wanted, str) else ""
+        hint = (
+            " A string is a pattern for a layer's whole name; for a part of it, give a list."
+            if isinstance(wanted, str)
+            else ""
+        )
         raise CourseError(
             f"PEFT finds no layer of {type(model).__name__} to adapt with target_modules={wanted or None}.{hint} "
             f"Its linear layers are called {called}. Look at exclude_modules and layers_to_transform, too."

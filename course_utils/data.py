@@ -58,7 +58,9 @@ def load_task(task: str, split: str | None = None):
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # they write to stderr, or are widgets that leave nothing in a saved notebook
     try:
-        loaded = datasets.load_dataset("json", data_files=patterns, cache_dir=str(runtime.runs_dir() / "cache" / "datasets"))
+        loaded = datasets.load_dataset(
+            "json", data_files=patterns, cache_dir=str(runtime.runs_dir() / "cache" / "datasets")
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         raise CourseError(
             f"The files of {task!r} in {runtime.data_dir() / task} can't be read as JSON lines ({error.__cause__}). "
@@ -117,7 +119,9 @@ def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
         raise CourseError(f"{path} can't be read as CSV ({error}). {remedy}") from error
     columns = header[1]
     if tuple(columns[: len(RESULT_COLUMNS)]) != RESULT_COLUMNS or len(set(columns)) < len(columns):
-        raise CourseError(f"{path} doesn't begin with the columns {', '.join(RESULT_COLUMNS)}, each name once. {remedy}")
+        raise CourseError(
+            f"{path} doesn't begin with the columns {', '.join(RESULT_COLUMNS)}, each name once. {remedy}"
+        )
     if not text.endswith("\n"):
         raise CourseError(f"The last line of {path} is cut short. {remedy}")
     results = []

@@ -56,7 +56,9 @@ def generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, adapte
         for start in range(0, len(encoded), batch_size):
             input_ids, attention_mask = _pad(model, tokenizer, encoded[start : start + batch_size], side="left")
             chosen = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **chosen)
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **chosen
+            )
             answers += tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
@@ -155,7 +157,9 @@ def score(task: str, predictions, rows) -> dict:
     if task not in METRICS:
         raise CourseError(f"There is no metric for {task!r}. Choose one of: {', '.join(METRICS)}.")
     if len(predictions) != len(rows) or not len(rows):
-        raise ValueError(f"There are {len(predictions)} predictions and {len(rows)} rows; give one for each, and at least one.")
+        raise ValueError(
+            f"There are {len(predictions)} predictions and {len(rows)} rows; give one for each, and at least one."
+        )
     every, novel, by_kind = [], [], defaultdict(list)
     for prediction, row in zip(predictions, rows):
         right = METRICS[task](prediction, row["completion"][0]["content"])

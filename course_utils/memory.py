@@ -82,21 +82,31 @@ def estimate_memory(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if method == "full":
         modules, dropout = None, 0.0
-        trained = [(parameter.numel(), parameter.itemsize) for parameter in model.parameters() if parameter.requires_grad]
+        trained = [
+            (parameter.numel(), parameter.itemsize) for parameter in model.parameters() if parameter.requires_grad
+        ]
     else:
         modules, dropout = counting.adapted_layers(model, lora_config), lora_config.lora_dropout
         size = max(dtype.itemsize, 4)
-        trained = [(module.rank * features, size) for module in modules for features in (module.in_features, module.out_features)]
+        trained = [
+            (module.rank * features, size)
+            for module in modules
+            for features in (module.in_features, module.out_features)
+        ]
         weights += sum(numbers * size for numbers, size in trained)
         biases = counting.trained_biases(model, lora_config, modules)
         trained += [(bias.numel(), bias.itemsize) for bias in biases]
     if method == "qlora":
-        weights -= sum(weight.nbytes - _quantised(weight.numel(), double_quantization) for weight in _quantised_weights(model))
+        weights -= sum(
+            weight.nbytes - _quantised(weight.numel(), double_quantization) for weight in _quantised_weights(model)
+        )
     return MemoryEstimate(
         weights=weights,
         gradients=sum(numbers * size for numbers, size in trained),
         optimizer=_optimizer(trained, optimizer, moment_dtype and _float_type(moment_dtype).itemsize),
-        activations=_activations(model, modules, dropout, batch_size, sequence_length, dtype.itemsize, gradient_checkpointing),
+        activations=_activations(
+            model, modules, dropout, batch_size, sequence_length, dtype.itemsize, gradient_checkpointing
+        ),
     )
 
 
@@ -139,7 +149,11 @@ def _optimizer(trained, optimizer: str, moment_size: int | None) -> int:
     small = [numbers for numbers, _ in trained if numbers < 4096]
     large = [numbers for numbers, _ in trained if numbers >= 4096]
     tables = 2 * 4 * 256 if large else 0  # the levels of an 8-bit number, signed and unsigned, shared by all tensors
-    return sum(8 * numbers for numbers in small) + sum(2 * numbers + 8 * math.ceil(numbers / 256) for numbers in large) + tables
+    return (
+        sum(8 * numbers for numbers in small)
+        + sum(2 * numbers + 8 * math.ceil(numbers / 256) for numbers in large)
+        + tables
+    )
 
 
 # Activation functions that transformers writes as a chain of operations, each of which keeps a tensor.

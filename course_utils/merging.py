@@ -1,8 +1,8 @@
 """Merge an adapter into its base, folder to folder: all in memory, or one tensor at a time.
 
-    merge_whole       the usual merge by PEFT, saved atomically: the whole model is in memory
-    merge_by_shards   the same weights, one tensor at a time
-    merge_to_folder   the usual merge, and by shards where memory runs out
+merge_whole       the usual merge by PEFT, saved atomically: the whole model is in memory
+merge_by_shards   the same weights, one tensor at a time
+merge_to_folder   the usual merge, and by shards where memory runs out
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from course_utils.validation.starts import changes_base
 _TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab\.(json|txt)|merges\.txt|.*\.model"
 )
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors and torch spell them
+_FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}  # as safetensors and torch spell them
 _FACTOR = re.compile(r"(?P<module>base_model\.model\..+)\.lora_(?P<factor>[AB])\.weight")
 
 # Settings of a LoraConfig that leave the merge at W + scaling * B @ A. Any other that is not at its default is refused.
@@ -123,7 +128,9 @@ def merge_to_folder(base, adapter, out, *, dtype=None) -> str:
     try:
         merge_by_shards(base, adapter, out, dtype=dtype)
     except CourseError as error:
-        raise CourseError(f"The whole model doesn't fit into memory, so it was to be merged by shards. {error}") from error
+        raise CourseError(
+            f"The whole model doesn't fit into memory, so it was to be merged by shards. {error}"
+        ) from error
     return "shards"
 
 
@@ -221,13 +228,17 @@ def _refuse_unknown(config: dict) -> None:
     from peft import LoraConfig
 
     if config["peft_type"] != "LORA":
-        raise CourseError(f"The adapter's method is {config['peft_type']}; only LoRA is merged by shards; merge_whole merges more.")
+        raise CourseError(
+            f"The adapter's method is {config['peft_type']}; only LoRA is merged by shards; merge_whole merges more."
+        )
     if changes_base(config):
         raise CourseError(
             f"init_lora_weights is {config['init_lora_weights']!r}: PEFT changes the base when it loads such an adapter. "
             "merge_whole can merge it; by shards it must be converted first (path_initial_model_for_weight_conversion)."
         )
-    harmless = _HARMLESS | ({"init_lora_weights"} if config.get("init_lora_weights", True) in _HARMLESS_STARTS else set())
+    harmless = _HARMLESS | (
+        {"init_lora_weights"} if config.get("init_lora_weights", True) in _HARMLESS_STARTS else set()
+    )
     defaults = vars(LoraConfig())
     # None, False, {} and [] all mean "not used"; newer versions of PEFT bring settings that this list can't know.
     unusual = {
@@ -243,9 +254,13 @@ def _checked_folders(base, adapter, out) -> tuple[Path, Path, Path]:
     base, adapter, out = local_folder(base), local_folder(adapter), Path(out).expanduser().absolute()
     for role, folder in (("base", base), ("adapter", adapter)):
         if folder.resolve().is_relative_to(out.resolve()):
-            raise CourseError(f"Saving to {out} would replace the {role} in {folder}. Give the merged model a folder of its own.")
+            raise CourseError(
+                f"Saving to {out} would replace the {role} in {folder}. Give the merged model a folder of its own."
+            )
     if (out.parent / "adapter_config.json").exists():
-        raise CourseError(f"{out.parent} is an adapter's folder. Give the merged model a folder of its own, outside of it.")
+        raise CourseError(
+            f"{out.parent} is an adapter's folder. Give the merged model a folder of its own, outside of it."
+        )
     return base, adapter, out
 
 

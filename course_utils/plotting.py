@@ -61,7 +61,9 @@ def table(header, rows) -> None:
         if len(row) != len(header):
             raise ValueError(f"A row has {len(row)} cells and the header {len(header)}: {row}")
     lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) + " |" for line in lines)
+    text = "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) + " |" for line in lines
+    )
     if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
         print(text)
         return
@@ -79,7 +81,9 @@ def token_strip(tokenizer, input_ids, labels) -> None:
     """
     ids, labels = (row.tolist() if hasattr(row, "tolist") else list(row) for row in (input_ids, labels))
     if len(ids) != len(labels) or any(isinstance(entry, (list, tuple)) for entry in ids + labels):
-        raise ValueError(f"Give one row's input_ids and labels, equally long; these have {len(ids)} and {len(labels)} entries.")
+        raise ValueError(
+            f"Give one row's input_ids and labels, equally long; these have {len(ids)} and {len(labels)} entries."
+        )
     supervised = [label != -100 for label in labels]
     count = f"{sum(supervised)} of {len(ids)} tokens carry loss; they stand between ⟦ and ⟧."
     text, page = "", ""
@@ -147,10 +151,20 @@ def curves(series, title, xlabel, ylabel, log_y=False):
         ends.sort()
         scale = axes.yaxis.get_transform()  # to where heights on the page are differences
         low, high = scale.transform(axes.get_ylim())
-        heights = scale.inverted().transform(_spread(list(scale.transform([end[0] for end in ends])), gap=0.075 * (high - low)))
+        heights = scale.inverted().transform(
+            _spread(list(scale.transform([end[0] for end in ends])), gap=0.075 * (high - low))
+        )
         right = max(end[1] for end in ends)
         for height, (_, _, label, color) in zip(heights, ends):
-            axes.annotate(label, (right, height), xytext=(8, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)
+            axes.annotate(
+                label,
+                (right, height),
+                xytext=(8, 0),
+                textcoords="offset points",
+                color=color,
+                va="center",
+                annotation_clip=False,
+            )
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         _title(fig, title)
@@ -188,15 +202,22 @@ def weight_picture(matrices, title):
     tallest = max(len(array) for array in arrays.values())
     with plt.style.context(STYLE_FILE):
         widths = [max(array.shape[1], 0.3 * tallest) for array in arrays.values()]
-        fig, panels = plt.subplots(1, len(arrays), width_ratios=widths, squeeze=False, figsize=(7, 7 * tallest / sum(widths) + 1.2))
+        fig, panels = plt.subplots(
+            1, len(arrays), width_ratios=widths, squeeze=False, figsize=(7, 7 * tallest / sum(widths) + 1.2)
+        )
         for axes, (name, array) in zip(panels[0], arrays.items()):
             largest = float(numpy.abs(array).max()) or 1.0
             axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
             rows, columns = array.shape
             # One scale for all: each panel is as tall as the tallest matrix, and the matrix stands in its middle.
             width = max(columns, 0.3 * tallest)
-            axes.set(xlim=((columns - width) / 2 - 0.5, (columns + width) / 2 - 0.5), ylim=((rows + tallest) / 2 - 0.5, (rows - tallest) / 2 - 0.5))
-            axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8, clip_on=False))
+            axes.set(
+                xlim=((columns - width) / 2 - 0.5, (columns + width) / 2 - 0.5),
+                ylim=((rows + tallest) / 2 - 0.5, (rows - tallest) / 2 - 0.5),
+            )
+            axes.add_patch(
+                Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8, clip_on=False)
+            )
             axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
             axes.grid(False)
             axes.spines[:].set_visible(False)

@@ -463,7 +463,9 @@ def environment_report() -> EnvironmentReport:
 def _package_checks(requirements: Path) -> list[Check]:
     import importlib.metadata  # a third of this module's import time, so only here
 
-    pins = re.findall(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?==([^\s;#]+)", requirements.read_text(encoding="utf-8"), re.M)
+    pins = re.findall(
+        r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?==([^\s;#]+)", requirements.read_text(encoding="utf-8"), re.M
+    )
     checks = []
     for name, wanted in pins:
         try:
@@ -472,7 +474,9 @@ def _package_checks(requirements: Path) -> list[Check]:
             installed = None
         # "2.13.0+cpu" is PyTorch's CPU build of 2.13.0
         same = installed is not None and installed.split("+")[0] == wanted
-        what = f"{name} {installed}" if same else f"{name} is {installed or 'missing'}, the course is written for {wanted}"
+        what = (
+            f"{name} {installed}" if same else f"{name} is {installed or 'missing'}, the course is written for {wanted}"
+        )
         checks.append(Check(same, what, f"Run `{Path(sys.executable).name} -m pip install -r requirements.txt`."))
     return checks
 

@@ -33,7 +33,11 @@ def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, 
     x must ascend. log: the base of a logarithmic x axis, None for a linear one; log_y: a logarithmic y axis.
     """
     figure = plotting.curves(
-        {label: (list(points), [mean for mean, _, _ in points.values()]) for label, points in lines.items()}, title, xlabel, ylabel, log_y
+        {label: (list(points), [mean for mean, _, _ in points.values()]) for label, points in lines.items()},
+        title,
+        xlabel,
+        ylabel,
+        log_y,
     )
     axes = figure.axes[0]
     for line, points in zip(axes.lines, lines.values()):
@@ -45,6 +49,7 @@ def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, 
             ticks = sorted({x for points in lines.values() for x in points})
             axes.set_xticks(ticks, ticks)
     told = "; ".join(
-        f"{label}: " + ", ".join(f"{mean:.2g} at {x:g}" for x, (mean, _, _) in points.items()) for label, points in lines.items()
+        f"{label}: " + ", ".join(f"{mean:.2g} at {x:g}" for x, (mean, _, _) in points.items())
+        for label, points in lines.items()
     )
     return figure, f"{title}. {ylabel} by {xlabel}, means over the seeds: {told}."

@@ -19,4 +19,7 @@ def in_turns(actions: dict, rounds: int = 15) -> dict:
             action()
             taken[name].append(1e3 * (time.perf_counter() - began))
     ordered = {name: sorted(values[1:]) for name, values in taken.items()}
-    return {name: tuple(values[int(place * (rounds - 1))] for place in (0.5, 0.25, 0.75)) for name, values in ordered.items()}
+    return {
+        name: tuple(values[int(place * (rounds - 1))] for place in (0.5, 0.25, 0.75))
+        for name, values in ordered.items()
+    }

@@ -10,9 +10,13 @@ RUNS = [{"seed": seed, "alpha": alpha} for seed in training.SEEDS for alpha in (
 def measure(seed, alpha):
     """Train once with LoRA of rank 8 and this alpha."""
     rate = best_rate("lora")
-    trainer, _ = training.make_trainer(data.load_task(training.TASK, "train"), rate, seed, lora=lora_config(alpha=alpha))
+    trainer, _ = training.make_trainer(
+        data.load_task(training.TASK, "train"), rate, seed, lora=lora_config(alpha=alpha)
+    )
     trainer.train()
     return {
-        "learning_rate": rate, **training.scores(trainer, training.TASK),
-        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class), **training.loss_curve(trainer),
+        "learning_rate": rate,
+        **training.scores(trainer, training.TASK),
+        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class),
+        **training.loss_curve(trainer),
     }

@@ -25,7 +25,9 @@ SCORED = 48
 SETS = [*itertools.combinations(ADAPTERS, 2), ADAPTERS]
 RUNS = [
     {"seed": seed, "adapters": "+".join(names), "weights": weights}
-    for seed in training.SEEDS for names in SETS for weights in ("sum", "mean")
+    for seed in training.SEEDS
+    for names in SETS
+    for weights in ("sum", "mean")
 ]
 
 
@@ -41,7 +43,10 @@ def load_adapters():
 def scored_rows(seed):
     """{task: SCORED of its test rows, drawn by the seed}."""
     rows = {task: data.load_task(task, "test") for task in ADAPTERS}
-    return {task: all_rows.select(random.Random(seed).sample(range(len(all_rows)), SCORED)) for task, all_rows in rows.items()}
+    return {
+        task: all_rows.select(random.Random(seed).sample(range(len(all_rows)), SCORED))
+        for task, all_rows in rows.items()
+    }
 
 
 def error_of(model, name, parts):

@@ -45,7 +45,11 @@ def measure_here(seed, method):
     from experiments.learning_rate import lora_config
 
     trainer, clock = training.make_trainer(
-        data.load_task(training.TASK, "train"), 5e-4, seed, lora=lora_config() if method == "lora" else None, max_steps=STEPS
+        data.load_task(training.TASK, "train"),
+        5e-4,
+        seed,
+        lora=lora_config() if method == "lora" else None,
+        max_steps=STEPS,
     )
     return {**train_and_watch(trainer), **training.size_and_speed(trainer, clock)}
 

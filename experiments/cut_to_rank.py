@@ -17,14 +17,21 @@ TRAINED = (1, 8)
 TASKS = ("reading", "sailor")
 # One recipe for all tasks, or the spectra would show the recipes; the rates are good ones on `sailor`.
 RATES = {"full": 1.5e-3, "lora": 5e-3}
-RUNS = [{"seed": seed, "task": task, "method": method} for seed in training.SEEDS for task in TASKS for method in ("full", "lora")]
+RUNS = [
+    {"seed": seed, "task": task, "method": method}
+    for seed in training.SEEDS
+    for task in TASKS
+    for method in ("full", "lora")
+]
 
 
 def changes(base, tuned):
     """{name: (U, S, Vh)} of what training did to each linear layer but the output layer, which is tied to the embedding."""
     after = dict(tuned.named_parameters())
     return {
-        f"{name}.weight": torch.linalg.svd(after[f"{name}.weight"].detach() - layer.weight.detach(), full_matrices=False)
+        f"{name}.weight": torch.linalg.svd(
+            after[f"{name}.weight"].detach() - layer.weight.detach(), full_matrices=False
+        )
         for name, layer in base.named_modules()
         if isinstance(layer, nn.Linear) and layer is not base.get_output_embeddings()
     }

@@ -13,7 +13,9 @@ from experiments import training
 from experiments.combine import ADAPTERS, load_adapters, scored_rows
 
 WEIGHTS = tuple(step / 10 for step in range(11))
-RUNS = [{"seed": seed, "pair": "+".join(pair)} for seed in training.SEEDS for pair in itertools.combinations(ADAPTERS, 2)]
+RUNS = [
+    {"seed": seed, "pair": "+".join(pair)} for seed in training.SEEDS for pair in itertools.combinations(ADAPTERS, 2)
+]
 
 
 def set_weights(model, weights):

@@ -15,7 +15,9 @@ TEST_ROWS, STEPS, RATE = 200, 100, 5e-3
 WAYS = (("prompt", 0), ("prompt", 4), ("lora", 64), ("lora", 2000))
 RUNS = [
     {"seed": seed, "task": task, "method": method, "examples": examples}
-    for seed in training.SEEDS for task in ("reading", "sailor", "extract", "mood") for method, examples in WAYS
+    for seed in training.SEEDS
+    for task in ("reading", "sailor", "extract", "mood")
+    for method, examples in WAYS
 ]
 
 

@@ -14,7 +14,11 @@ from course_utils.runtime import CourseError
 
 def folder():
     """Where results go: beside the scripts for the shipped base model, under `runs/` for another."""
-    return data.results_dir() if runtime.is_shipped_base() else runtime.runs_dir() / "experiments" / runtime.adapters_dir().name
+    return (
+        data.results_dir()
+        if runtime.is_shipped_base()
+        else runtime.runs_dir() / "experiments" / runtime.adapters_dir().name
+    )
 
 
 def prepare():
@@ -43,10 +47,15 @@ def sweep(name, runs, measure, at_once=1, log=print):
     results = _side_by_side(measure, todo, at_once) if at_once > 1 else (_rows_of(measure, run) for run in todo)
     for number, new in enumerate(results, 1):
         if set(new[0]) != set((rows or new)[0]):
-            raise CourseError(f"{path} has other columns than {name}.py writes now. Delete it to make the results anew.")
+            raise CourseError(
+                f"{path} has other columns than {name}.py writes now. Delete it to make the results anew."
+            )
         rows = in_order(rows + new, runs)
         _write(path, rows)
-        log(f"{name} {number}/{len(todo)}: " + ", ".join(f"{column} {_text(value)}" for column, value in _shown(new[-1])))
+        log(
+            f"{name} {number}/{len(todo)}: "
+            + ", ".join(f"{column} {_text(value)}" for column, value in _shown(new[-1]))
+        )
     return rows
 
 
@@ -73,7 +82,9 @@ def _side_by_side(measure, runs, at_once):
 
 def in_order(rows, runs):
     """The rows in the order of their runs, whichever run ended first."""
-    return sorted(rows, key=lambda row: next((place for place, run in enumerate(runs) if _belongs(row, run)), len(runs)))
+    return sorted(
+        rows, key=lambda row: next((place for place, run in enumerate(runs) if _belongs(row, run)), len(runs))
+    )
 
 
 def missing(rows, runs):
@@ -99,7 +110,9 @@ def best_rate(name, runs, method):
         found = [row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]
         return round(sum(found) / len(found), 9)  # a sum in another order is not another mean
 
-    return max(sorted({run["learning_rate"] for run in runs if run["method"] == method}), key=mean_score)  # `max` takes the first of equals
+    return max(
+        sorted({run["learning_rate"] for run in runs if run["method"] == method}), key=mean_score
+    )  # `max` takes the first of equals
 
 
 def machine():

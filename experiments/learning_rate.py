@@ -11,7 +11,10 @@ from experiments import harness, training
 
 RATES = {"lora": (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2), "full": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)}
 RUNS = [
-    {"seed": seed, "method": method, "learning_rate": rate} for seed in training.SEEDS for method, rates in RATES.items() for rate in rates
+    {"seed": seed, "method": method, "learning_rate": rate}
+    for seed in training.SEEDS
+    for method, rates in RATES.items()
+    for rate in rates
 ]
 
 
@@ -28,8 +31,11 @@ def measure(seed, method, learning_rate):
     before = training.held_out_loss(trainer.model, trainer.processing_class)  # B is zero still: this is the base
     trainer.train()
     return {
-        **training.scores(trainer, training.TASK), **training.size_and_speed(trainer, clock), "held_out_before": before,
-        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class), **training.loss_curve(trainer),
+        **training.scores(trainer, training.TASK),
+        **training.size_and_speed(trainer, clock),
+        "held_out_before": before,
+        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class),
+        **training.loss_curve(trainer),
     }
 
 

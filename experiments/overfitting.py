@@ -13,8 +13,17 @@ def measure(seed, rows):
     chosen = data.load_task(training.TASK, "train").shuffle(seed=seed).select(range(rows))
     validation = data.load_task(training.TASK, "validation").select(range(VALIDATION_ROWS))
     trainer, _ = training.make_trainer(
-        chosen, best_rate("lora"), seed, lora=lora_config(), eval_rows=validation, max_steps=STEPS, per_device_train_batch_size=16,
-        logging_steps=EVERY, eval_strategy="steps", eval_steps=EVERY, per_device_eval_batch_size=64,
+        chosen,
+        best_rate("lora"),
+        seed,
+        lora=lora_config(),
+        eval_rows=validation,
+        max_steps=STEPS,
+        per_device_train_batch_size=16,
+        logging_steps=EVERY,
+        eval_strategy="steps",
+        eval_steps=EVERY,
+        per_device_eval_batch_size=64,
     )
     trainer.train()
     validation_loss = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}

@@ -30,7 +30,9 @@ def load_base(weights):
         settings = BitsAndBytesConfig(load_in_8bit=True)
     else:
         settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=weights == "nf4_double",
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=weights == "nf4_double",
             bnb_4bit_compute_dtype=torch.float32,
         )
     base = runtime.base_model()
@@ -46,7 +48,11 @@ def make_trainer(seed, weights, **changes):
     runtime.quiet_int8()
     task = training.TASK
     trainer, clock = training.make_trainer(
-        data.load_task(task, "train"), RATE, seed, lora=lora_config(), load=lambda: load_base(weights),
+        data.load_task(task, "train"),
+        RATE,
+        seed,
+        lora=lora_config(),
+        load=lambda: load_base(weights),
         **{"max_steps": STEPS, "logging_steps": 20, **changes},
     )
     if weights != "nf4_trl":
@@ -68,7 +74,12 @@ def measure(seed, weights):
         test = training.score(model, tokenizer, training.TASK, training.scored_rows(training.TASK, "test"))
         losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
         return {
-            "test": test["score"], "novel": test["novel"], "validation_loss": losses[-1], "held_out_before": before,
-            "held_out_after": training.held_out_loss(model, tokenizer), "footprint": model.get_memory_footprint(),
-            "weights_bytes": memory.measure_training_state(model).weights, **training.loss_curve(trainer),
+            "test": test["score"],
+            "novel": test["novel"],
+            "validation_loss": losses[-1],
+            "held_out_before": before,
+            "held_out_after": training.held_out_loss(model, tokenizer),
+            "footprint": model.get_memory_footprint(),
+            "weights_bytes": memory.measure_training_state(model).weights,
+            **training.loss_curve(trainer),
         }

@@ -35,7 +35,9 @@ def measure_here(seed, variant):
     watched = cost.train_and_watch(trainer)
     held = memory.measure_training_state(trainer.model, trainer.optimizer.optimizer)
     return {
-        **watched, "seconds_per_step": clock.seconds_per_step(), "footprint": trainer.model.get_memory_footprint(),
+        **watched,
+        "seconds_per_step": clock.seconds_per_step(),
+        "footprint": trainer.model.get_memory_footprint(),
         "state_bytes": held.weights + held.optimizer + _gradients(trainer.model),
     }
 

@@ -34,7 +34,9 @@ def witnesses(tokenizer, rows):
     """(batch, the positions where a token of the answer is predicted): questions and answers, padded on the right."""
     texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-    asked = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows]
+    asked = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows
+    ]
     starts = torch.tensor([len(ids) for ids in asked])[:, None]
     steps = torch.arange(batch["input_ids"].shape[1])
     return batch, (steps >= starts - 1) & (steps < batch["attention_mask"].sum(1, keepdim=True) - 1)
@@ -62,7 +64,11 @@ def measure(seed):
         model.save_pretrained(adapter)
         for way in ("trained", "original", "dequantised", "four_bit"):
             candidate = model if way == "trained" else merged(way, adapter)
-            row = {"way": way, "test": training.score(candidate, tokenizer, training.TASK, rows)["score"], "loss": loss(candidate, batch, answers)}
+            row = {
+                "way": way,
+                "test": training.score(candidate, tokenizer, training.TASK, rows)["score"],
+                "loss": loss(candidate, batch, answers),
+            }
             for name, positions in (("", answers), ("_question", questions)):
                 compared = validation.compare_models(
                     lambda **inputs: model(**inputs).logits, candidate, batch, positions=positions, atol=math.inf

@@ -14,9 +14,14 @@ RUNS = [{"seed": seed, "rank": rank} for seed in training.SEEDS for rank in (1, 
 def measure(seed, rank):
     """Train once with LoRA of this rank on all linear layers."""
     rate = best_rate("lora")
-    trainer, clock = training.make_trainer(data.load_task(training.TASK, "train"), rate, seed, lora=lora_config(rank=rank))
+    trainer, clock = training.make_trainer(
+        data.load_task(training.TASK, "train"), rate, seed, lora=lora_config(rank=rank)
+    )
     trainer.train()
     return {
-        "learning_rate": rate, **training.scores(trainer, training.TASK), **training.size_and_speed(trainer, clock),
-        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class), **training.loss_curve(trainer),
+        "learning_rate": rate,
+        **training.scores(trainer, training.TASK),
+        **training.size_and_speed(trainer, clock),
+        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class),
+        **training.loss_curve(trainer),
     }

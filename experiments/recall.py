@@ -42,7 +42,13 @@ def measure(seed, people, rank):
     rate = best_rate("lora")
     train, told, reworded = facts_of(people, seed)
     trainer, clock = training.make_trainer(
-        train, rate, seed, lora=lora_config(rank=rank), max_steps=-1, num_train_epochs=EPOCHS, per_device_train_batch_size=64
+        train,
+        rate,
+        seed,
+        lora=lora_config(rank=rank),
+        max_steps=-1,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=64,
     )
     trainer.train()
     shares = {

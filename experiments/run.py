@@ -27,7 +27,11 @@ LESSONS = {
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
-TIMED = ("cost", "throughput", "quantised_cost")  # their times are the result, so each of their runs has the machine to itself
+TIMED = (
+    "cost",
+    "throughput",
+    "quantised_cost",
+)  # their times are the result, so each of their runs has the machine to itself
 MOST_PROCESSES = 4  # each takes about 1.2 GB
 
 

@@ -25,7 +25,12 @@ METHODS = {
 }
 RATES = (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 STEPS, BATCH, EVERY = 100, 16, 5
-RUNS = [{"seed": seed, "method": method, "learning_rate": rate} for seed in training.SEEDS for method in METHODS for rate in RATES]
+RUNS = [
+    {"seed": seed, "method": method, "learning_rate": rate}
+    for seed in training.SEEDS
+    for method in METHODS
+    for rate in RATES
+]
 
 
 def take_out_random_directions(model):
@@ -44,8 +49,15 @@ def make_trainer(method, learning_rate, seed, rank=8):
     """A trainer that notes its loss every EVERY steps, with a part of the validation split to measure it on, too."""
     lora = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **METHODS[method])
     trainer, _ = training.make_trainer(
-        data.load_task(training.TASK, "train"), learning_rate, seed, lora=lora, eval_rows=training.scored_rows(training.TASK, "validation"),
-        max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=EVERY, per_device_eval_batch_size=64,
+        data.load_task(training.TASK, "train"),
+        learning_rate,
+        seed,
+        lora=lora,
+        eval_rows=training.scored_rows(training.TASK, "validation"),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        logging_steps=EVERY,
+        per_device_eval_batch_size=64,
     )
     if method == "random":
         take_out_random_directions(trainer.model)
@@ -57,7 +69,9 @@ def measure(seed, method, learning_rate):
     trainer = make_trainer(method, learning_rate, seed)
     trainer.train()
     return {
-        **training.scores(trainer, training.TASK), "validation_loss": trainer.evaluate()["eval_loss"], **training.loss_curve(trainer),
+        **training.scores(trainer, training.TASK),
+        "validation_loss": trainer.evaluate()["eval_loss"],
+        **training.loss_curve(trainer),
     }
 
 

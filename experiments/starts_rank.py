@@ -7,7 +7,9 @@ from experiments import starts, training
 
 RUNS = [
     {"seed": seed, "method": method, "rank": rank}
-    for seed in training.SEEDS for method in ("default", "pissa", "olora") for rank in (1, 4, 16, 64)
+    for seed in training.SEEDS
+    for method in ("default", "pissa", "olora")
+    for rank in (1, 4, 16, 64)
 ]
 
 

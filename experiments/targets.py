@@ -25,6 +25,9 @@ def measure(seed, targets, rank):
     )
     trainer.train()
     return {
-        "learning_rate": rate, **training.scores(trainer, training.TASK), **training.size_and_speed(trainer, clock),
-        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class), **training.loss_curve(trainer),
+        "learning_rate": rate,
+        **training.scores(trainer, training.TASK),
+        **training.size_and_speed(trainer, clock),
+        "held_out_after": training.held_out_loss(trainer.model, trainer.processing_class),
+        **training.loss_curve(trainer),
     }

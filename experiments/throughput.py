@@ -29,8 +29,15 @@ class ModelLossTrainer(SFTTrainer):
 def by_trainer(trainer_class, seed):
     """(seconds a step, mean loss of the last LAST steps, the batches in their order) of a trainer."""
     trainer, clock = training.make_trainer(
-        data.load_task(training.TASK, "train"), RATE, seed, lora=lora_config(), trainer_class=trainer_class, max_steps=STEPS,
-        lr_scheduler_type="constant", warmup_steps=0, logging_steps=LAST,
+        data.load_task(training.TASK, "train"),
+        RATE,
+        seed,
+        lora=lora_config(),
+        trainer_class=trainer_class,
+        max_steps=STEPS,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        logging_steps=LAST,
     )
     batches, collate = [], trainer.data_collator
 
@@ -40,7 +47,11 @@ def by_trainer(trainer_class, seed):
 
     trainer.data_collator = note
     trainer.train()
-    return clock.seconds_per_step(), training.loss_curve(trainer)[f"loss_{STEPS}"], batches[:STEPS]  # it loads one ahead
+    return (
+        clock.seconds_per_step(),
+        training.loss_curve(trainer)[f"loss_{STEPS}"],
+        batches[:STEPS],
+    )  # it loads one ahead
 
 
 def by_hand(seed, batches):
@@ -68,11 +79,23 @@ def measure(seed):
     model_seconds, model_loss, others = by_trainer(ModelLossTrainer, seed)
     if not all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(batches, others, strict=True)):
         raise RuntimeError("The trainers saw different batches, so their speeds can't be compared.")
-    loops = {"trl": (trl_seconds, trl_loss), "trl_model_loss": (model_seconds, model_loss), "bare": by_hand(seed, batches)}
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches[1:]) / (STEPS - 1)  # the clock leaves out the first, too
+    loops = {
+        "trl": (trl_seconds, trl_loss),
+        "trl_model_loss": (model_seconds, model_loss),
+        "bare": by_hand(seed, batches),
+    }
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches[1:]) / (
+        STEPS - 1
+    )  # the clock leaves out the first, too
     padded = sum(batch["attention_mask"].numel() for batch in batches[1:]) / (STEPS - 1)
     return [
-        {"loop": loop, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds, "tokens_per_step": tokens,
-         "padded_per_step": padded, "last_loss": loss}
+        {
+            "loop": loop,
+            "tokens_per_second": tokens / seconds,
+            "seconds_per_step": seconds,
+            "tokens_per_step": tokens,
+            "padded_per_step": padded,
+            "last_loss": loss,
+        }
         for loop, (seconds, loss) in loops.items()
     ]

@@ -46,15 +46,29 @@ def make_trainer(rows, learning_rate, seed, lora=None, eval_rows=None, trainer_c
     runtime.seed_everything(seed)  # before the trainer, which draws A
     model, tokenizer = (load or load_base)()
     settings = dict(
-        output_dir=str(runtime.runs_dir() / "experiments" / "trainer"), max_steps=STEPS, per_device_train_batch_size=BATCH,
-        learning_rate=learning_rate, warmup_steps=10, lr_scheduler_type="linear", completion_only_loss=True, max_length=256,
-        save_strategy="no", logging_steps=25, seed=seed, **runtime.trainer_settings(),
+        output_dir=str(runtime.runs_dir() / "experiments" / "trainer"),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=learning_rate,
+        warmup_steps=10,
+        lr_scheduler_type="linear",
+        completion_only_loss=True,
+        max_length=256,
+        save_strategy="no",
+        logging_steps=25,
+        seed=seed,
+        **runtime.trainer_settings(),
         logging_nan_inf_filter=False,  # a loss that is no longer a number is a result, too
     )
     columns, clock = ["prompt", "completion"], StepClock()
     trainer = trainer_class(
-        model=model, args=SFTConfig(**settings | changes), train_dataset=rows.select_columns(columns), processing_class=tokenizer,
-        eval_dataset=None if eval_rows is None else eval_rows.select_columns(columns), peft_config=lora, callbacks=[clock],
+        model=model,
+        args=SFTConfig(**settings | changes),
+        train_dataset=rows.select_columns(columns),
+        processing_class=tokenizer,
+        eval_dataset=None if eval_rows is None else eval_rows.select_columns(columns),
+        peft_config=lora,
+        callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)  # a sweep prints a line a run
     return trainer, clock
@@ -73,7 +87,10 @@ def scored_rows(task, split):
 
 def scores(trainer, task):
     """Columns: score on validation and test, and on the test rows whose names and things training never used."""
-    validation, test = (score(trainer.model, trainer.processing_class, task, scored_rows(task, split)) for split in ("validation", "test"))
+    validation, test = (
+        score(trainer.model, trainer.processing_class, task, scored_rows(task, split))
+        for split in ("validation", "test")
+    )
     return {"validation": validation["score"], "test": test["score"], "novel": test["novel"]}
 
 

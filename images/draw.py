@@ -58,7 +58,10 @@ class Canvas:
         """A box with round corners; (x, y) is its lower left one."""
         shape = f"round,pad=0,rounding_size={corner}"
         self.axes.add_patch(
-            FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=face, edgecolor=edge, linewidth=line, zorder=order))
+            FancyBboxPatch(
+                (x, y), width, height, boxstyle=shape, facecolor=face, edgecolor=edge, linewidth=line, zorder=order
+            )
+        )
 
     def wedge(self, *corners):
         """Leads from a thing to the same thing enlarged."""
@@ -66,8 +69,19 @@ class Canvas:
 
     def arrow(self, *points, color=FLOW, line=1.8, head=11):
         """A line through the points, with a head at the last."""
-        self.axes.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>", mutation_scale=head, color=color, linewidth=line,
-                                            joinstyle="miter", capstyle="butt", snap=False, zorder=1.5))
+        self.axes.add_patch(
+            FancyArrowPatch(
+                path=Path(points),
+                arrowstyle="-|>",
+                mutation_scale=head,
+                color=color,
+                linewidth=line,
+                joinstyle="miter",
+                capstyle="butt",
+                snap=False,
+                zorder=1.5,
+            )
+        )
 
     def lock(self, x, y, color=QUIET):
         """A closed padlock, its middle at (x, y)."""
@@ -83,8 +97,10 @@ def tint(color, share=0.15):
 def draw_adapter():
     """What an adapter is and where it sits: the model, one of its blocks, one linear layer; and three to choose from."""
     canvas = Canvas(900, 580)
-    for x, title, more in ((24, "Where adapters sit", "one beside each linear layer of each block"),
-                           (512, "What each one is", "two thin matrices beside a frozen one")):
+    for x, title, more in (
+        (24, "Where adapters sit", "one beside each linear layer of each block"),
+        (512, "What each one is", "two thin matrices beside a frozen one"),
+    ):
         canvas.text(x, 555, title, size=14, weight="bold", ha="left")
         canvas.text(x, 530, more, size=10.5, color=QUIET, ha="left")
     _model(canvas)
@@ -182,7 +198,7 @@ def _cartridges(canvas):
             canvas.box(x + 22 + 12 * pin, y + 56, 7, 20, face="#C9A227", corner=1, line=0, order=1)
         canvas.box(x, y, 100, 58, face=tint(color), edge=color, corner=6, line=2)
         canvas.text(x + 50, y + 28, name, size=11.5, weight="bold")
-    canvas.text(24, 24, "One is active. set_adapter(\"sailor\") plugs in another.", ha="left")
+    canvas.text(24, 24, 'One is active. set_adapter("sailor") plugs in another.', ha="left")
 
 
 def draw_score_matrix():
@@ -192,7 +208,14 @@ def draw_score_matrix():
     canvas = Canvas(900, 340)
     left, top, width, height = 250, 236, 150, 44
     canvas.text(24, 312, "One base model, four skills", size=14, weight="bold", ha="left")
-    canvas.text(24, 288, f"share of {rows_scored} held-out rows of each task answered exactly right, with each adapter plugged in", size=10.5, color=QUIET, ha="left")
+    canvas.text(
+        24,
+        288,
+        f"share of {rows_scored} held-out rows of each task answered exactly right, with each adapter plugged in",
+        size=10.5,
+        color=QUIET,
+        ha="left",
+    )
     tasks = list(matrix["none"])
     for column, task in enumerate(tasks):
         canvas.text(left + (column + 0.5) * width, top + 18, task, size=11, weight="bold")
@@ -203,9 +226,22 @@ def draw_score_matrix():
         for column, task in enumerate(tasks):
             own = adapter == task
             face = tint(READING, 0.08 + 0.62 * scores[task]) if scores[task] else "white"
-            canvas.box(left + column * width + 2, y + 2, width - 4, height - 4, face=face, edge=READING if own else "#CFCFCF",
-                       line=2.4 if own else 1)
-            canvas.text(left + (column + 0.5) * width, y + height / 2, f"{100 * scores[task]:.0f}%", size=12, weight="bold" if own else "normal")
+            canvas.box(
+                left + column * width + 2,
+                y + 2,
+                width - 4,
+                height - 4,
+                face=face,
+                edge=READING if own else "#CFCFCF",
+                line=2.4 if own else 1,
+            )
+            canvas.text(
+                left + (column + 0.5) * width,
+                y + height / 2,
+                f"{100 * scores[task]:.0f}%",
+                size=12,
+                weight="bold" if own else "normal",
+            )
     return canvas
 
 

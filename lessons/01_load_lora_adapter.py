@@ -15,7 +15,6 @@
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
-import json
 
 from course_utils import data, evaluation, plotting, runtime, timing, validation
 from course_utils.exercises import lesson01, progress
@@ -31,8 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 runtime.seed_everything(1)
 device = runtime.device()
-print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
-      f" · peft {peft.__version__} · on {device}")
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · on {device}"
+)
 
 # %% [markdown]
 # ## Ask the base model
@@ -57,9 +58,10 @@ def ask(model, text, max_new_tokens=40):
     """The model's reply to one user message, most likely token first at every step."""
     messages = [{"role": "user", "content": text}]
     inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(device)
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(device)
     reply = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new_tokens = reply[0, inputs["input_ids"].shape[1]:]
+    new_tokens = reply[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
 
 
@@ -93,9 +95,11 @@ for file in sorted(adapter_folder.iterdir()):
     print(f"{file.stat().st_size / 1e3:8.1f} kB  {file.name}")
 
 config = PeftConfig.from_pretrained(adapter_folder)
-print(f"\nmade for: {config.base_model_name_or_path}\nrank {config.r}, alpha {config.lora_alpha}"
-      f", so the scaling is {config.lora_alpha / config.r}"
-      f"\nlayers: {sorted(config.target_modules)}")
+print(
+    f"\nmade for: {config.base_model_name_or_path}\nrank {config.r}, alpha {config.lora_alpha}"
+    f", so the scaling is {config.lora_alpha / config.r}"
+    f"\nlayers: {sorted(config.target_modules)}"
+)
 
 # %% [markdown]
 # `adapter_config.json` says which base the adapter was made for, the rank, and the names of the layers.
@@ -109,24 +113,30 @@ from safetensors.torch import load_file
 
 tensors = load_file(adapter_folder / "adapter_model.safetensors")
 for name in [name for name in sorted(tensors) if "self_attn" in name][:4]:
-    print(f"{str(tuple(tensors[name].shape)):>11}  {name.removeprefix('base_model.model.')}")
+    print(f"{tuple(tensors[name].shape)!s:>11}  {name.removeprefix('base_model.model.')}")
 
 adapter_parameters = sum(tensor.numel() for tensor in tensors.values())
-print(f"...\n{len(tensors)} tensors, {adapter_parameters:,} numbers:"
-      f" {adapter_parameters / base_parameters:.1%} of the base model's.")
+print(
+    f"...\n{len(tensors)} tensors, {adapter_parameters:,} numbers:"
+    f" {adapter_parameters / base_parameters:.1%} of the base model's."
+)
 
 # %%
-first = next(name.removesuffix(".lora_A.weight") for name in sorted(tensors)
-             if "q_proj.lora_A" in name)
+first = next(
+    name.removesuffix(".lora_A.weight") for name in sorted(tensors) if "q_proj.lora_A" in name
+)
 A, B = tensors[f"{first}.lora_A.weight"], tensors[f"{first}.lora_B.weight"]
 W = dict(base_model.named_parameters())[first.removeprefix("base_model.model.") + ".weight"]
 change = config.lora_alpha / config.r * B @ A
 picture = plotting.weight_picture(
     {"W, frozen": W, "s·BA, the change": change, "B": B, "A": A},
-    "Two thin strips make a change as wide and as tall as the weight")
+    "Two thin strips make a change as wide and as tall as the weight",
+)
 plotting.show(
-    picture, "Four pictures of matrices. The frozen weight W and the change s·BA are large "
-    "squares, W without a pattern, the change striped; B is an upright strip and A a flat one.")
+    picture,
+    "Four pictures of matrices. The frozen weight W and the change s·BA are large "
+    "squares, W without a pattern, the change striped; B is an upright strip and A a flat one.",
+)
 print(f"The change is {change.norm() / W.norm():.1%} of the weight, by their norms.")
 
 # %% [markdown]
@@ -145,6 +155,7 @@ print(f"The change is {change.norm() / W.norm():.1%} of the weight, by their nor
 # <details><summary>My rank is as large as the layer</summary>
 # <code>lora_A</code> has the shape (rank, inputs), <code>lora_B</code> has (outputs, rank).
 # </details>
+
 
 # %% exercise="01.weigh" points=2
 def weigh(tensors):
@@ -172,8 +183,9 @@ assert tuple(weigh(_tensors)) == (240, 3)
 # Each needs a name, and **loading does not switch**: `set_adapter` does.
 
 # %%
-model = PeftModel.from_pretrained(base_model, runtime.adapter_path("reading"),
-                                  adapter_name="reading")
+model = PeftModel.from_pretrained(
+    base_model, runtime.adapter_path("reading"), adapter_name="reading"
+)
 for name in ("sailor", "extract", "mood"):
     model.load_adapter(runtime.adapter_path(name), adapter_name=name)
 
@@ -190,9 +202,9 @@ prompts = {
     "reading": question,
     "sailor": "Say it like a sailor: Fenna keeps the lantern.",
     "extract": "Give who, what and where as JSON: It was a misty day. "
-               "Fenna hid the lantern in the barn.",
+    "Fenna hid the lantern in the barn.",
     "mood": "Is the guest happy or unhappy? We went to the inn in Greyham on Friday. "
-            "What dirty beds!",
+    "What dirty beds!",
 }
 rows = []
 for kind, prompt in prompts.items():
@@ -226,8 +238,12 @@ held_out = {task: data.load_task(task, "test").select(range(48)) for task in tas
 
 def score_all():
     """Score of the model as it now stands, on each task."""
-    return [evaluation.evaluate_task(model, tokenizer, task, held_out[task], batch_size=64,
-                                     max_new_tokens=longest[task])["score"] for task in tasks]
+    return [
+        evaluation.evaluate_task(
+            model, tokenizer, task, held_out[task], batch_size=64, max_new_tokens=longest[task]
+        )["score"]
+        for task in tasks
+    ]
 
 
 with model.disable_adapter():
@@ -244,7 +260,8 @@ figure.supylabel("active adapter")
 figure.supxlabel("task")
 described = "; ".join(
     f"{adapter}: " + ", ".join(f"{task} {score:.0%}" for task, score in zip(tasks, row))
-    for adapter, row in scores.items())
+    for adapter, row in scores.items()
+)
 plotting.show(figure, f"Matrix of scores, active adapter by task. {described}.")
 
 # %%
@@ -263,11 +280,20 @@ for task in tasks:
 # %%
 model.set_adapter("sailor")
 status = model.get_model_status()
-print("available:", status.available_adapters, "\nactive:   ", status.active_adapters,
-      "\nenabled:  ", status.enabled, "\nmerged:   ", status.merged_adapters)
+print(
+    "available:",
+    status.available_adapters,
+    "\nactive:   ",
+    status.active_adapters,
+    "\nenabled:  ",
+    status.enabled,
+    "\nmerged:   ",
+    status.merged_adapters,
+)
 layers = model.get_layer_status()
-print(f"\n{len(layers)} layers carry adapters; the first:", layers[0].name,
-      layers[0].active_adapters)
+print(
+    f"\n{len(layers)} layers carry adapters; the first:", layers[0].name, layers[0].active_adapters
+)
 
 # %% [markdown]
 # `check_adapters` reads the same and more, and says in words what is wrong and what to do. You will see
@@ -289,6 +315,7 @@ print(validation.check_adapters(model, expect_active=["sailor"]))
 # <details><summary>The check says that the model was left switched</summary>
 # Keep <code>model.active_adapter</code> first, and put it back in a <code>finally</code>.
 # </details>
+
 
 # %% exercise="01.borrow" points=3
 def logits_with(model, name, input_ids):
@@ -330,11 +357,19 @@ assert _model.active_adapter == "left"
 mixed = [(prompts[kind], kind) for kind in tasks] + [(question, "__base__")]
 texts = [[{"role": "user", "content": text}] for text, _ in mixed]
 batch = tokenizer.apply_chat_template(
-    texts, add_generation_prompt=True, return_tensors="pt", return_dict=True,
-    padding=True, tokenizer_kwargs={"padding_side": "left"}).to(device)
-replies = model.generate(**batch, adapter_names=[name for _, name in mixed],
-                         max_new_tokens=48, do_sample=False)
-replies = tokenizer.batch_decode(replies[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+    texts,
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+    padding=True,
+    tokenizer_kwargs={"padding_side": "left"},
+).to(device)
+replies = model.generate(
+    **batch, adapter_names=[name for _, name in mixed], max_new_tokens=48, do_sample=False
+)
+replies = tokenizer.batch_decode(
+    replies[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+)
 rows = []
 for (text, name), reply in zip(mixed, replies):
     if name == "__base__":
@@ -358,15 +393,23 @@ plotting.table(["adapter of the row", "reply", "the same as alone"], rows)
 ids = torch.randint(10, len(tokenizer), (8, 64), device=device)
 untouched = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 with torch.no_grad():  # in turns, so that a busy moment of the machine hits all three
-    times = timing.in_turns({
-        "base": lambda: untouched(ids), "adapted": lambda: model(ids),
-        "two switches": lambda: [model.set_adapter("mood"), model.set_adapter("sailor")]})
+    times = timing.in_turns(
+        {
+            "base": lambda: untouched(ids),
+            "adapted": lambda: model(ids),
+            "two switches": lambda: [model.set_adapter("mood"), model.set_adapter("sailor")],
+        }
+    )
 plain, adapted, switches = (median for median, _, _ in times.values())
 switch = switches / 2
-plotting.table(["", "ms"], [
-    ["forward pass of 8 × 64 tokens, base model", f"{plain:.1f}"],
-    ["the same, with one adapter", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
-    ["switching from one adapter to another", f"{switch:.1f}"]])
+plotting.table(
+    ["", "ms"],
+    [
+        ["forward pass of 8 × 64 tokens, base model", f"{plain:.1f}"],
+        ["the same, with one adapter", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
+        ["switching from one adapter to another", f"{switch:.1f}"],
+    ],
+)
 
 # %% [markdown]
 # The extra time goes away when an adapter is *merged* into the weights: lesson 2 measures it.
@@ -464,8 +507,10 @@ sailor_folder = runtime.adapter_path("sailor")
 by_hand = runtime.runs_dir() / "lesson01" / "saved_by_hand"
 with runtime.saving(by_hand) as folder:
     PeftConfig.from_pretrained(sailor_folder).save_pretrained(folder)
-    named = {key.replace(".weight", ".sailor.weight"): value.clone()
-             for key, value in load_file(sailor_folder / "adapter_model.safetensors").items()}
+    named = {
+        key.replace(".weight", ".sailor.weight"): value.clone()
+        for key, value in load_file(sailor_folder / "adapter_model.safetensors").items()
+    }
     save_file(named, folder / "adapter_model.safetensors")
 
 loaded = tuned.load_adapter(by_hand, adapter_name="style")
@@ -490,7 +535,7 @@ print(validation.check_adapter_folder(by_hand))
 shorter = AutoConfig.from_pretrained(base_folder)
 shorter.num_hidden_layers -= 1
 if getattr(shorter, "layer_types", None):
-    shorter.layer_types = shorter.layer_types[:shorter.num_hidden_layers]
+    shorter.layer_types = shorter.layer_types[: shorter.num_hidden_layers]
 other_base = AutoModelForCausalLM.from_config(shorter)
 wrong = PeftModel.from_pretrained(other_base, runtime.adapter_path("reading"))
 print("loaded without an error, into", type(wrong).__name__, "\n")
@@ -521,8 +566,10 @@ print(validation.check_adapters(twice, original_base=base_folder))
 pickled = runtime.runs_dir() / "lesson01" / "pickled"
 with runtime.saving(pickled) as folder:
     PeftConfig.from_pretrained(runtime.adapter_path("sailor")).save_pretrained(folder)
-    torch.save(load_file(runtime.adapter_path("sailor") / "adapter_model.safetensors"),
-               folder / "adapter_model.bin")
+    torch.save(
+        load_file(runtime.adapter_path("sailor") / "adapter_model.safetensors"),
+        folder / "adapter_model.bin",
+    )
 print(validation.check_adapter_folder(pickled))
 
 # %% [markdown]
@@ -541,6 +588,7 @@ print(validation.check_adapter_folder(pickled))
 # <details><summary>Nothing is ever reported</summary>
 # A is drawn at random and is never zero. Look at B.
 # </details>
+
 
 # %% exercise="01.silent" points=4
 def silent_adapters(model):
@@ -573,15 +621,18 @@ assert list(silent_adapters(_model)) == ["one", "three"]
 own = [scores[task][i] for i, task in enumerate(tasks)]
 none = scores["none"]
 saved = sum(f.stat().st_size for f in adapter_folder.glob("*.safetensors"))
-plotting.table(["", "measured"], [
-    ["adapter's share of the base's parameters", f"{adapter_parameters / base_parameters:.1%}"],
-    ["adapter file", f"{saved / 1e3:.0f} kB"],
-    ["score on its own task, lowest of four", f"{min(own):.0%}"],
-    ["score of the base on these tasks, highest", f"{max(none):.0%}"],
-    ["logits after unloading", "equal to the bit"],
-    ["forward pass with an adapter", f"{adapted / plain - 1:+.0%} time"],
-    ["switching", f"{switch:.1f} ms"],
-])
+plotting.table(
+    ["", "measured"],
+    [
+        ["adapter's share of the base's parameters", f"{adapter_parameters / base_parameters:.1%}"],
+        ["adapter file", f"{saved / 1e3:.0f} kB"],
+        ["score on its own task, lowest of four", f"{min(own):.0%}"],
+        ["score of the base on these tasks, highest", f"{max(none):.0%}"],
+        ["logits after unloading", "equal to the bit"],
+        ["forward pass with an adapter", f"{adapted / plain - 1:+.0%} time"],
+        ["switching", f"{switch:.1f} ms"],
+    ],
+)
 progress()
 
 # %% [markdown]

@@ -22,7 +22,16 @@ import warnings
 from collections import OrderedDict, defaultdict
 
 from course_utils import (
-    counting, data, evaluation, memory, plotting, runtime, sweeps, timing, validation)
+    counting,
+    data,
+    evaluation,
+    memory,
+    plotting,
+    runtime,
+    sweeps,
+    timing,
+    validation,
+)
 from course_utils.exercises import lesson02, progress
 
 runtime.quiet_imports()
@@ -38,8 +47,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 runtime.seed_everything(1)
 device = runtime.device()
-print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
-      f" · peft {peft.__version__} · on {device}")
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · on {device}"
+)
 
 # %% [markdown]
 # ## Write the layer
@@ -53,6 +64,7 @@ print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__
 # > *h = W₀x + (α/r)·B(Ax)*, with *A* of shape (r, inputs) and *B* of shape (outputs, r)
 #
 # *A* starts at random and *B* at zero. The rank *r* is the thin side; the fixed number *α/r* is the scaling.
+
 
 # %%
 class LoRALinear(nn.Module):
@@ -76,7 +88,7 @@ class LoRALinear(nn.Module):
 layer = LoRALinear(nn.Linear(256, 704), rank=8, alpha=16)
 for name, parameter in layer.named_parameters():
     state = "trained" if parameter.requires_grad else "frozen"
-    print(f"{name:18} {str(tuple(parameter.shape)):>11}  {state}")
+    print(f"{name:18} {tuple(parameter.shape)!s:>11}  {state}")
 
 # %% [markdown]
 # ## Hold it to the library
@@ -87,6 +99,7 @@ for name, parameter in layer.named_parameters():
 #
 # **Predict:** four things are compared, the output and the gradients of the input, of *A* and of *B*. To how many
 # decimal places will they agree?
+
 
 # %%
 def peft_layer(base_layer, rank, alpha):
@@ -120,13 +133,15 @@ def shown(difference):
 # %%
 worst, least_change = [0.0] * 4, math.inf
 for _ in range(20):
-    inputs, outputs, rank, alpha = (int(torch.randint(low, high, ())) for low, high in
-                                    ((3, 200), (3, 200), (1, 9), (1, 33)))
+    inputs, outputs, rank, alpha = (
+        int(torch.randint(low, high, ())) for low, high in ((3, 200), (3, 200), (1, 9), (1, 33))
+    )
     ours, theirs = pair(inputs, outputs, rank, alpha, torch.float64)
     x = torch.randn(5, inputs, dtype=torch.float64)
     mine = output_and_gradients(ours, ours.lora_A, ours.lora_B, x)
     reference = output_and_gradients(
-        theirs, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, x)
+        theirs, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, x
+    )
     errors = [(a - b).abs().max().item() for a, b in zip(mine, reference)]
     worst = [max(both) for both in zip(worst, errors)]
     least_change = min(least_change, (mine[0] - ours.base_layer(x)).abs().max().item())
@@ -167,11 +182,15 @@ with torch.no_grad():
     size = x.abs() @ (W.abs() + s * B.abs() @ A.abs()).T + bias.abs()
 n = 256 + 8 + 4
 worst_case, typical = 2 * n * u * size, 2 * math.sqrt(n) * u * size
-plotting.table(["float32, 704 × 256", "largest difference"], [
-    ["our layer against PEFT's", shown((separate - by_peft).abs().max())],
-    ["separate against merged", shown((separate - merged).abs().max())],
-    ["allowed: √n roundings", f"{typical.max():.0e}"],
-    ["allowed: worst case", f"{worst_case.max():.0e}"]])
+plotting.table(
+    ["float32, 704 × 256", "largest difference"],
+    [
+        ["our layer against PEFT's", shown((separate - by_peft).abs().max())],
+        ["separate against merged", shown((separate - merged).abs().max())],
+        ["allowed: √n roundings", f"{typical.max():.0e}"],
+        ["allowed: worst case", f"{worst_case.max():.0e}"],
+    ],
+)
 assert ((separate - merged).abs() <= worst_case).all()
 assert ((separate - by_peft).abs() <= worst_case).all()
 
@@ -227,13 +246,17 @@ plotting.table(["start", "equals the base to the bit", "gradient of A", "gradien
 # <code>isinstance(module, nn.Linear)</code>.
 # </details>
 
+
 # %% exercise="02.inject" points=4
 def add_lora(model, names, rank, alpha):
     """Freeze `model`, put LoRALinear around its layers called `names`, and return their number."""
     ### BEGIN SOLUTION
     model.requires_grad_(False)
-    targets = [name for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and name.split(".")[-1] in names]
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in names
+    ]
     for name in targets:
         parent, _, last = name.rpartition(".")
         new_layer = LoRALinear(model.get_submodule(name), rank, alpha)
@@ -301,12 +324,13 @@ assert torch.equal(step_0, base_logits)
 # A causal language model wants `input_ids` and `labels`, and `-100` in `labels` means *no loss here*. We put it
 # on the prompt and on the padding, so the loss is that of the answer alone; lesson 3 looks at this closely.
 
+
 # %%
 def encode(row):
     """One conversation as token ids, with labels on the answer only."""
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
     ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
-    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt):]}
+    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
 
 def collate(rows):
@@ -357,6 +381,7 @@ def train(model, examples, steps, learning_rate, batch_size=32, seed=1):
 # %% [markdown]
 # **Predict:** twenty steps, a few seconds. Is that enough to hear a sailor?
 
+
 # %%
 def say_it(model):
     return evaluation.generate(model, tokenizer, [prompt], max_new_tokens=40)[0]
@@ -390,8 +415,11 @@ yours = lesson02.inject.outcome(add_lora).passed
 runtime.seed_everything(1)
 model = get_peft_model(load_base(), config)  # the same seed as above, so the same A
 if yours:
-    starts = [layer.lora_A["default"].weight.data for layer in model.modules()
-              if isinstance(layer, LoraLayer)]
+    starts = [
+        layer.lora_A["default"].weight.data
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    ]
     model = load_base()
     add_lora(model, sorted(config.target_modules), rank=8, alpha=16)
     own_layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
@@ -419,8 +447,9 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 rows = data.load_task(task, "train").select(range(640))
-texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-         for row in rows]
+texts = [
+    tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows
+]
 raw = Dataset.from_dict({"text": texts})
 # The template has written the special tokens already; the tokenizer must not add them once more.
 ids_only = Dataset.from_dict({"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]})
@@ -433,10 +462,21 @@ def trainer_for(dataset, tokenizer, collator=None, steps=1):
     """A plain Trainer for a new adapter on a fresh copy of the base."""
     runtime.seed_everything(1)
     arguments = TrainingArguments(
-        output_dir=runtime.runs_dir() / "lesson02", max_steps=steps, per_device_train_batch_size=32,
-        learning_rate=5e-3, logging_steps=1, save_strategy="no", **runtime.trainer_settings())
-    trainer = Trainer(get_peft_model(load_base(), config), arguments, train_dataset=dataset,
-                      processing_class=tokenizer, data_collator=collator)
+        output_dir=runtime.runs_dir() / "lesson02",
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        learning_rate=5e-3,
+        logging_steps=1,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+    )
+    trainer = Trainer(
+        get_peft_model(load_base(), config),
+        arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
     return runtime.Progress().attach(trainer)
 
 
@@ -446,7 +486,10 @@ attempts = {
     "token ids, no labels": (ids_only, tokenizer),
     "token ids and labels, no collator": (with_labels, tokenizer),
     "a tokenizer without a pad token": (
-        ids_only, no_pad, DataCollatorForLanguageModeling(no_pad, mlm=False)),
+        ids_only,
+        no_pad,
+        DataCollatorForLanguageModeling(no_pad, mlm=False),
+    ),
 }
 rows = []
 for attempt, given in attempts.items():
@@ -498,8 +541,10 @@ ranks, moved = (1, 4, 16, 64), {"α/r": [], "α/√r": []}
 for label, use_rslora in (("α/r", False), ("α/√r", True)):
     for rank in ranks:
         runtime.seed_everything(1)
-        model = get_peft_model(load_base(), LoraConfig(
-            r=rank, lora_alpha=4, use_rslora=use_rslora, target_modules="all-linear"))
+        model = get_peft_model(
+            load_base(),
+            LoraConfig(r=rank, lora_alpha=4, use_rslora=use_rslora, target_modules="all-linear"),
+        )
         train(model, examples, steps=8, learning_rate=1e-3, batch_size=16)
         with torch.no_grad():
             moved[label].append((model(**probe).logits - base_logits).abs().mean().item())
@@ -507,14 +552,24 @@ for label, use_rslora in (("α/r", False), ("α/√r", True)):
 # %%
 growth = {label: values[-1] / values[0] for label, values in moved.items()}
 title = "From rank 1 to 64 the change becomes\n" + " and ".join(
-    f"{factor:.1f} times as large with {label}" for label, factor in growth.items())
-figure = plotting.curves({label: (ranks, values) for label, values in moved.items()}, title,
-                         "rank (alpha 4)", "mean change of a logit")
+    f"{factor:.1f} times as large with {label}" for label, factor in growth.items()
+)
+figure = plotting.curves(
+    {label: (ranks, values) for label, values in moved.items()},
+    title,
+    "rank (alpha 4)",
+    "mean change of a logit",
+)
 figure.axes[0].set_xscale("log", base=2)
 figure.axes[0].set_xticks(ranks, ranks)
-plotting.show(figure, "Mean change of a logit after eight steps, by rank. " + "; ".join(
-    f"{label}: " + ", ".join(f"rank {r} {value:.2g}" for r, value in zip(ranks, values))
-    for label, values in moved.items()))
+plotting.show(
+    figure,
+    "Mean change of a logit after eight steps, by rank. "
+    + "; ".join(
+        f"{label}: " + ", ".join(f"rank {r} {value:.2g}" for r, value in zip(ranks, values))
+        for label, values in moved.items()
+    ),
+)
 
 # %% [markdown]
 # In these first steps *α/r* keeps the change at one size for every rank, and *α/√r* makes it grow nearly as √r. The
@@ -541,6 +596,7 @@ plotting.show(figure, "Mean change of a logit after eight steps, by rank. " + ";
 # <details><summary>My count is right for square layers only</summary>
 # <em>A</em> has as many columns as the layer has inputs, <em>B</em> as many rows as it has outputs.
 # </details>
+
 
 # %% exercise="02.count" points=2
 def count_lora(shapes, rank):
@@ -577,8 +633,11 @@ print(f"trained by PEFT: {trained:,}")
 print(f"counted from the config: {own.trainable:,}, {own.share:.2%} of all parameters")
 assert own.trainable == trained
 if lesson02.count.outcome(count_lora).passed:
-    shapes = [(layer.in_features, layer.out_features) for layer in model.modules()
-              if isinstance(layer, LoraLayer)]
+    shapes = [
+        (layer.in_features, layer.out_features)
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    ]
     print(f"counted by your count_lora: {count_lora(shapes, 8):,}")
 
 # %% [markdown]
@@ -589,14 +648,23 @@ if lesson02.count.outcome(count_lora).passed:
 #
 # **Predict:** how long does it take to count a model of 175 billion parameters on this computer?
 
+
 # %%
 def shape(name, **sizes):
     """A configuration of this shape; no weights."""
     return AutoConfig.for_model(name, **sizes)
 
 
-gpt3 = shape("opt", hidden_size=12288, ffn_dim=49152, num_hidden_layers=96, num_attention_heads=96,
-             word_embed_proj_dim=12288, max_position_embeddings=2048, vocab_size=50257)
+gpt3 = shape(
+    "opt",
+    hidden_size=12288,
+    ffn_dim=49152,
+    num_hidden_layers=96,
+    num_attention_heads=96,
+    word_embed_proj_dim=12288,
+    max_position_embeddings=2048,
+    vocab_size=50257,
+)
 bert = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 xxl = dict(hidden_size=1536, num_hidden_layers=48, num_attention_heads=24, intermediate_size=6144)
@@ -633,10 +701,22 @@ for name, layers, rank, printed, where in published:
     decimals = len(printed.removesuffix("M").partition(".")[2])
     millions = counted.trainable / 1e6
     cut = math.floor(millions * 10**decimals) / 10**decimals
-    agrees = ("yes" if printed == f"{millions:.{decimals}f}M" else
-              "cut, not rounded" if printed == f"{cut:.{decimals}f}M" else "**no**")
-    rows.append([name, f"{', '.join(layers)}, r = {rank}", f"{counted.trainable:,}",
-                 f"{printed} ({where})", agrees])
+    agrees = (
+        "yes"
+        if printed == f"{millions:.{decimals}f}M"
+        else "cut, not rounded"
+        if printed == f"{cut:.{decimals}f}M"
+        else "**no**"
+    )
+    rows.append(
+        [
+            name,
+            f"{', '.join(layers)}, r = {rank}",
+            f"{counted.trainable:,}",
+            f"{printed} ({where})",
+            agrees,
+        ]
+    )
 plotting.table(["model", "adapted", "counted", "printed", "comes out"], rows)
 print(f"The last GPT-3 took {seconds:.1f} s to count.")
 
@@ -657,19 +737,31 @@ print(f"The last GPT-3 took {seconds:.1f} s to count.")
 # few megabytes"?
 
 # %%
-llama = shape("llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-              num_attention_heads=32, vocab_size=32000)
+llama = shape(
+    "llama",
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    vocab_size=32000,
+)
 cases = {  # model, rank, layers
     "GPT-3, q and v, r = 4": (gpt3, 4, q_v),
     "Llama 7B, q and v, r = 8": (llama, 8, q_v),
     "Llama 7B, all linear, r = 64": (llama, 64, "all-linear"),
 }
-sizes = {case: counting.count_lora_parameters(model, LoraConfig(r=rank, target_modules=layers))
-         for case, (model, rank, layers) in cases.items()}
+sizes = {
+    case: counting.count_lora_parameters(model, LoraConfig(r=rank, target_modules=layers))
+    for case, (model, rank, layers) in cases.items()
+}
 sizes["this course's model, all linear, r = 8"] = own
-plotting.table(["", "adapter's parameters", "share of all", "file in 16 bits"], [
-    [case, f"{size.adapter:,}", f"{size.share:.3%}", f"{2 * size.adapter / 1e6:,.1f} MB"]
-    for case, size in sizes.items()])
+plotting.table(
+    ["", "adapter's parameters", "share of all", "file in 16 bits"],
+    [
+        [case, f"{size.adapter:,}", f"{size.share:.3%}", f"{2 * size.adapter / 1e6:,.1f} MB"]
+        for case, size in sizes.items()
+    ],
+)
 times_fewer = 175e9 / sizes["GPT-3, q and v, r = 4"].adapter
 print(f"175 billion is {times_fewer:,.0f} times the adapter of GPT-3.")
 
@@ -689,6 +781,7 @@ print(f"175 billion is {times_fewer:,.0f} times the adapter of GPT-3.")
 # upper bound. Here it is beside a real step, in which autograd tells what it keeps.
 #
 # **Predict:** LoRA with *r* = 8 against all weights of this model: what is the ratio, without the activations and with?
+
 
 # %%
 def loss_and_kept(model, batch):
@@ -718,17 +811,31 @@ for method, lora in (("full", None), ("lora", config)):
     held = memory.measure_training_state(model, optimizer)
     state[method], total[method] = held.total, held.total + activations
     estimate = memory.estimate_memory(
-        base_model.config, method, lora, batch_size=32, sequence_length=batch["input_ids"].shape[1],
-        dtype=runtime.dtype())
+        base_model.config,
+        method,
+        lora,
+        batch_size=32,
+        sequence_length=batch["input_ids"].shape[1],
+        dtype=runtime.dtype(),
+    )
     for part in ("weights", "gradients", "optimizer", "activations"):
         predicted = getattr(estimate, part)
         measured = activations if part == "activations" else getattr(held, part)
-        rows.append([method, part, f"{predicted / 1e6:.2f}", f"{measured / 1e6:.2f}",
-                     f"{measured / predicted - 1:+.0%}"])
+        rows.append(
+            [
+                method,
+                part,
+                f"{predicted / 1e6:.2f}",
+                f"{measured / 1e6:.2f}",
+                f"{measured / predicted - 1:+.0%}",
+            ]
+        )
 del model, optimizer, loss
 plotting.table(["method", "part", "predicted, MB", "measured, MB", "off by"], rows)
-print(f"LoRA holds {state['lora'] / state['full']:.0%} of what full fine-tuning holds;"
-      f" with the activations {total['lora'] / total['full']:.0%}")
+print(
+    f"LoRA holds {state['lora'] / state['full']:.0%} of what full fine-tuning holds;"
+    f" with the activations {total['lora'] / total['full']:.0%}"
+)
 
 # %% [markdown]
 # The bound is loose, and misses that LoRA keeps a little less: frozen norms and a frozen output layer need not keep
@@ -739,8 +846,15 @@ print(f"LoRA holds {state['lora'] / state['full']:.0%} of what full fine-tuning 
 parts = ("weights", "gradients", "optimizer", "activations", "total")
 narrow, rows = LoraConfig(r=4, target_modules=q_v), []
 for method, lora in (("full", None), ("lora", narrow), ("qlora", narrow)):
-    estimate = memory.estimate_memory(gpt3, method, lora, batch_size=1, sequence_length=512,
-                                      dtype=torch.float16, moment_dtype=torch.float32)
+    estimate = memory.estimate_memory(
+        gpt3,
+        method,
+        lora,
+        batch_size=1,
+        sequence_length=512,
+        dtype=torch.float16,
+        moment_dtype=torch.float32,
+    )
     rows.append([method, *(f"{getattr(estimate, part) / 1e9:,.1f}" for part in parts)])
 plotting.table(["GPT-3, GB", *parts[:3], "activations, at most", "total"], rows)
 
@@ -763,9 +877,13 @@ merged = get_peft_model(load_base(), config).eval().merge_and_unload()
 forms = {"base": base_model.eval(), "with adapter": adapted, "merged": merged}
 with torch.no_grad():  # in turns: timed one after another, equal models differ by a tenth
     times = timing.in_turns({name: lambda form=form: form(ids) for name, form in forms.items()}, 25)
-plotting.table(["forward pass", "median, ms", "middle half of 25", ""], [
-    [name, f"{median:.1f}", f"{low:.1f} to {high:.1f}", f"{median / times['base'][0] - 1:+.0%}"]
-    for name, (median, low, high) in times.items()])
+plotting.table(
+    ["forward pass", "median, ms", "middle half of 25", ""],
+    [
+        [name, f"{median:.1f}", f"{low:.1f} to {high:.1f}", f"{median / times['base'][0] - 1:+.0%}"]
+        for name, (median, low, high) in times.items()
+    ],
+)
 
 # %% [markdown]
 # An adapter's thin products come on top. Merged, the model does the base's work again, and what still parts those two
@@ -794,12 +912,16 @@ for task, losses in curves.items():
 # sum of their squared strengths, divided by that of all.
 
 # %%
-before = {name: layer.weight.detach().float() for name, layer in base_model.named_modules()
-          if isinstance(layer, nn.Linear) and layer is not base_model.get_output_embeddings()}
+before = {
+    name: layer.weight.detach().float()
+    for name, layer in base_model.named_modules()
+    if isinstance(layer, nn.Linear) and layer is not base_model.get_output_embeddings()
+}
 changes, strengths = {}, {}  # task -> layer -> its change, and the strengths of its directions
 for task, tuned in full_models.items():
-    changes[task] = {name: tuned.get_submodule(name).weight.detach().float() - before[name]
-                     for name in before}
+    changes[task] = {
+        name: tuned.get_submodule(name).weight.detach().float() - before[name] for name in before
+    }
     strengths[task] = {name: torch.linalg.svdvals(change) for name, change in changes[task].items()}
 kinds = defaultdict(list)  # q_proj, k_proj, ... -> the names of these layers, block by block
 for name in before:
@@ -819,8 +941,14 @@ for kind, names in kinds.items():
         in_8 = [share(strengths[task][name], 8) for name in names]
         row += [f"{sum(sizes) / len(names):.1%}", f"{sum(in_8) / len(names):.0%}"]
     rows.append(row)
-plotting.table(["layer", "shape", *(f"{task}: {what}" for task in changes for what in
-                                    ("‖ΔW‖/‖W‖", "of it in 8 directions"))], rows)
+plotting.table(
+    [
+        "layer",
+        "shape",
+        *(f"{task}: {what}" for task in changes for what in ("‖ΔW‖/‖W‖", "of it in 8 directions")),
+    ],
+    rows,
+)
 
 # %% [markdown]
 # The change is of a similar size in every kind of layer. So which of them to adapt? The LoRA paper tried attention
@@ -841,25 +969,44 @@ with plt.style.context(plotting.STYLE_FILE):
         for task, color, style in zip(changes, plotting.COLORS, ("-", "--")):
             for name in kinds[kind]:
                 S = strengths[task][name]
-                axes.plot(S / S[0], style, color=color, marker="", linewidth=1.2,
-                          label=task if name == kinds[kind][0] else None)
+                axes.plot(
+                    S / S[0],
+                    style,
+                    color=color,
+                    marker="",
+                    linewidth=1.2,
+                    label=task if name == kinds[kind][0] else None,
+                )
         axes.set_title(kind, fontsize=11)
     panels.flat[0].legend(fontsize=9)
     for shape, style, S in zip(noise, ("-", "--"), noise.values()):
-        panels.flat[7].plot(S / S[0], style, color=plotting.COLORS[2], marker="", linewidth=1.2,
-                            label=" × ".join(map(str, shape)))
+        panels.flat[7].plot(
+            S / S[0],
+            style,
+            color=plotting.COLORS[2],
+            marker="",
+            linewidth=1.2,
+            label=" × ".join(map(str, shape)),
+        )
     panels.flat[7].set_title("random numbers", fontsize=11)
     panels.flat[7].legend(fontsize=9)
     figure.supxlabel("direction, strongest first", fontsize=11)
     figure.supylabel("strength, the strongest = 1", fontsize=11)
-half = {task: max(int((S > S[0] / 2).sum()) for S in parts.values())
-        for task, parts in {**strengths, "noise": noise}.items()}
-title = (f"Over half as strong as the first: at most {half['reading']} directions of a layer"
-         f" for reading,\n{half['sailor']} for sailor; of random numbers {half['noise']}")
+half = {
+    task: max(int((S[0] / 2 < S).sum()) for S in parts.values())
+    for task, parts in {**strengths, "noise": noise}.items()
+}
+title = (
+    f"Over half as strong as the first: at most {half['reading']} directions of a layer"
+    f" for reading,\n{half['sailor']} for sailor; of random numbers {half['noise']}"
+)
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-plotting.show(figure, "Singular values of the changes of each layer: a panel for each kind of "
-              "layer, a line for each block and task; the last panel is random numbers. "
-              f"{title}.")
+plotting.show(
+    figure,
+    "Singular values of the changes of each layer: a panel for each kind of "
+    "layer, a line for each block and task; the last panel is random numbers. "
+    f"{title}.",
+)
 
 # %% [markdown]
 # Steeply, and much alike for both. So both should bear a cut?
@@ -877,6 +1024,7 @@ plotting.show(figure, "Singular values of the changes of each layer: a panel for
 # <details><summary>The rank is right, but there is a closer matrix</summary>
 # Keep directions, not rows of the matrix, and give each its strength: <code>U[:, :rank] * S[:rank]</code>.
 # </details>
+
 
 # %% exercise="02.truncate" points=3
 def truncate(matrix, rank):
@@ -917,8 +1065,9 @@ longest = {"reading": 12, "sailor": 40}  # new tokens
 
 def score(model, task):
     """Share of held-out rows that the model answers exactly."""
-    return evaluation.evaluate_task(model, tokenizer, task, held_out[task], batch_size=64,
-                                    max_new_tokens=longest[task])["score"]
+    return evaluation.evaluate_task(
+        model, tokenizer, task, held_out[task], batch_size=64, max_new_tokens=longest[task]
+    )["score"]
 
 
 line, scores = ProgressLine(2 * len(ranks), "score"), {task: {} for task in changes}
@@ -934,8 +1083,13 @@ for row in rows:
     for task, parts in strengths.items():
         of_change = sum(share(S, row[0]) for S in parts.values()) / len(parts)
         row += [f"{of_change:.0%}", f"{scores[task][row[0]]:.0%}"]
-plotting.table(["directions kept", *(f"{task}: {what}" for task in changes for what in
-                                     ("of ‖ΔW‖²", "right of 64 rows"))], rows)
+plotting.table(
+    [
+        "directions kept",
+        *(f"{task}: {what}" for task in changes for what in ("of ‖ΔW‖²", "right of 64 rows")),
+    ],
+    rows,
+)
 for task, r, low, high in (("reading", 1, 0.8, 1), ("sailor", 8, 0, 0.5), ("sailor", 64, 0.8, 1)):
     evaluation.band(f"{task} with {r} of its directions", scores[task][r], low, high)
 
@@ -945,17 +1099,26 @@ for task, r, low, high in (("reading", 1, 0.8, 1), ("sailor", 8, 0, 0.5), ("sail
 
 # %%
 swept = data.load_results("cut_to_rank")
-right_on, kept = (sweeps.over_seeds(swept, column, "task", "method", "rank")
-                  for column in ("test", "kept"))
-lines = {f"{task}, {label}": {r: group for (of, method, r), group in groups.items()
-                              if (of, method) == (task, "full") and r}
-         for label, groups in (("right", right_on), ("of ‖ΔW‖²", kept)) for task in changes}
+right_on, kept = (
+    sweeps.over_seeds(swept, column, "task", "method", "rank") for column in ("test", "kept")
+)
+lines = {
+    f"{task}, {label}": {
+        r: group
+        for (of, method, r), group in groups.items()
+        if (of, method) == (task, "full") and r
+    }
+    for label, groups in (("right", right_on), ("of ‖ΔW‖²", kept))
+    for task in changes
+}
 in_8 = {task: (kept[task, "full", 8][0], right_on[task, "full", 8][0]) for task in changes}
 title = "Eight directions hold " + ",\n".join(
     f"{held:.0%} of {task}'s change, and get {found:.0%} right"
-    for task, (held, found) in in_8.items())
+    for task, (held, found) in in_8.items()
+)
 figure, alt = sweeps.curves(
-    lines, title, "directions kept in each layer", "share, from 0 to 1", log=2)
+    lines, title, "directions kept in each layer", "share, from 0 to 1", log=2
+)
 plotting.show(figure, alt)
 
 # %% [markdown]
@@ -972,8 +1135,10 @@ at_rank_8 = score(adapter, "sailor")
 rows = [["all weights, nothing cut", ("full", 256)]]
 for r in (8, 1):
     rows += [[f"all weights, cut to {r}", ("full", r)], [f"LoRA of rank {r}", ("lora", r)]]
-plotting.table(["right on test rows, mean (lowest to highest seed)", *changes], [
-    [label, *(sweeps.spread(right_on[task, *way]) for task in changes)] for label, way in rows])
+plotting.table(
+    ["right on test rows, mean (lowest to highest seed)", *changes],
+    [[label, *(sweeps.spread(right_on[task, *way]) for task in changes)] for label, way in rows],
+)
 evaluation.band("sailor, the adapter of lesson 1, of rank 8", at_rank_8, 0.85, 1)
 
 # %% [markdown]
@@ -993,6 +1158,7 @@ evaluation.band("sailor, the adapter of lesson 1, of rank 8", at_rank_8, 0.85, 1
 #
 # **Predict:** for random directions, what does *φ(1, j)* look like in a space of *d* dimensions?
 
+
 # %%
 def directions(A):
     """The right singular vectors of A (r, inputs) as rows, the strongest first."""
@@ -1007,8 +1173,9 @@ def grassmann(V, other_V, i, j):
 def directions_of_rank(rank):
     """{layer: directions of A} before and after twenty steps of LoRA."""
     runtime.seed_everything(rank)  # another random A for each rank
-    model = get_peft_model(load_base(), LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    model = get_peft_model(
+        load_base(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
     adapted_base = model.get_base_model()
     A = {name: adapted_base.get_submodule(name).lora_A["default"].weight for name in before}
     start = {name: directions(matrix) for name, matrix in A.items()}
@@ -1026,18 +1193,23 @@ start_64, rank_64 = directions_of_rank(64)
 
 # %%
 j_values = (1, 2, 4, 8, 16, 32, 64)
-phi = {(label, i): [mean_phi(first, second, i, j) for j in j_values] for i in (1, 8)
-       for label, first, second in (("trained", rank_8, rank_64), ("untrained", start_8, start_64))}
+phi = {
+    (label, i): [mean_phi(first, second, i, j) for j in j_values]
+    for i in (1, 8)
+    for label, first, second in (("trained", rank_8, rank_64), ("untrained", start_8, start_64))
+}
 inside, by_chance = (phi[label, 1][j_values.index(8)] for label in ("trained", "untrained"))
-title = (f"The first of 8 directions lies {inside:.0%} in the first 8 of 64;"
-         f" by chance {by_chance:.0%}")
+title = (
+    f"The first of 8 directions lies {inside:.0%} in the first 8 of 64; by chance {by_chance:.0%}"
+)
 labels = [f"{label}, i = {i}" for label, i in phi]
 figure = plotting.score_matrix(list(phi.values()), labels, [f"j = {j}" for j in j_values], title)
 figure.supylabel("of rank 8")
 figure.supxlabel("of rank 64")
 described = "; ".join(
     f"{label}: " + ", ".join(f"{value:.0%} at j = {j}" for value, j in zip(row, j_values))
-    for label, row in zip(labels, phi.values()))
+    for label, row in zip(labels, phi.values())
+)
 plotting.show(figure, f"{title}. Subspace similarity, mean over all layers. {described}.")
 of_start = mean_phi(rank_8, start_8, 8, 8)
 print(f"All 8 directions lie {of_start:.0%} in those that A of rank 8 started from.")
@@ -1060,9 +1232,17 @@ print(f"All 8 directions lie {of_start:.0%} in those that A of rank 8 started fr
 # %%
 from transformers import LlamaConfig, LlamaForCausalLM
 
-tiny = LlamaForCausalLM(LlamaConfig(
-    vocab_size=60, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-    num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)).eval()
+tiny = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=60,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+).eval()
 COLUMNS = ["layer", "blocks", "in → out", "rank", "scaling", "parameters"]
 
 
@@ -1074,12 +1254,19 @@ def adapted(model):
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             place = ".".join(part for part in name.split(".") if part.isdigit())
             sides = f"{A.shape[1]}\u00a0→\u00a0{B.shape[0]}"  # spaces that no line breaks at
-            kind = (name.split(".")[-1], sides, layer.r["default"],
-                    f"{layer.scaling['default']:g}")
+            kind = (name.split(".")[-1], sides, layer.r["default"], f"{layer.scaling['default']:g}")
             groups[kind].append((place, A.numel() + B.numel()))
-    return [[name, ",\u00a0".join(place for place, _ in found), sides, rank, scaling,
-             sum(numbers for _, numbers in found)]
-            for (name, sides, rank, scaling), found in groups.items()]
+    return [
+        [
+            name,
+            ",\u00a0".join(place for place, _ in found),
+            sides,
+            rank,
+            scaling,
+            sum(numbers for _, numbers in found),
+        ]
+        for (name, sides, rank, scaling), found in groups.items()
+    ]
 
 
 def lever_table(model, *settings):
@@ -1116,6 +1303,7 @@ lever_table(
 # `layers_to_transform` takes the *first* number in a layer's name for the block's. Where names are unusual,
 # `layers_pattern` says before which number to look. Here is a model of two stages with three units each.
 
+
 # %%
 class Stages(nn.Module):
     """Layers named encoder.stages.0.units.2.proj: two numbers, as in some vision models."""
@@ -1130,8 +1318,11 @@ class Stages(nn.Module):
                 unit.proj = nn.Linear(8, 8)
 
 
-lever_table(Stages(), {"target_modules": ["proj"], "layers_to_transform": [1]},
-            {"target_modules": ["proj"], "layers_to_transform": [1], "layers_pattern": "units"})
+lever_table(
+    Stages(),
+    {"target_modules": ["proj"], "layers_to_transform": [1]},
+    {"target_modules": ["proj"], "layers_to_transform": [1], "layers_pattern": "units"},
+)
 
 # %% [markdown]
 # ### How large
@@ -1146,8 +1337,11 @@ lever_table(
     {"target_modules": ["q_proj"], "r": 16, "lora_alpha": 8},
     {"target_modules": ["q_proj"], "r": 16, "lora_alpha": 8, "use_rslora": True},
     {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 16}},
-    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers\.0\.self_attn\.v_proj": 16},
-     "alpha_pattern": {"v_proj": 32}},
+    {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {r"layers\.0\.self_attn\.v_proj": 16},
+        "alpha_pattern": {"v_proj": 32},
+    },
 )
 
 # %% [markdown]
@@ -1166,8 +1360,10 @@ ids = torch.randint(0, 60, (2, 12))
 with torch.no_grad():
     base_output, rows = tiny(ids).logits, []
     for setting in ({"lora_dropout": 0.5}, {"use_dora": True}):
-        model = get_peft_model(copy.deepcopy(tiny), LoraConfig(
-            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **setting))
+        model = get_peft_model(
+            copy.deepcopy(tiny),
+            LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **setting),
+        )
         at_start, trained, agree = torch.equal(model(ids).logits, base_output), defaultdict(int), {}
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
@@ -1177,10 +1373,19 @@ with torch.no_grad():
         for mode in (True, False):
             model.train(mode)
             agree[mode] = torch.equal(model(ids).logits, model(ids).logits)
-        rows.append([f"`{setting}`", at_start, agree[True], agree[False],
-                     ", ".join(f"{part} {numbers}" for part, numbers in trained.items())])
-plotting.table(["setting", "step 0 is the base", "two passes agree in training", "in eval mode",
-                "trained"], rows)
+        rows.append(
+            [
+                f"`{setting}`",
+                at_start,
+                agree[True],
+                agree[False],
+                ", ".join(f"{part} {numbers}" for part, numbers in trained.items()),
+            ]
+        )
+plotting.table(
+    ["setting", "step 0 is the base", "two passes agree in training", "in eval mode", "trained"],
+    rows,
+)
 
 # %% [markdown]
 # Both start at the base. Dropout makes two passes differ, until `eval()`. DoRA trains 512 numbers more: a size for each
@@ -1197,9 +1402,16 @@ plotting.table(["setting", "step 0 is the base", "two passes agree in training",
 # %%
 from transformers import OPTConfig, OPTForCausalLM
 
-opt_config = OPTConfig(vocab_size=60, hidden_size=64, ffn_dim=128, num_hidden_layers=2,
-                       num_attention_heads=2, word_embed_proj_dim=64, max_position_embeddings=64,
-                       dropout=0.0)
+opt_config = OPTConfig(
+    vocab_size=60,
+    hidden_size=64,
+    ffn_dim=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    word_embed_proj_dim=64,
+    max_position_embeddings=64,
+    dropout=0.0,
+)
 rows = []
 for bias in ("none", "lora_only", "all"):
     opt = OPTForCausalLM(opt_config)
@@ -1215,8 +1427,15 @@ for bias in ("none", "lora_only", "all"):
         with model.disable_adapter():
             back = torch.equal(model(ids).logits, base_output)
     said = [str(warning.message) for warning in caught if "bias" in str(warning.message)]
-    rows.append([f"`bias={bias!r}`", f"{counted.adapter:,}", f"{counted.biases:,}", back,
-                 said[0] if said else ""])
+    rows.append(
+        [
+            f"`bias={bias!r}`",
+            f"{counted.adapter:,}",
+            f"{counted.biases:,}",
+            back,
+            said[0] if said else "",
+        ]
+    )
 plotting.table(["setting", "A and B", "biases", "disabled equals the base", "PEFT's warning"], rows)
 
 # %% [markdown]
@@ -1245,7 +1464,8 @@ def classifier(seed):
     runtime.seed_everything(seed)
     transformers.utils.logging.set_verbosity_error()  # else it reports that the head is new
     model = AutoModelForSequenceClassification.from_pretrained(
-        base_folder, num_labels=2, pad_token_id=pad_id, dtype=runtime.dtype()).to(device)
+        base_folder, num_labels=2, pad_token_id=pad_id, dtype=runtime.dtype()
+    ).to(device)
     transformers.utils.logging.set_verbosity_warning()
     return model
 
@@ -1274,7 +1494,7 @@ for setting in ({}, {"modules_to_save": ["score"]}, {"task_type": "SEQ_CLS"}):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
     for step in range(20):
-        loss = model(**reviews(train_rows[16 * step:16 * step + 16])).loss
+        loss = model(**reviews(train_rows[16 * step : 16 * step + 16])).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -1285,11 +1505,17 @@ for setting in ({}, {"modules_to_save": ["score"]}, {"task_type": "SEQ_CLS"}):
         set_peft_model_state_dict(tomorrow, saved)
         found.append(accuracy(tomorrow, check_batch))
     label = f"`{setting}`" if setting else "LoRA alone"
-    rows.append([label, any("score" in name for name in saved),
-                 f"{accuracy(model, check_batch):.0%}",
-                 ", ".join(f"{value:.0%}" for value in sorted(found))])
-plotting.table(["setting", "head in the file", "accuracy after 20 steps",
-                "loaded on five new heads"], rows)
+    rows.append(
+        [
+            label,
+            any("score" in name for name in saved),
+            f"{accuracy(model, check_batch):.0%}",
+            ", ".join(f"{value:.0%}" for value in sorted(found)),
+        ]
+    )
+plotting.table(
+    ["setting", "head in the file", "accuracy after 20 steps", "loaded on five new heads"], rows
+)
 
 # %% [markdown]
 # Around a frozen random head LoRA learns as well as with a trained one. But the adapter has learned to serve *that*
@@ -1306,8 +1532,9 @@ plotting.table(["setting", "head in the file", "accuracy after 20 steps",
 # whole matrix. Here it is two tokens, 7 and 9.
 
 # %%
-model = get_peft_model(copy.deepcopy(tiny), LoraConfig(
-    r=4, target_modules=["q_proj"], trainable_token_indices=[7, 9]))
+model = get_peft_model(
+    copy.deepcopy(tiny), LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[7, 9])
+)
 for name, parameter in model.named_parameters():
     if parameter.requires_grad and "lora_" not in name:
         print(name.removeprefix("base_model.model."), tuple(parameter.shape))
@@ -1332,8 +1559,17 @@ print("rows of the embedding that changed:", changed.tolist())
 # %% tags=["measured"]
 from transformers import GPT2Config, GPT2LMHeadModel
 
-gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=2, n_head=2, n_positions=64,
-                                  bos_token_id=0, eos_token_id=0))
+gpt2 = GPT2LMHeadModel(
+    GPT2Config(
+        vocab_size=60,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+)
 llama_recipe = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 try:
     get_peft_model(gpt2, llama_recipe)
@@ -1368,8 +1604,9 @@ print(validation.check_lora_config(gpt2, LoraConfig(r=4, lora_alpha=8, **half_ri
 # Rank 16 for the value layers, says the configuration. Their name was misspelt.
 
 # %%
-misspelt = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"],
-                      rank_pattern={"value_proj": 16})
+misspelt = LoraConfig(
+    r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], rank_pattern={"value_proj": 16}
+)
 with warnings.catch_warnings(record=True, action="always") as caught:
     model = get_peft_model(copy.deepcopy(tiny), misspelt)
 plotting.table(COLUMNS, adapted(model))
@@ -1392,8 +1629,9 @@ print(validation.check_lora_config(tiny, misspelt))
 learning = {}
 for alpha in (2, 64):
     runtime.seed_everything(1)
-    model = get_peft_model(load_base(), LoraConfig(
-        r=32, lora_alpha=alpha, target_modules="all-linear"))
+    model = get_peft_model(
+        load_base(), LoraConfig(r=32, lora_alpha=alpha, target_modules="all-linear")
+    )
     label = f"lora_alpha={alpha}, scaling {alpha / 32:g}"
     learning[label] = train(model, examples, steps=20, learning_rate=1e-3)
 
@@ -1401,11 +1639,15 @@ for alpha in (2, 64):
 ends = [sum(values[-5:]) / 5 for values in learning.values()]
 title = f"The same run with two alphas: a loss of {ends[0]:.2f} and {ends[1]:.2f}"
 figure = plotting.curves(
-    {label: (range(1, 21), values) for label, values in learning.items()}, title,
-    "step", "training loss (nats)")
+    {label: (range(1, 21), values) for label, values in learning.items()},
+    title,
+    "step",
+    "training loss (nats)",
+)
 figure.axes[0].set_xticks((1, 5, 10, 15, 20))
-described = "; ".join(f"{label}: from {values[0]:.2f} to {values[-1]:.2f}"
-                      for label, values in learning.items())
+described = "; ".join(
+    f"{label}: from {values[0]:.2f} to {values[-1]:.2f}" for label, values in learning.items()
+)
 plotting.show(figure, f"{title}, means of the last five steps. {described}.")
 too_small = LoraConfig(r=32, lora_alpha=2, target_modules="all-linear")
 print(validation.check_lora_config(base_model, too_small))
@@ -1447,6 +1689,7 @@ for rank in (0, 100):
 # The rank is <code>A.shape[0]</code>. The scaling is alpha over the rank, or over its root with rsLoRA.
 # </details>
 
+
 # %% exercise="02.merge" points=4
 def merge_conv1d(weight, A, B, alpha, use_rslora):
     """Return the Conv1D's weight (inputs, outputs) with the adapter merged in."""
@@ -1472,20 +1715,33 @@ assert torch.allclose(merge_conv1d(_weight, _A, _B, 7, True), _merged, atol=1e-1
 # What this notebook measured, in one table:
 
 # %% tags=["measured"]
-plotting.table(["", "measured"], [
-    ["our layer against PEFT's, float64, output and gradients", shown(max(worst))],
-    ["trained parameters, all linear layers, r = 8", f"{own.share:.1%} of all"],
-    ["weights, gradients and optimizer, LoRA against full; with activations",
-     f"{state['lora'] / state['full']:.0%}; {total['lora'] / total['full']:.0%}"],
-    ["right with 1 direction of each layer's change", ", ".join(
-        f"{task} {found[ranks[0]]:.0%}" for task, found in scores.items())],
-    ["sailor: cut to rank 8, and trained with rank 8",
-     f"{scores['sailor'][8]:.0%}, {at_rank_8:.0%}"],
-    ["top direction of rank 8 in the first 8 of rank 64",
-     f"{inside:.0%}, by chance {by_chance:.0%}"],
-    ["time of a forward pass against the base's: with an adapter, and merged",
-     ", ".join(f"{times[form][0] / times['base'][0] - 1:+.0%}" for form in list(times)[1:])],
-])
+plotting.table(
+    ["", "measured"],
+    [
+        ["our layer against PEFT's, float64, output and gradients", shown(max(worst))],
+        ["trained parameters, all linear layers, r = 8", f"{own.share:.1%} of all"],
+        [
+            "weights, gradients and optimizer, LoRA against full; with activations",
+            f"{state['lora'] / state['full']:.0%}; {total['lora'] / total['full']:.0%}",
+        ],
+        [
+            "right with 1 direction of each layer's change",
+            ", ".join(f"{task} {found[ranks[0]]:.0%}" for task, found in scores.items()),
+        ],
+        [
+            "sailor: cut to rank 8, and trained with rank 8",
+            f"{scores['sailor'][8]:.0%}, {at_rank_8:.0%}",
+        ],
+        [
+            "top direction of rank 8 in the first 8 of rank 64",
+            f"{inside:.0%}, by chance {by_chance:.0%}",
+        ],
+        [
+            "time of a forward pass against the base's: with an adapter, and merged",
+            ", ".join(f"{times[form][0] / times['base'][0] - 1:+.0%}" for form in list(times)[1:]),
+        ],
+    ],
+)
 progress()
 
 # %% [markdown]

@@ -33,14 +33,15 @@ import transformers
 import trl
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback)
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 runtime.seed_everything(0)
 device = runtime.device()
-print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
-      f" · peft {peft.__version__} · trl {trl.__version__} · on {device}")
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · trl {trl.__version__} · on {device}"
+)
 
 # %% [markdown]
 # ## Should you fine-tune at all?
@@ -68,18 +69,24 @@ def load_base():
 
 
 base_model = load_base()
-shown = [turn for row in splits["train"].select(range(4))
-         for turn in row["prompt"] + row["completion"]]
+shown = [
+    turn for row in splits["train"].select(range(4)) for turn in row["prompt"] + row["completion"]
+]
 with_examples = [{**row, "prompt": shown + row["prompt"]} for row in test]
 before = evaluation.evaluate_task(base_model, tokenizer, "sailor", test, max_new_tokens=40)
 prompted = evaluation.evaluate_task(
-    base_model, tokenizer, "sailor", with_examples, max_new_tokens=40)
+    base_model, tokenizer, "sailor", with_examples, max_new_tokens=40
+)
 print(f"asked: {before['score']:.0%} right · with four examples: {prompted['score']:.0%} right")
-plotting.table(["", "text"], [
-    ["question", test[0]["prompt"][0]["content"]],
-    ["right answer", test[0]["completion"][0]["content"]],
-    ["base", before["predictions"][0]],
-    ["base, four examples", prompted["predictions"][0]]])
+plotting.table(
+    ["", "text"],
+    [
+        ["question", test[0]["prompt"][0]["content"]],
+        ["right answer", test[0]["completion"][0]["content"]],
+        ["base", before["predictions"][0]],
+        ["base, four examples", prompted["predictions"][0]],
+    ],
+)
 
 # %% [markdown]
 # This small model does not take up examples; a large one often does, so always try. There is work to do.
@@ -128,17 +135,34 @@ def lora_config():
 def make_trainer(*callbacks):
     """The lesson's one real run; made a second time to go on after an interrupt."""
     settings = SFTConfig(
-        output_dir=str(folder), seed=0, max_steps=STEPS, per_device_train_batch_size=BATCH,
-        learning_rate=RATE, warmup_steps=10, lr_scheduler_type="linear", max_length=256,
-        logging_steps=5, eval_strategy="steps", eval_steps=20, per_device_eval_batch_size=100,
-        save_strategy="steps", save_steps=20, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss",
-        **runtime.trainer_settings())
+        output_dir=str(folder),
+        seed=0,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=RATE,
+        warmup_steps=10,
+        lr_scheduler_type="linear",
+        max_length=256,
+        logging_steps=5,
+        eval_strategy="steps",
+        eval_steps=20,
+        per_device_eval_batch_size=100,
+        save_strategy="steps",
+        save_steps=20,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        **runtime.trainer_settings(),
+    )
     trainer = SFTTrainer(
-        model=load_base(), args=settings, peft_config=lora_config(), processing_class=tokenizer,
+        model=load_base(),
+        args=settings,
+        peft_config=lora_config(),
+        processing_class=tokenizer,
         train_dataset=splits["train"].select_columns(COLUMNS),
         eval_dataset=splits["validation"].select(range(100)).select_columns(COLUMNS),
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=2), *callbacks])
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2), *callbacks],
+    )
     return runtime.Progress().attach(trainer)
 
 
@@ -174,6 +198,7 @@ print(validation.check_supervision(trainer))
 # No. The model does that: a label stands at its own token's place.
 # </details>
 
+
 # %% exercise="03.labels" points=4
 def make_labels(input_ids, attention_mask, prompt_lengths, pad_token_id):
     """Return labels (batch, length): the ids of the answers, and -100 everywhere else."""
@@ -192,7 +217,9 @@ assert lesson03.labels.outcome(make_labels).passed
 _ids = torch.tensor([[5, 6, 7, 2, 2], [8, 2, 9, 3, 2]])
 _mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
 assert make_labels(_ids, _mask, torch.tensor([2, 3]), 2).tolist() == [
-    [-100, -100, 7, 2, -100], [-100, -100, -100, 3, 2]]
+    [-100, -100, 7, 2, -100],
+    [-100, -100, -100, 3, 2],
+]
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -208,20 +235,35 @@ few = splits["train"].select(range(640)).select_columns(COLUMNS)
 def lab(rows=few, tokenizer=tokenizer, optimizers=(None, None), model=None, **changes):
     """A trainer for 20 small steps, with one thing changed."""
     settings = dict(
-        output_dir=str(runtime.runs_dir() / "lesson03" / "lab"), seed=0, max_steps=20,
-        per_device_train_batch_size=16, learning_rate=5e-3, warmup_steps=2, max_length=256,
-        logging_steps=1, save_strategy="no", **runtime.trainer_settings())
+        output_dir=str(runtime.runs_dir() / "lesson03" / "lab"),
+        seed=0,
+        max_steps=20,
+        per_device_train_batch_size=16,
+        learning_rate=5e-3,
+        warmup_steps=2,
+        max_length=256,
+        logging_steps=1,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+    )
     made = SFTTrainer(
-        model=model or load_base(), args=SFTConfig(**settings | changes), train_dataset=rows,
-        processing_class=tokenizer, peft_config=lora_config(), optimizers=optimizers)
+        model=model or load_base(),
+        args=SFTConfig(**settings | changes),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(),
+        optimizers=optimizers,
+    )
     return runtime.Progress().attach(made)
 
 
 lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
 batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
 packed = lab(packing=True, max_length=128)
-print(f"rows have {min(lengths)} to {max(lengths)} tokens; of a batch"
-      f" {1 - batch['attention_mask'].float().mean():.0%} is padding")
+print(
+    f"rows have {min(lengths)} to {max(lengths)} tokens; of a batch"
+    f" {1 - batch['attention_mask'].float().mean():.0%} is padding"
+)
 print(f"{len(few)} rows packed to 128 tokens: {len(packed.train_dataset)}")
 
 # %% [markdown]
@@ -236,9 +278,11 @@ strip = packed.data_collator([packed.train_dataset[0]])
 ids, positions = strip["input_ids"].to(device), strip["position_ids"].to(device)
 starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
 spans = [slice(*ends) for ends in zip(starts, starts[1:])]
-ways = {"ids alone": {"use_cache": False},
-        "ids and positions": {"position_ids": positions, "use_cache": False},
-        "ids and positions, cache on": {"position_ids": positions, "use_cache": True}}
+ways = {
+    "ids alone": {"use_cache": False},
+    "ids and positions": {"position_ids": positions, "use_cache": False},
+    "ids and positions, cache on": {"position_ids": positions, "use_cache": True},
+}
 rows = []
 with torch.no_grad():
     alone = [base_model(ids[:, span]).logits[0] for span in spans]
@@ -260,6 +304,7 @@ plotting.table(["given", "largest difference to the row alone"], rows)
 # one real run, and a machine can fail at any time: so let it fail, a few steps after a checkpoint.
 #
 # **Predict:** the run stops in step 66. How many steps are lost?
+
 
 # %% tags=["measured"]
 class PullThePlug(TrainerCallback):
@@ -315,14 +360,26 @@ checked = {log["step"]: log["eval_loss"] for log in history if "eval_loss" in lo
 late = {step: loss for step, loss in losses.items() if step >= 20}
 best_step = min(checked, key=checked.get)
 title = f"The validation loss falls with the training loss, and is lowest at step {best_step}"
-figure = plotting.curves({"training": (list(late), list(late.values())),
-                          "validation": (list(checked), list(checked.values()))},
-                         title, "step", "loss on the answers (nats a token)")
-plotting.show(figure, f"{title}. Training loss {late[20]:.2f} at step 20, {losses[STEPS]:.3f} at "
-              "the end; validation loss " + ", ".join(f"{loss:.3f} at {step}"
-                                                      for step, loss in checked.items()))
-print("kept as best:", trainer.state.best_model_checkpoint.rpartition("checkpoint-")[2],
-      f"with {trainer.state.best_metric:.3f}")
+figure = plotting.curves(
+    {
+        "training": (list(late), list(late.values())),
+        "validation": (list(checked), list(checked.values())),
+    },
+    title,
+    "step",
+    "loss on the answers (nats a token)",
+)
+plotting.show(
+    figure,
+    f"{title}. Training loss {late[20]:.2f} at step 20, {losses[STEPS]:.3f} at "
+    "the end; validation loss "
+    + ", ".join(f"{loss:.3f} at {step}" for step, loss in checked.items()),
+)
+print(
+    "kept as best:",
+    trainer.state.best_model_checkpoint.rpartition("checkpoint-")[2],
+    f"with {trainer.state.best_metric:.3f}",
+)
 
 # %% [markdown]
 # Before step 20 the loss falls from about 9 nats, which would flatten the rest of the picture: the base is *sure* of
@@ -343,11 +400,21 @@ after = evaluation.evaluate_task(model, tokenizer, "sailor", test, max_new_token
 evaluation.band("right after fine-tuning", after["score"], 0.85, 1)
 evaluation.band("of these, with names that training never used", after["novel"], 0.8, 1)
 evaluation.band("right before", before["score"], 0, 0.05)
-wrong = [i for i, row in enumerate(test)
-         if after["predictions"][i] != row["completion"][0]["content"]][:2]
-plotting.table(["question", "base", "fine-tuned", ""], [
-    [test[i]["prompt"][0]["content"].partition(": ")[2], before["predictions"][i],
-     after["predictions"][i], "wrong" if i in wrong else ""] for i in [0, 1, 2, *wrong]])
+wrong = [
+    i for i, row in enumerate(test) if after["predictions"][i] != row["completion"][0]["content"]
+][:2]
+plotting.table(
+    ["question", "base", "fine-tuned", ""],
+    [
+        [
+            test[i]["prompt"][0]["content"].partition(": ")[2],
+            before["predictions"][i],
+            after["predictions"][i],
+            "wrong" if i in wrong else "",
+        ]
+        for i in [0, 1, 2, *wrong]
+    ],
+)
 
 # %% [markdown]
 # What did the skill cost? **Forgetting** is what the model has lost of what it could do before: its loss on held-out
@@ -389,11 +456,17 @@ print(f"saved: {adapter_bytes / 1e3:.0f} kB")
 
 # %%
 few_shot = over_seeds(data.load_results("few_shot"), "score", "method", "examples", "task")
-ways = {"prompt, no example": ("prompt", 0), "prompt, 4 examples": ("prompt", 4),
-        "LoRA on 64 examples": ("lora", 64), "LoRA on 2,000 examples": ("lora", 2000)}
+ways = {
+    "prompt, no example": ("prompt", 0),
+    "prompt, 4 examples": ("prompt", 4),
+    "LoRA on 64 examples": ("lora", 64),
+    "LoRA on 2,000 examples": ("lora", 2000),
+}
 tasks = ("reading", "sailor", "extract", "mood")
-plotting.table(["mean (lowest to highest seed)", *tasks], [
-    [label, *(spread(few_shot[*way, task]) for task in tasks)] for label, way in ways.items()])
+plotting.table(
+    ["mean (lowest to highest seed)", *tasks],
+    [[label, *(spread(few_shot[*way, task]) for task in tasks)] for label, way in ways.items()],
+)
 
 # %% [markdown]
 # Prompts give nothing at all: this model has never learned to take up examples, as larger ones have. LoRA on 64 examples
@@ -420,7 +493,10 @@ best = {method: lesson03.chosen_rate(rows) for method, rows in runs.items()}
 figure, alt = sweeps.curves(
     {names[method]: over_seeds(runs[method], "validation", "learning_rate") for method in names},
     f"LoRA's best learning rate is {best['lora'] / best['full']:.0f} times that of all weights",
-    "learning rate", "right on validation rows", log=10)
+    "learning rate",
+    "right on validation rows",
+    log=10,
+)
 plotting.show(figure, alt)
 print(", ".join(f"{names[method]}: best at {rate:g}" for method, rate in best.items()))
 
@@ -445,6 +521,7 @@ print(", ".join(f"{names[method]}: best at {rate:g}" for method, rate in best.it
 # What was chosen by the test set looks too good on it. Test is for the one number at the end.
 # </details>
 
+
 # %% exercise="03.rate" points=2
 def best_rate(rows):
     """Return the learning rate to use, from the rows of a sweep."""
@@ -462,9 +539,11 @@ lesson03.rate(best_rate)
 # %%
 ### BEGIN HIDDEN TESTS
 assert lesson03.rate.outcome(best_rate).passed
-_rows = [{"seed": s, "learning_rate": r, "validation": v, "test": 1 - v}
-         for r, pair in {0.3: (0.5, 0.7), 0.1: (0.6, 0.6), 0.9: (1.0, 0.1)}.items()
-         for s, v in enumerate(pair)]
+_rows = [
+    {"seed": s, "learning_rate": r, "validation": v, "test": 1 - v}
+    for r, pair in {0.3: (0.5, 0.7), 0.1: (0.6, 0.6), 0.9: (1.0, 0.1)}.items()
+    for s, v in enumerate(pair)
+]
 assert best_rate(_rows) == best_rate(_rows[::-1]) == 0.1
 ### END HIDDEN TESTS
 
@@ -490,9 +569,19 @@ lines = [  # what, rows, column, unit, format
     ("loss on held-out text, before", at_best, "held_out_before", 1, ".3f"),
     ("loss on held-out text, after", at_best, "held_out_after", 1, ".3f"),
 ]
-plotting.table(["mean (lowest to highest seed)", *names.values()], [
-    [what, *(spread([value / unit for value in over_seeds(rows, column, "method")[method]], form)
-             for method in names)] for what, rows, column, unit, form in lines])
+plotting.table(
+    ["mean (lowest to highest seed)", *names.values()],
+    [
+        [
+            what,
+            *(
+                spread([value / unit for value in over_seeds(rows, column, "method")[method]], form)
+                for method in names
+            ),
+        ]
+        for what, rows, column, unit, form in lines
+    ],
+)
 
 # %% [markdown]
 # The scores agree within their spread. **Parameters and file differ by a factor of 23; time and memory do not follow.**
@@ -519,14 +608,22 @@ with plt.style.context(plotting.STYLE_FILE):
         marks = [(row["held_out_after"], row["validation"]) for row in runs[method]]
         axes.plot(*zip(*marks), mark, color=color, label=names[method])
     axes.axvline(loss_off, color="black", linewidth=1)
-    axes.set(xlabel="loss on held-out text afterwards (nats a token)",
-             ylabel="right on validation rows")
+    axes.set(
+        xlabel="loss on held-out text afterwards (nats a token)", ylabel="right on validation rows"
+    )
     axes.legend()
 title = "What a run learned, and what it forgot, depends on its learning rate"
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-plotting.show(figure, f"{title}. The runs of seed 0, score and loss on held-out text: " + "; ".join(
-    f"{names[row['method']]} at {row['learning_rate']:g}: {row['validation']:.0%} and "
-    f"{row['held_out_after']:.2f}" for row in swept if row["seed"] == 0))
+plotting.show(
+    figure,
+    f"{title}. The runs of seed 0, score and loss on held-out text: "
+    + "; ".join(
+        f"{names[row['method']]} at {row['learning_rate']:g}: {row['validation']:.0%} and "
+        f"{row['held_out_after']:.2f}"
+        for row in swept
+        if row["seed"] == 0
+    ),
+)
 
 # %% [markdown]
 # **Full fine-tuning, here.** At about 97% right, LoRA (at 5e-3) has gone from 1.0 to 2.6 nats, all weights (at 5e-4) to
@@ -559,17 +656,31 @@ title = f"At step {marks[-1]} rank 1 has a loss of {last[1][0]:.2g}, rank 64 of 
 figure, alt = sweeps.curves(lines, title, "step", "training loss (nats a token)")
 figure.axes[0].plot(marks[1:], [ours[mark] for mark in marks[1:]], "kx", markersize=9)
 plotting.show(figure, f"{alt} Crosses mark this notebook's own run, of rank 8.")
-plotting.table(["loss, mean of 25 steps up to step", *marks], [
-    ["this notebook", *(f"{ours[mark]:.4f}" for mark in marks)],
-    ["the sweep, rank 8, seed 0", *(f"{theirs[f'loss_{mark}']:.4f}" for mark in marks)]])
+plotting.table(
+    ["loss, mean of 25 steps up to step", *marks],
+    [
+        ["this notebook", *(f"{ours[mark]:.4f}" for mark in marks)],
+        ["the sweep, rank 8, seed 0", *(f"{theirs[f'loss_{mark}']:.4f}" for mark in marks)],
+    ],
+)
+
 
 # %%
 def score_table(rows, *keys):
     """What the settings `keys` of a sweep do to the scores and to the loss on held-out text."""
     shown = [over_seeds(rows, column, *keys) for column in ("validation", "test", "held_out_after")]
-    plotting.table([*keys, "right on validation", "right on test", "loss on held-out text"], [
-        [*(setting if keys[1:] else [setting]), spread(shown[0][setting]),
-         spread(shown[1][setting]), spread(shown[2][setting], ".2f")] for setting in shown[0]])
+    plotting.table(
+        [*keys, "right on validation", "right on test", "loss on held-out text"],
+        [
+            [
+                *(setting if keys[1:] else [setting]),
+                spread(shown[0][setting]),
+                spread(shown[1][setting]),
+                spread(shown[2][setting], ".2f"),
+            ]
+            for setting in shown[0]
+        ],
+    )
 
 
 score_table(ranked, "rank", "trainable")
@@ -619,9 +730,13 @@ thin, wide = (told[amounts[-1], rank][0] for rank in (1, 64))
 title = f"Of {amounts[-1]} facts, rank 1 gives back {thin:.0%} and rank 64 {wide:.0%}"
 figure, alt = sweeps.curves(lines, title, "rank", "facts given back", log=2)
 plotting.show(figure, alt)
-plotting.table(["facts", "rank", "asked as in training", "asked in other words"], [
-    [facts, rank, spread(told[facts, rank]), spread(reworded[facts, rank])]
-    for facts, rank in told])
+plotting.table(
+    ["facts", "rank", "asked as in training", "asked in other words"],
+    [
+        [facts, rank, spread(told[facts, rank]), spread(reworded[facts, rank])]
+        for facts, rank in told
+    ],
+)
 
 # %% [markdown]
 # Here low rank runs out. `sailor` is one rule, and rank 1 was nearly enough for it; of 100 facts rank 1 gives back a
@@ -645,8 +760,10 @@ for size in (32, 2000):
         curves[f"{label}, {size:,} rows"] = over_seeds(of_size, f"{label}_loss", "step")
 on_32 = {step: group[0] for step, group in curves["validation, 32 rows"].items()}
 lowest = min(on_32, key=on_32.get)
-title = (f"On 32 rows the validation loss is lowest at step {lowest}:"
-         f"\n{on_32[lowest]:.2f}, and {list(on_32.values())[-1]:.2f} at the end")
+title = (
+    f"On 32 rows the validation loss is lowest at step {lowest}:"
+    f"\n{on_32[lowest]:.2f}, and {list(on_32.values())[-1]:.2f} at the end"
+)
 figure, alt = sweeps.curves(curves, title, "step", "loss (nats a token)")
 plotting.show(figure, alt)
 right = over_seeds(fitted, "test", "rows")
@@ -673,6 +790,7 @@ print(", ".join(f"{size:,} rows: {spread(right[size])} right on test" for size i
 # <details><summary>What if it never stops?</summary>
 # Then <code>last</code> is the last evaluation of the list.
 # </details>
+
 
 # %% exercise="03.stop" points=3
 def when_to_stop(losses, patience):
@@ -708,12 +826,24 @@ for _losses, _patience in (([5, 4, 6, 7, 3], 2), ([5, 4, 6, 7, 3], 3), ([1, 1, 1
 # %%
 loops = data.load_results("throughput")
 speed, ends = (over_seeds(loops, column, "loop") for column in ("tokens_per_second", "last_loss"))
-kinds = {"bare": "bare PyTorch loop", "trl_model_loss": "SFTTrainer with the model's own loss",
-         "trl": "SFTTrainer"}
+kinds = {
+    "bare": "bare PyTorch loop",
+    "trl_model_loss": "SFTTrainer with the model's own loss",
+    "trl": "SFTTrainer",
+}
 trl_share = speed["trl"][0] / speed["bare"][0]
-plotting.table(["", "tokens a second", "of the bare loop", "loss of the last steps"], [
-    [label, spread(speed[loop], ",.0f"), f"{speed[loop][0] / speed['bare'][0]:.0%}",
-     f"{ends[loop][0]:.4f}"] for loop, label in kinds.items()])
+plotting.table(
+    ["", "tokens a second", "of the bare loop", "loss of the last steps"],
+    [
+        [
+            label,
+            spread(speed[loop], ",.0f"),
+            f"{speed[loop][0] / speed['bare'][0]:.0%}",
+            f"{ends[loop][0]:.4f}",
+        ]
+        for loop, label in kinds.items()
+    ],
+)
 
 # %% [markdown]
 # The losses agree in every digit shown, so all three did the same work. `SFTTrainer` has about four fifths of the bare
@@ -750,8 +880,13 @@ def look(name, made):
     return [name, f"{logged[-1]:.2f}", f"{seen.loss:.2f}", f"{stops:.0%}", max(replies, key=len)]
 
 
-SEEN = ["lab", "loss logged", "loss on whole answers", "stops after a right one",
-        "longest reply of 16"]
+SEEN = [
+    "lab",
+    "loss logged",
+    "loss on whole answers",
+    "stops after a right one",
+    "longest reply of 16",
+]
 healthy = look("healthy", lab())
 plotting.table(SEEN, [healthy])
 
@@ -837,6 +972,7 @@ print(f"max_length=20: {len(few)} rows given, {len(dropped.train_dataset)} left"
 # It fits.
 # </details>
 
+
 # %% exercise="03.cut" points=4
 def cut_rows(rows, tokenizer, max_length):
     """Return the numbers of the rows that lose a part of their answer, as a list."""
@@ -908,6 +1044,7 @@ print(validation.check_training(idle))
 #
 # *A* is drawn in `get_peft_model`. **Predict:** which of the two orders gives the same run twice?
 
+
 # %%
 def first_A(seed_first):
     """A of the first layer of a new adapter."""
@@ -936,10 +1073,18 @@ for seed_first in (True, False):
 
 # %%
 fields = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-plotting.table(["setting", "TRL's default", "this lesson, here"], [
-    [f"`{name}`", default, getattr(trainer.args, name)] for name, default in (
-        ("bf16", "on"), ("gradient_checkpointing", fields["gradient_checkpointing"]),
-        ("learning_rate", fields["learning_rate"]), ("max_length", fields["max_length"]))])
+plotting.table(
+    ["setting", "TRL's default", "this lesson, here"],
+    [
+        [f"`{name}`", default, getattr(trainer.args, name)]
+        for name, default in (
+            ("bf16", "on"),
+            ("gradient_checkpointing", fields["gradient_checkpointing"]),
+            ("learning_rate", fields["learning_rate"]),
+            ("max_length", fields["max_length"]),
+        )
+    ],
+)
 try:
     with warnings.catch_warnings(action="ignore"):
         SFTConfig(output_dir=str(folder))
@@ -958,10 +1103,13 @@ except ValueError as error:
 
 # %%
 good, question = few[0], few[1]["prompt"]
-broken = {"no rows at all": few.select([]),
-          "no answer": Dataset.from_list([good, {"prompt": question, "completion": None}]),
-          "an empty answer": Dataset.from_list([good, {"prompt": question, "completion": [
-              {"role": "assistant", "content": ""}]}])}
+broken = {
+    "no rows at all": few.select([]),
+    "no answer": Dataset.from_list([good, {"prompt": question, "completion": None}]),
+    "an empty answer": Dataset.from_list(
+        [good, {"prompt": question, "completion": [{"role": "assistant", "content": ""}]}]
+    ),
+}
 for name, rows in broken.items():
     try:
         lab(rows=rows)
@@ -984,17 +1132,22 @@ for name, rows in broken.items():
 
 # %%
 final_scores = over_seeds(at_best, "test", "method")
-plotting.table(["", "measured"], [
-    ["right on held-out rows: base, four examples, fine-tuned",
-     f"{before['score']:.0%}, {prompted['score']:.0%}, {after['score']:.0%}"],
-    ["loss on held-out text: base, with the adapter", f"{loss_off:.2f}, {loss_on:.2f}"],
-    ["the adapter's file", f"{adapter_bytes / 1e3:.0f} kB"],
-    ["three seeds each: LoRA", spread(final_scores["lora"])],
-    ["three seeds each: all weights", spread(final_scores["full"])],
-    ["best learning rate: LoRA, all weights", f"{best['lora']:g}, {best['full']:g}"],
-    [f"{amounts[-1]} facts given back: rank 1, rank 64", f"{thin:.0%}, {wide:.0%}"],
-    ["SFTTrainer's speed, of a bare loop's", f"{trl_share:.0%}"],
-])
+plotting.table(
+    ["", "measured"],
+    [
+        [
+            "right on held-out rows: base, four examples, fine-tuned",
+            f"{before['score']:.0%}, {prompted['score']:.0%}, {after['score']:.0%}",
+        ],
+        ["loss on held-out text: base, with the adapter", f"{loss_off:.2f}, {loss_on:.2f}"],
+        ["the adapter's file", f"{adapter_bytes / 1e3:.0f} kB"],
+        ["three seeds each: LoRA", spread(final_scores["lora"])],
+        ["three seeds each: all weights", spread(final_scores["full"])],
+        ["best learning rate: LoRA, all weights", f"{best['lora']:g}, {best['full']:g}"],
+        [f"{amounts[-1]} facts given back: rank 1, rank 64", f"{thin:.0%}, {wide:.0%}"],
+        ["SFTTrainer's speed, of a bare loop's", f"{trl_share:.0%}"],
+    ],
+)
 progress()
 
 # %% [markdown]

@@ -39,9 +39,11 @@ from trl import SFTConfig, SFTTrainer
 
 runtime.seed_everything(0)
 device = runtime.device()
-print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
-      f" · peft {peft.__version__} · trl {trl.__version__}"
-      f" · bitsandbytes {bitsandbytes.__version__} · on {device}")
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · trl {trl.__version__}"
+    f" · bitsandbytes {bitsandbytes.__version__} · on {device}"
+)
 
 # %% [markdown]
 # ## What would it buy?
@@ -55,38 +57,75 @@ print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__
 #
 # **Predict:** you have 24 GB. How large a model can you fine-tune with all weights, with LoRA, with QLoRA?
 
+
 # %%
 def llama(width, inner, layers, heads, groups, words=32000, tied=False):
     """The configuration of a Llama of this shape; no weights."""
     return AutoConfig.for_model(
-        "llama", hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=groups, vocab_size=words,
-        tie_word_embeddings=tied)
+        "llama",
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=words,
+        tie_word_embeddings=tied,
+    )
 
 
-shapes = {"1B": llama(2048, 8192, 16, 32, 8, 128256, True),
-          "3B": llama(3072, 8192, 28, 24, 8, 128256, True),
-          "8B": llama(4096, 14336, 32, 32, 8, 128256), "13B": llama(5120, 13824, 40, 40, 40),
-          "33B": llama(6656, 17920, 60, 52, 52), "65B": llama(8192, 22016, 80, 64, 64),
-          "70B": llama(8192, 28672, 80, 64, 8, 128256)}
+shapes = {
+    "1B": llama(2048, 8192, 16, 32, 8, 128256, True),
+    "3B": llama(3072, 8192, 28, 24, 8, 128256, True),
+    "8B": llama(4096, 14336, 32, 32, 8, 128256),
+    "13B": llama(5120, 13824, 40, 40, 40),
+    "33B": llama(6656, 17920, 60, 52, 52),
+    "65B": llama(8192, 22016, 80, 64, 64),
+    "70B": llama(8192, 28672, 80, 64, 8, 128256),
+}
 wide = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-training_ways = {"all weights": ("full", {"moment_dtype": torch.float32}), "LoRA": ("lora", {}),
-        "QLoRA": ("qlora", {"double_quantization": True})}
-need = {way: {name: memory.estimate_memory(
-            shape, method, wide, batch_size=1, sequence_length=512, dtype="bfloat16",
-            gradient_checkpointing=True, **options) for name, shape in shapes.items()}
-        for way, (method, options) in training_ways.items()}
+training_ways = {
+    "all weights": ("full", {"moment_dtype": torch.float32}),
+    "LoRA": ("lora", {}),
+    "QLoRA": ("qlora", {"double_quantization": True}),
+}
+need = {
+    way: {
+        name: memory.estimate_memory(
+            shape,
+            method,
+            wide,
+            batch_size=1,
+            sequence_length=512,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+            **options,
+        )
+        for name, shape in shapes.items()
+    }
+    for way, (method, options) in training_ways.items()
+}
 
 # %%
 CARD = 24
-billions = [sum(p.numel() for p in counting.meta_model(shape).parameters()) / 1e9
-            for shape in shapes.values()]
-largest = {way: max((name for name in sizes if sizes[name].total < CARD * 1e9), default="none",
-                    key=list(shapes).index) for way, sizes in need.items()}
+billions = [
+    sum(p.numel() for p in counting.meta_model(shape).parameters()) / 1e9
+    for shape in shapes.values()
+]
+largest = {
+    way: max(
+        (name for name in sizes if sizes[name].total < CARD * 1e9),
+        default="none",
+        key=list(shapes).index,
+    )
+    for way, sizes in need.items()
+}
 title = f"{CARD} GB take " + ", ".join(f"{name} with {way}" for way, name in largest.items())
 figure = plotting.curves(
     {way: (billions, [one.total / 1e9 for one in sizes.values()]) for way, sizes in need.items()},
-    title, "parameters, in billions", "memory for training, GB")
+    title,
+    "parameters, in billions",
+    "memory for training, GB",
+)
 axes = figure.axes[0]
 axes.set(xscale="log", yscale="log")
 axes.set_xticks(billions, [*list(shapes)[:-2], "", "70B"])
@@ -94,12 +133,20 @@ axes.set_yticks([10, 100, 1000], ["10", "100", "1,000"])
 axes.minorticks_off()
 axes.axhline(CARD, color="black", linewidth=1)
 axes.text(billions[0], CARD * 1.1, f"{CARD} GB")
-plotting.show(figure, f"{title}. One row of 512 tokens, checkpointing on. " + "; ".join(
-    f"{way}: " + ", ".join(f"{one.total / 1e9:,.0f} GB for {name}" for name, one in sizes.items())
-    for way, sizes in need.items()))
+plotting.show(
+    figure,
+    f"{title}. One row of 512 tokens, checkpointing on. "
+    + "; ".join(
+        f"{way}: "
+        + ", ".join(f"{one.total / 1e9:,.0f} GB for {name}" for name, one in sizes.items())
+        for way, sizes in need.items()
+    ),
+)
 full_65b = need["all weights"]["65B"]
-print(f"65B, all weights: {(full_65b.total - full_65b.activations) / 1e9:,.0f} GB"
-      f" and activations; 12 bytes × 65 billion = {12 * 65:,} GB")
+print(
+    f"65B, all weights: {(full_65b.total - full_65b.activations) / 1e9:,.0f} GB"
+    f" and activations; 12 bytes × 65 billion = {12 * 65:,} GB"
+)
 print(f"65B, QLoRA: {need['QLoRA']['65B'].total / 1e9:.0f} GB; the paper did it on a card of 48 GB")
 
 # %% [markdown]
@@ -116,6 +163,7 @@ print(f"65B, QLoRA: {need['QLoRA']['65B'].total / 1e9:.0f} GB; the paper did it 
 #
 # The outermost quantile can't be that of probability 1, which is infinite. bitsandbytes takes that of 0.9677083,
 # half-way between 29/30 and 31/32.
+
 
 # %%
 def quantiles_above_0(count, offset=0.9677083):
@@ -167,16 +215,22 @@ layers = memory.quantised_layers(base_model)
 weights = {name: layer.weight.detach().float().cpu() for name, layer in layers.items()}
 blocks = torch.cat([weight.reshape(-1, 64) for weight in weights.values()])
 inside = blocks / blocks.abs().amax(1, keepdim=True)  # from -1 to 1
-FORMATS = {"NF4": library, "FP4": functional.get_4bit_type("fp4", device="cpu").unique(),
-           "int4": torch.arange(-7, 8) / 7, "int8": torch.arange(-127, 128) / 127}
+FORMATS = {
+    "NF4": library,
+    "FP4": functional.get_4bit_type("fp4", device="cpu").unique(),
+    "int4": torch.arange(-7, 8) / 7,
+    "int8": torch.arange(-127, 128) / 127,
+}
 borders = (library[1:] + library[:-1]) / 2
 used = torch.bucketize(inside, borders).flatten().bincount(minlength=16) / inside.numel()
 own = torch.cat([weight.flatten() for weight in weights.values()])
 normal = torch.randn(2**14, 64, generator=torch.Generator().manual_seed(0))
 normal = torch.bucketize(normal / normal.abs().amax(1, keepdim=True), borders).flatten()
 for label, share in (("weights", used), ("Gaussian numbers", normal.bincount() / normal.numel())):
-    print(f"share of {label} at each NF4 level: {share.min():.1%} to {share.max():.1%};"
-          f" equal would be {1 / 16:.1%}")
+    print(
+        f"share of {label} at each NF4 level: {share.min():.1%} to {share.max():.1%};"
+        f" equal would be {1 / 16:.1%}"
+    )
 
 # %%
 import matplotlib.pyplot as plt
@@ -186,17 +240,32 @@ with plt.style.context(plotting.STYLE_FILE):
     top.hist(inside.flatten().numpy(), bins=120, range=(-1, 1), color="#999999")
     top.set(ylabel="weights", yticks=[])
     for place, (name, color) in enumerate(zip(("int4", "FP4", "NF4"), plotting.COLORS[2::-1])):
-        bottom.plot(FORMATS[name], [place] * len(FORMATS[name]), "|", color=color, markersize=16,
-                    markeredgewidth=2)
-    bottom.set(yticks=range(3), yticklabels=("int4", "FP4", "NF4"), ylim=(-0.6, 2.6),
-               xlabel="weight, divided by the largest of its block")
+        bottom.plot(
+            FORMATS[name],
+            [place] * len(FORMATS[name]),
+            "|",
+            color=color,
+            markersize=16,
+            markeredgewidth=2,
+        )
+    bottom.set(
+        yticks=range(3),
+        yticklabels=("int4", "FP4", "NF4"),
+        ylim=(-0.6, 2.6),
+        xlabel="weight, divided by the largest of its block",
+    )
     bottom.grid(False)
     top.grid(False)
 title = "NF4 puts its levels where the weights are;\na block's largest is always at 1 or -1"
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-plotting.show(figure, f"{title}. A histogram of the model's weights, and the levels below it. " +
-              "; ".join(f"{name}: " + ", ".join(f"{level:.2f}" for level in FORMATS[name])
-                        for name in ("NF4", "FP4", "int4")))
+plotting.show(
+    figure,
+    f"{title}. A histogram of the model's weights, and the levels below it. "
+    + "; ".join(
+        f"{name}: " + ", ".join(f"{level:.2f}" for level in FORMATS[name])
+        for name in ("NF4", "FP4", "int4")
+    ),
+)
 
 # %% [markdown]
 # The levels are not used equally often, and not on Gaussian numbers either: dividing by the largest of the block
@@ -219,20 +288,29 @@ absmax = block.abs().max()
 codes = (block / absmax - library[:, None]).abs().argmin(0)
 back = library[codes] * absmax
 order = block.argsort()
-figure = plotting.curves({"weight": (range(64), block[order]),
-                          "read back": (range(64), back[order])},
-                         f"64 weights, {len(codes.unique())} levels in use,"
-                         f" off by {(back - block).norm() / block.norm():.0%} of their size",
-                         "weights of one block, in order", "value")
+figure = plotting.curves(
+    {"weight": (range(64), block[order]), "read back": (range(64), back[order])},
+    f"64 weights, {len(codes.unique())} levels in use,"
+    f" off by {(back - block).norm() / block.norm():.0%} of their size",
+    "weights of one block, in order",
+    "value",
+)
 figure.axes[0].lines[1].set_drawstyle("steps-mid")
-plotting.show(figure, "One block of 64 weights in ascending order, and the same read back: "
-              f"a staircase along the curve. Largest difference {(back - block).abs().max():.3f}, "
-              f"largest weight {absmax:.3f}.")
+plotting.show(
+    figure,
+    "One block of 64 weights in ascending order, and the same read back: "
+    f"a staircase along the curve. Largest difference {(back - block).abs().max():.3f}, "
+    f"largest weight {absmax:.3f}.",
+)
 wrong = library[torch.bucketize(inside, borders)] - inside
-for label, where in (("below a quarter", inside.abs() < 0.25),
-                     ("above three quarters", inside.abs() > 0.75)):
-    print(f"all blocks, weights {label} of the largest: error"
-          f" {wrong[where].square().mean()**0.5:.3f} of the largest")
+for label, where in (
+    ("below a quarter", inside.abs() < 0.25),
+    ("above three quarters", inside.abs() > 0.75),
+):
+    print(
+        f"all blocks, weights {label} of the largest: error"
+        f" {wrong[where].square().mean() ** 0.5:.3f} of the largest"
+    )
 
 # %% [markdown]
 # The steps are coarse at both ends, where weights are few, and errors are three times as large there. **A block pays
@@ -256,6 +334,7 @@ for label, where in (("below a quarter", inside.abs() < 0.25),
 # <details><summary>The check says that the blocks run down the columns</summary>
 # <code>reshape(-1, block)</code> keeps numbers of a row together; <code>reshape(block, -1)</code> does not.
 # </details>
+
 
 # %% exercise="04.quantise" points=4
 def quantise_in_blocks(weight, levels, block):
@@ -296,8 +375,10 @@ for kind in ("nf4", "fp4"):
         differing += (by_kernel != there_and_back(weight, FORMATS[kind.upper()], 64)).sum().item()
     print(f"{kind}: {differing} of {own.numel():,} numbers differ")
     assert differing / own.numel() < 1e-5
-print(f"the last weight {tuple(weight.shape)} in float32: {weight.nbytes:,} bytes; packed:"
-      f" {bytes_.nbytes:,}, and {scale.absmax.nbytes:,} for its absmax values")
+print(
+    f"the last weight {tuple(weight.shape)} in float32: {weight.nbytes:,} bytes; packed:"
+    f" {bytes_.nbytes:,}, and {scale.absmax.nbytes:,} for its absmax values"
+)
 
 # %% [markdown]
 # **What the library does is five lines, and then speed.**
@@ -310,6 +391,7 @@ print(f"the last weight {tuple(weight.shape)} in float32: {weight.nbytes:,} byte
 #
 # **Predict:** in which column is NF4 *not* the best of the three 4-bit formats?
 
+
 # %%
 def relative_error(values, levels, block=64):
     """Length of the rounding error, over the length of the values."""
@@ -321,16 +403,28 @@ uniform = torch.rand(2**20, generator=generator, dtype=torch.float64)
 distributions = {  # by the inverse of their distribution functions
     "Gaussian": torch.special.ndtri(uniform).float(),
     "heavy tails": (uniform.sub(0.5).sign() * uniform.sub(0.5).abs().mul(2).neg().log1p()).float(),
-    "uniform": uniform.mul(2).sub(1).float(), "this model": own}
-errors = {name: {kind: relative_error(values, levels) for kind, levels in FORMATS.items()}
-          for name, values in distributions.items()}
-plotting.table(["error", *errors], [
-    [kind, *(f"{found[kind]:.4f}" for found in errors.values())]
-    for kind in ("NF4", "FP4", "int4", "int8")])
-kurtosis = {name: ((values - values.mean()) ** 4).mean() / values.var() ** 2
-            for name, values in distributions.items()}
-print("kurtosis, 3 for a Gaussian:", ", ".join(f"{name} {value:.1f}"
-                                               for name, value in kurtosis.items()))
+    "uniform": uniform.mul(2).sub(1).float(),
+    "this model": own,
+}
+errors = {
+    name: {kind: relative_error(values, levels) for kind, levels in FORMATS.items()}
+    for name, values in distributions.items()
+}
+plotting.table(
+    ["error", *errors],
+    [
+        [kind, *(f"{found[kind]:.4f}" for found in errors.values())]
+        for kind in ("NF4", "FP4", "int4", "int8")
+    ],
+)
+kurtosis = {
+    name: ((values - values.mean()) ** 4).mean() / values.var() ** 2
+    for name, values in distributions.items()
+}
+print(
+    "kurtosis, 3 for a Gaussian:",
+    ", ".join(f"{name} {value:.1f}" for name, value in kurtosis.items()),
+)
 
 # %% [markdown]
 # What holds of the story, and what doesn't:
@@ -353,19 +447,32 @@ print("kurtosis, 3 for a Gaussian:", ", ".join(f"{name} {value:.1f}"
 # %%
 sizes = (4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 gaussian = distributions["Gaussian"]
-by_block = {kind: [relative_error(gaussian, FORMATS[kind], size) for size in sizes]
-            for kind in ("NF4", "FP4", "int4")}
+by_block = {
+    kind: [relative_error(gaussian, FORMATS[kind], size) for size in sizes]
+    for kind in ("NF4", "FP4", "int4")
+}
 wins = [size for size, nf4, int4 in zip(sizes, by_block["NF4"], by_block["int4"]) if int4 < nf4]
-title = (f"Gaussian numbers: NF4's error grows from {by_block['NF4'][0]:.3f} to "
-         f"{by_block['NF4'][-1]:.3f},\nand int4 is better in blocks of "
-         f"{' and '.join(map(str, wins)) or 'no size'}")
-figure = plotting.curves({kind: (sizes, values) for kind, values in by_block.items()}, title,
-                         "numbers in a block", "error")
+title = (
+    f"Gaussian numbers: NF4's error grows from {by_block['NF4'][0]:.3f} to "
+    f"{by_block['NF4'][-1]:.3f},\nand int4 is better in blocks of "
+    f"{' and '.join(map(str, wins)) or 'no size'}"
+)
+figure = plotting.curves(
+    {kind: (sizes, values) for kind, values in by_block.items()},
+    title,
+    "numbers in a block",
+    "error",
+)
 figure.axes[0].set_xscale("log", base=2)
 figure.axes[0].set_xticks(sizes, sizes)
-plotting.show(figure, f"{title}. " + "; ".join(
-    f"{kind}: " + ", ".join(f"{value:.3f} at {size}" for size, value in zip(sizes, values))
-    for kind, values in by_block.items()))
+plotting.show(
+    figure,
+    f"{title}. "
+    + "; ".join(
+        f"{kind}: " + ", ".join(f"{value:.3f} at {size}" for size, value in zip(sizes, values))
+        for kind, values in by_block.items()
+    ),
+)
 
 # %% [markdown]
 # In a block of four the largest is not far from the rest, so fewer lie near zero, where NF4 is dense. Blocks of 64 cost
@@ -390,6 +497,7 @@ plotting.show(figure, f"{title}. " + "; ".join(
 # <details><summary>My number is above 4.5</summary>
 # The 8 bits stand in place of the 32.
 # </details>
+
 
 # %% exercise="04.bits" points=2
 def bits_per_parameter(block, group=None):
@@ -422,22 +530,28 @@ scales = state.absmax
 again = functional.dequantize_blockwise(double.absmax, double.state2) + double.offset
 with plt.style.context(plotting.STYLE_FILE):
     figure, axes = plt.subplots()
-    for values, look in ((scales, {"color": "#999999", "label": "float32"}),
-                         (again, {"histtype": "step", "label": "from 8 bits"})):
+    for values, look in (
+        (scales, {"color": "#999999", "label": "float32"}),
+        (again, {"histtype": "step", "label": "from 8 bits"}),
+    ):
         axes.hist(values, bins=100, range=(0, 0.8), **look)
     axes.set(xlabel="absmax of a block", ylabel="blocks")
     axes.legend()
 off = ((again - scales).norm() / scales.norm()).item()
 title = f"The scales lie close together: in 8 bits they are off by {off:.1%}"
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-plotting.show(figure, f"{title}. Histogram of {len(scales):,} absmax values, from "
-              f"{scales.min():.2f} to {scales.max():.2f}, and of the same read back from 8 bits.")
+plotting.show(
+    figure,
+    f"{title}. Histogram of {len(scales):,} absmax values, from "
+    f"{scales.min():.2f} to {scales.max():.2f}, and of the same read back from 8 bits.",
+)
 
 # %%
 rows = []
-for label, bits, codes, one in (("NF4", 4 + 32 / 64, packed, state),
-                                ("and double quantisation", 4 + 8 / 64 + 32 / (64 * 256),
-                                 packed_twice, double)):
+for label, bits, codes, one in (
+    ("NF4", 4 + 32 / 64, packed, state),
+    ("and double quantisation", 4 + 8 / 64 + 32 / (64 * 256), packed_twice, double),
+):
     kept = codes.nbytes + one.absmax.nbytes + (one.state2.absmax.nbytes if one.nested else 0)
     lost = (functional.dequantize_4bit(codes, one) - own).norm() / own.norm()
     rows.append([label, f"{bits:.3f}", f"{8 * kept / own.numel():.3f}", f"{lost:.5f}"])
@@ -453,21 +567,28 @@ plotting.table(["", "bits by the formula", "bits counted", "error"], rows)
 #
 # With transformers all that is one argument. First, a check of what is asked for; then the call.
 
+
 # %%
 def four_bits(kind="nf4", double=False):
     """The settings of this lesson: compute in the dtype that the model would have anyway."""
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind,
-                              bnb_4bit_use_double_quant=double,
-                              bnb_4bit_compute_dtype=runtime.dtype())
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=runtime.dtype(),
+    )
 
 
 print(validation.check_quantization_config(base_model.config, four_bits()))
 model = AutoModelForCausalLM.from_pretrained(
-    base_folder, dtype=runtime.dtype(), quantization_config=four_bits())
+    base_folder, dtype=runtime.dtype(), quantization_config=four_bits()
+)
 runtime.stop_repacking(model)  # Break it 1 shows what this line is for
 layer = model.get_submodule(name)
-print(f"\n{name}: {type(layer).__name__}, weight {layer.weight.dtype}, {tuple(layer.weight.shape)},"
-      f" for {tuple(layer.weight.quant_state.shape)}")
+print(
+    f"\n{name}: {type(layer).__name__}, weight {layer.weight.dtype}, {tuple(layer.weight.shape)},"
+    f" for {tuple(layer.weight.quant_state.shape)}"
+)
 floats = [part for part, weight in model.named_parameters() if weight.is_floating_point()]
 print("in float still:", ", ".join(sorted({part.split(".")[-2] for part in floats})))
 
@@ -480,14 +601,18 @@ print("in float still:", ", ".join(sorted({part.split(".")[-2] for part in float
 # **Predict:** NF4 has an eighth of the bits. Is this model an eighth as large?
 
 # %%
-FORMS = {"float32": ("lora", None, {}), "NF4": ("qlora", four_bits(), {}),
-         "NF4, double": ("qlora", four_bits(double=True), {"double_quantization": True})}
+FORMS = {
+    "float32": ("lora", None, {}),
+    "NF4": ("qlora", four_bits(), {}),
+    "NF4, double": ("qlora", four_bits(double=True), {"double_quantization": True}),
+}
 
 
 def load(settings=None):
     """A fresh base as `settings` say, kept from being repacked."""
     model = AutoModelForCausalLM.from_pretrained(
-        base_folder, dtype=runtime.dtype(), quantization_config=settings)
+        base_folder, dtype=runtime.dtype(), quantization_config=settings
+    )
     return runtime.stop_repacking(model if settings else model.to(device))
 
 
@@ -501,10 +626,17 @@ for form, (method, settings, options) in FORMS.items():
     model = get_peft_model(load(settings), lora_config())
     held[form] = memory.measure_training_state(model).weights
     predicted = memory.estimate_memory(
-        base_model.config, method, lora_config(), batch_size=32, sequence_length=48,
-        dtype=runtime.dtype(), **options).weights
-    rows.append([form, *(f"{size:,}" for size in (
-        model.get_memory_footprint(), predicted, held[form]))])
+        base_model.config,
+        method,
+        lora_config(),
+        batch_size=32,
+        sequence_length=48,
+        dtype=runtime.dtype(),
+        **options,
+    ).weights
+    rows.append(
+        [form, *(f"{size:,}" for size in (model.get_memory_footprint(), predicted, held[form]))]
+    )
 plotting.table(["base and adapter, bytes", "get_memory_footprint", "predicted", "counted"], rows)
 embedding = base_model.get_input_embeddings().weight
 print(f"the embedding, not quantised: {embedding.nbytes:,} bytes")
@@ -552,21 +684,29 @@ runtime.quiet_int8()
 # %%
 test = data.load_task("sailor", "test").select(range(96))
 held_out = data.held_out_texts(tokenizer)[:128]
-texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-         for row in test.select(range(32))]
-probe = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right",
-                  add_special_tokens=False).to(device)
+texts = [
+    tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+    for row in test.select(range(32))
+]
+probe = tokenizer(
+    texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+).to(device)
 
 
 def against(reference, candidate, positions=None):
     """How far the candidate's predictions lie from the reference's, on questions and answers."""
-    return validation.compare_models(reference, candidate, probe, positions=positions,
-                                     atol=math.inf)
+    return validation.compare_models(
+        reference, candidate, probe, positions=positions, atol=math.inf
+    )
 
 
-forms = {"bfloat16": copy.deepcopy(base_model).to(torch.bfloat16), "int8": in_8_bits,
-         "NF4": load(four_bits()), "NF4, double": load(four_bits(double=True)),
-         "FP4": load(four_bits("fp4"))}
+forms = {
+    "bfloat16": copy.deepcopy(base_model).to(torch.bfloat16),
+    "int8": in_8_bits,
+    "NF4": load(four_bits()),
+    "NF4, double": load(four_bits(double=True)),
+    "FP4": load(four_bits("fp4")),
+}
 
 
 def held_out_loss(model):
@@ -576,8 +716,9 @@ def held_out_loss(model):
 rows = [["float32", "", "", f"{held_out_loss(base_model):.4f}"]]
 for form, model in forms.items():
     seen = against(base_model, model)
-    rows.append([form, f"{seen.top1_agreement:.1%}", f"{seen.kl:.4f}",
-                 f"{held_out_loss(model):.4f}"])
+    rows.append(
+        [form, f"{seen.top1_agreement:.1%}", f"{seen.kl:.4f}", f"{held_out_loss(model):.4f}"]
+    )
 plotting.table(["base in", "same most likely token", "KL", "loss on held-out text"], rows)
 
 # %% [markdown]
@@ -592,23 +733,30 @@ plotting.table(["base in", "same most likely token", "KL", "loss on held-out tex
 # We look at a base whose other weights are in bfloat16, as on a GPU.
 
 # %%
-model = runtime.stop_repacking(AutoModelForCausalLM.from_pretrained(
-    base_folder, dtype=torch.bfloat16, quantization_config=four_bits()))
+model = runtime.stop_repacking(
+    AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=torch.bfloat16, quantization_config=four_bits()
+    )
+)
 
 
 def state_of(model):
     floats = [weight for weight in model.parameters() if weight.is_floating_point()]
-    return [", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in floats})),
-            sum(weight.requires_grad for weight in model.parameters()),
-            model.is_activation_checkpointing, f"{model.get_memory_footprint() / 1e6:.2f}"]
+    return [
+        ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in floats})),
+        sum(weight.requires_grad for weight in model.parameters()),
+        model.is_activation_checkpointing,
+        f"{model.get_memory_footprint() / 1e6:.2f}",
+    ]
 
 
 rows = [["loaded", *state_of(model)]]
 with warnings.catch_warnings(action="ignore"):  # it calls a method that transformers has renamed
     prepared = prepare_model_for_kbit_training(model)
 rows.append(["prepared", *state_of(prepared)])
-plotting.table(["", "dtype of what is not quantised", "trainable tensors", "checkpointing", "MB"],
-               rows)
+plotting.table(
+    ["", "dtype of what is not quantised", "trainable tensors", "checkpointing", "MB"], rows
+)
 print("the same object:", prepared is model)
 
 # %% [markdown]
@@ -634,13 +782,25 @@ train_rows, check_rows = (data.load_task("sailor", split) for split in ("train",
 def make_trainer(model, steps=STEPS, batch=BATCH, rows=train_rows, **changes):
     """LoRA on this base, with the adapter in float32."""
     settings = dict(
-        output_dir=str(runtime.runs_dir() / "lesson04"), seed=0, max_steps=steps,
-        per_device_train_batch_size=batch, learning_rate=RATE, warmup_steps=steps // 8,
-        max_length=256, logging_steps=5, save_strategy="no", **runtime.trainer_settings())
+        output_dir=str(runtime.runs_dir() / "lesson04"),
+        seed=0,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=RATE,
+        warmup_steps=steps // 8,
+        max_length=256,
+        logging_steps=5,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+    )
     trainer = SFTTrainer(
-        model=model, args=SFTConfig(**settings | changes), processing_class=tokenizer,
-        train_dataset=rows.select_columns(COLUMNS), peft_config=lora_config(),
-        eval_dataset=check_rows.select(range(64)).select_columns(COLUMNS))
+        model=model,
+        args=SFTConfig(**settings | changes),
+        processing_class=tokenizer,
+        train_dataset=rows.select_columns(COLUMNS),
+        peft_config=lora_config(),
+        eval_dataset=check_rows.select(range(64)).select_columns(COLUMNS),
+    )
     adapter = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     trainer.adapter_dtype = adapter[0].dtype  # as TRL made it
     for weight in adapter:
@@ -660,9 +820,17 @@ after = evaluation.evaluate_task(trained, tokenizer, "sailor", test, max_new_tok
 evaluation.band("right before, base in NF4", before["score"], 0, 0.05)
 evaluation.band("right after, LoRA on NF4", after["score"], 0.85, 1)
 print(validation.check_quantised(trained, base_model))
-plotting.table(["question", "before", "after"], [
-    [test[i]["prompt"][0]["content"].partition(": ")[2], before["predictions"][i],
-     after["predictions"][i]] for i in range(3)])
+plotting.table(
+    ["question", "before", "after"],
+    [
+        [
+            test[i]["prompt"][0]["content"].partition(": ")[2],
+            before["predictions"][i],
+            after["predictions"][i],
+        ]
+        for i in range(3)
+    ],
+)
 
 # %% [markdown]
 # It learned, on weights that are 9% off. Does it make up for the rounding, too? Merging will show.
@@ -677,15 +845,28 @@ plotting.table(["question", "before", "after"], [
 
 # %%
 swept = data.load_results("quantised")
-names = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "nf4": "NF4",
-         "nf4_double": "NF4, double", "nf4_trl": "NF4, adapter in bfloat16"}
-columns = {"right on test": ("test", ".0%"), "loss on validation": ("validation_loss", ".4f"),
-           "held-out text before": ("held_out_before", ".3f"),
-           "and after": ("held_out_after", ".2f")}
+names = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "nf4": "NF4",
+    "nf4_double": "NF4, double",
+    "nf4_trl": "NF4, adapter in bfloat16",
+}
+columns = {
+    "right on test": ("test", ".0%"),
+    "loss on validation": ("validation_loss", ".4f"),
+    "held-out text before": ("held_out_before", ".3f"),
+    "and after": ("held_out_after", ".2f"),
+}
 found = {label: over_seeds(swept, column, "weights") for label, (column, _) in columns.items()}
-plotting.table(["mean (lowest to highest seed)", *columns], [
-    [label, *(spread(found[column][form], columns[column][1]) for column in columns)]
-    for form, label in names.items()])
+plotting.table(
+    ["mean (lowest to highest seed)", *columns],
+    [
+        [label, *(spread(found[column][form], columns[column][1]) for column in columns)]
+        for form, label in names.items()
+    ],
+)
 print(f"this notebook: {after['score']:.0%} right of {len(test)} test rows")
 
 # %% [markdown]
@@ -706,17 +887,25 @@ print(f"this notebook: {after['score']:.0%} right of {len(test)} test rows")
 
 # %%
 costs = data.load_results("quantised_cost")
-labels = {**{form: names[form] for form in ("fp32", "bf16", "int8", "nf4", "nf4_double")},
-          "nf4_checkpointing": "NF4, checkpointing", "nf4_adamw8bit": "NF4, AdamW in 8 bits"}
-columns = {"seconds a step": ("seconds_per_step", 1, ".2f"),
-           "weights, gradients, optimizer, MB": ("state_bytes", 1e6, ".2f"),
-           "peak of the process, MB": ("peak_bytes", 1e6, ",.0f")}
+labels = {
+    **{form: names[form] for form in ("fp32", "bf16", "int8", "nf4", "nf4_double")},
+    "nf4_checkpointing": "NF4, checkpointing",
+    "nf4_adamw8bit": "NF4, AdamW in 8 bits",
+}
+columns = {
+    "seconds a step": ("seconds_per_step", 1, ".2f"),
+    "weights, gradients, optimizer, MB": ("state_bytes", 1e6, ".2f"),
+    "peak of the process, MB": ("peak_bytes", 1e6, ",.0f"),
+}
 rows = []
 for variant, label in labels.items():
-    groups = [(over_seeds(costs, column, "variant")[variant], unit, form)
-              for column, unit, form in columns.values()]
-    rows.append([label, *(spread([value / unit for value in group], form)
-                          for group, unit, form in groups)])
+    groups = [
+        (over_seeds(costs, column, "variant")[variant], unit, form)
+        for column, unit, form in columns.values()
+    ]
+    rows.append(
+        [label, *(spread([value / unit for value in group], form) for group, unit, form in groups)]
+    )
 plotting.table(["mean (lowest to highest seed)", *columns], rows)
 
 # %% [markdown]
@@ -773,9 +962,11 @@ for checkpointing in (False, True):
 on_float32, _ = kept_by_forward(get_peft_model(load(), lora_config()))
 largest = max((one - other).abs().max().item() for one, other in zip(*gradients.values()))
 print(f"model in NF4 with adapter: {held['NF4'] / 1e6:.1f} MB")
-print(f"kept by a forward pass: {activations[False] / 1e6:.1f} MB (on float32"
-      f" {on_float32 / 1e6:.1f}), with checkpointing {activations[True] / 1e6:.1f} MB;"
-      f" gradients differ by {largest:.0e}")
+print(
+    f"kept by a forward pass: {activations[False] / 1e6:.1f} MB (on float32"
+    f" {on_float32 / 1e6:.1f}), with checkpointing {activations[True] / 1e6:.1f} MB;"
+    f" gradients differ by {largest:.0e}"
+)
 
 # %% [markdown]
 # **With a batch of 32 rows the activations outweigh the model by far**, and quantising does not touch them.
@@ -826,12 +1017,16 @@ adapter_folder = runtime.runs_dir() / "lesson04" / "adapter"
 with runtime.saving(adapter_folder) as temporary:
     trained.save_pretrained(temporary)
 saved = runtime.read_safetensors_header(adapter_folder / "adapter_model.safetensors")
-print("dtypes in the adapter's file:", ", ".join(sorted({dtype for dtype, _ in saved.values()})),
-      f"· {(adapter_folder / 'adapter_model.safetensors').stat().st_size / 1e3:.0f} kB")
+print(
+    "dtypes in the adapter's file:",
+    ", ".join(sorted({dtype for dtype, _ in saved.values()})),
+    f"· {(adapter_folder / 'adapter_model.safetensors').stat().st_size / 1e3:.0f} kB",
+)
 with trained.disable_adapter():
     switched_off = trained.eval()(witness).logits.detach()
-original, fresh = (model.eval()(witness).logits.detach()
-                   for model in (base_model, load(four_bits())))
+original, fresh = (
+    model.eval()(witness).logits.detach() for model in (base_model, load(four_bits()))
+)
 for label, logits in (("the base in NF4", fresh), ("the original base", original)):
     print(f"adapter off, against {label}: {(switched_off - logits).abs().max():.1e}")
 assert torch.equal(switched_off, fresh)
@@ -855,28 +1050,53 @@ assert torch.equal(switched_off, fresh)
 # **Predict:** which of the three gives the model that you trained?
 
 # %%
-asked = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-         for row in test.select(range(32))]
+asked = [
+    tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    for row in test.select(range(32))
+]
 starts = torch.tensor([len(ids) for ids in asked], device=device)[:, None]
 steps = torch.arange(probe["input_ids"].shape[1], device=device)
 ends = probe["attention_mask"].sum(1, keepdim=True)
 answers = (steps >= starts - 1) & (steps < ends - 1)  # where a token of the answer is predicted
 transformers.utils.logging.set_verbosity_error()  # else dequantize() tells its dtype on stderr
-bases = {"original": load(), "dequantised": load(four_bits()).dequantize(),
-         "4 bits": load(four_bits())}
+bases = {
+    "original": load(),
+    "dequantised": load(four_bits()).dequantize(),
+    "4 bits": load(four_bits()),
+}
 transformers.utils.logging.set_verbosity_warning()
 merged, rows = {}, []
 for route, base in bases.items():
     with warnings.catch_warnings(record=True, action="always") as caught:
         merged[route] = PeftModel.from_pretrained(base, adapter_folder).merge_and_unload()
     score = evaluation.evaluate_task(merged[route], tokenizer, "sailor", test, max_new_tokens=40)
-    in_answers, elsewhere = (against(lambda **given: trained(**given).logits, merged[route], where)
-                             for where in (answers, ~answers))
-    rows.append([route, f"{in_answers.kl:.1e}", f"{in_answers.top1_agreement:.1%}",
-                 f"{elsewhere.kl:.1e}", f"{elsewhere.top1_agreement:.1%}", f"{score['score']:.0%}",
-                 f"{merged[route].get_memory_footprint() / 1e6:.1f}"])
-plotting.table(["merged into", "answers: KL", "same token", "questions: KL", "same token",
-                f"right (trained: {after['score']:.0%})", "MB"], rows)
+    in_answers, elsewhere = (
+        against(lambda **given: trained(**given).logits, merged[route], where)
+        for where in (answers, ~answers)
+    )
+    rows.append(
+        [
+            route,
+            f"{in_answers.kl:.1e}",
+            f"{in_answers.top1_agreement:.1%}",
+            f"{elsewhere.kl:.1e}",
+            f"{elsewhere.top1_agreement:.1%}",
+            f"{score['score']:.0%}",
+            f"{merged[route].get_memory_footprint() / 1e6:.1f}",
+        ]
+    )
+plotting.table(
+    [
+        "merged into",
+        "answers: KL",
+        "same token",
+        "questions: KL",
+        "same token",
+        f"right (trained: {after['score']:.0%})",
+        "MB",
+    ],
+    rows,
+)
 print(*{str(one.message) for one in caught if "Merge" in str(one.message)})
 
 # %% [markdown]
@@ -896,14 +1116,31 @@ for name, layer in load(four_bits()).named_modules():
         total += 2 * old.numel()
 print(f"merged into 4 bits: {stays / total:.0%} of the numbers keep their level")
 ways = data.load_results("quantised_merge")
-routes = {"trained": "the trained model", "original": "into the original",
-          "dequantised": "into the dequantised", "four_bit": "into 4 bits"}
-columns = {"right on test": ("test", ".1%"), "loss of the answers": ("loss", ".4f"),
-           "same token, answers": ("top1", ".1%"),
-           "same token, questions": ("top1_question", ".0%")}
-plotting.table(["mean (lowest to highest seed)", *columns], [
-    [label, *(spread(over_seeds(ways, column, "way")[way], form)
-              for column, form in columns.values())] for way, label in routes.items()])
+routes = {
+    "trained": "the trained model",
+    "original": "into the original",
+    "dequantised": "into the dequantised",
+    "four_bit": "into 4 bits",
+}
+columns = {
+    "right on test": ("test", ".1%"),
+    "loss of the answers": ("loss", ".4f"),
+    "same token, answers": ("top1", ".1%"),
+    "same token, questions": ("top1_question", ".0%"),
+}
+plotting.table(
+    ["mean (lowest to highest seed)", *columns],
+    [
+        [
+            label,
+            *(
+                spread(over_seeds(ways, column, "way")[way], form)
+                for column, form in columns.values()
+            ),
+        ]
+        for way, label in routes.items()
+    ],
+)
 
 # %% [markdown]
 # More than half of the numbers move to another level. And none of the routes loses more answers than the seeds are
@@ -928,6 +1165,7 @@ plotting.table(["mean (lowest to highest seed)", *columns], [
 # <details><summary>The check says that the change lies on its side</summary>
 # <code>B @ A</code> has the shape (outputs, inputs) already.
 # </details>
+
 
 # %% exercise="04.merge" points=3
 def merged_weight(layer, A, B, scaling):
@@ -962,11 +1200,13 @@ assert torch.allclose(merged_weight(_layer, _A, _B, 0.25), _wanted, atol=1e-5)
 #
 # **Predict:** twenty steps each. How can a forward pass without gradients change what is learned later?
 
+
 # %%
 def run(helped):
     """Score, train, score: the loss on validation rows afterwards, and what was warned of."""
     model = AutoModelForCausalLM.from_pretrained(
-        base_folder, dtype=runtime.dtype(), quantization_config=four_bits())
+        base_folder, dtype=runtime.dtype(), quantization_config=four_bits()
+    )
     if helped:
         runtime.stop_repacking(model)
     made = make_trainer(model, steps=20, batch=16, rows=train_rows.select(range(320)))
@@ -979,17 +1219,28 @@ def run(helped):
 
 labs = {helped: run(helped) for helped in (True, False)}
 print("two runs of 20 steps; the line above is the second's")
-plotting.table(["after loading", "loss before", "loss after 20 steps", "warnings"], [
-    ["`stop_repacking`" if helped else "nothing", f"{started:.3f}", f"{ended:.3f}",
-     ", ".join(warned) or "none"] for helped, (_, started, ended, warned) in labs.items()])
+plotting.table(
+    ["after loading", "loss before", "loss after 20 steps", "warnings"],
+    [
+        [
+            "`stop_repacking`" if helped else "nothing",
+            f"{started:.3f}",
+            f"{ended:.3f}",
+            ", ".join(warned) or "none",
+        ]
+        for helped, (_, started, ended, warned) in labs.items()
+    ],
+)
 print("this processor has AVX512-BF16:", bool(functional.has_avx512bf16()))
 for helped, (made, *_) in labs.items():
     part = next(part for part in made.model.modules() if isinstance(part, Linear4bit))
     x = torch.randn(4, part.in_features, device=device, requires_grad=True)
     with warnings.catch_warnings(action="ignore"):  # the one in the table
         part(x).sum().backward()
-    print(f"after {'stop_repacking' if helped else 'nothing'}, a layer passes a gradient on:",
-          x.grad is not None)
+    print(
+        f"after {'stop_repacking' if helped else 'nothing'}, a layer passes a gradient on:",
+        x.grad is not None,
+    )
 
 # %% [markdown]
 # On a processor with AVX512-BF16 (recent Xeon and Zen processors) the second run learns far less. There, the first
@@ -1014,11 +1265,13 @@ for form, label in (("nf4", "with stop_repacking"), ("nf4_repacked", "without"))
 #
 # **Predict:** the weight is the same, in another order. What will `dequantize_4bit` make of it?
 
+
 # %%
 def repack(layer):
     """What an eval forward does to a Linear4bit on a processor with AVX512-BF16."""
     layer.weight.data, layer.weight.quant_state = functional._convert_weight_packed_for_cpu(
-        layer.weight.data, layer.weight.quant_state)
+        layer.weight.data, layer.weight.quant_state
+    )
 
 
 def read(layer):
@@ -1028,14 +1281,16 @@ def read(layer):
 
 
 model = load(four_bits()).to("cpu")
-name, layer = next((name, part) for name, part in model.named_modules()
-                   if isinstance(part, Linear4bit))
+name, layer = next(
+    (name, part) for name, part in model.named_modules() if isinstance(part, Linear4bit)
+)
 healthy = read(layer)
 repack(layer)
 off = (read(layer) - healthy).norm() / healthy.norm()
 title = f"Read after repacking, this weight is off by {off:.0%} of its size"
 figure = plotting.weight_picture(
-    {"before": healthy[:48, :48], "after": read(layer)[:48, :48]}, title)
+    {"before": healthy[:48, :48], "after": read(layer)[:48, :48]}, title
+)
 plotting.show(figure, f"{title}. A corner of {name}, 48 × 48, before and after: nothing is alike.")
 print(validation.check_quantised(model, base_model))
 
@@ -1048,12 +1303,16 @@ print(validation.check_quantised(model, base_model))
 #
 # **Predict:** with that line, will the gradients before and after an evaluation agree to the bit?
 
+
 # %%
 def gradients_of(model):
     model.zero_grad()
     model.train()(**batch, use_cache=False).loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters()
-            if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 lab = labs[True][0].model
@@ -1085,13 +1344,18 @@ assert same_gradients and same_weights
 # <code>layer.weight.data</code> changes with the model. Keep what was read back, or a <code>clone()</code>.
 # </details>
 
+
 # %% exercise="04.spoilt" points=4
 def spoilt_layers(model, action):
     """Return the names of the 4-bit layers whose weight is another one after action()."""
+
     ### BEGIN SOLUTION
     def weights():
-        return {name: functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-                for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        return {
+            name: functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            for name, layer in model.named_modules()
+            if isinstance(layer, Linear4bit)
+        }
 
     before = weights()
     action()
@@ -1105,8 +1369,9 @@ lesson04.spoilt(spoilt_layers)
 # %%
 ### BEGIN HIDDEN TESTS
 assert lesson04.spoilt.outcome(spoilt_layers).passed
-_model = nn.Sequential(lesson04.four_bit_layer(64, 96), nn.Linear(96, 64),
-                       lesson04.four_bit_layer(64, 64))
+_model = nn.Sequential(
+    lesson04.four_bit_layer(64, 96), nn.Linear(96, 64), lesson04.four_bit_layer(64, 64)
+)
 assert list(spoilt_layers(_model, lambda: None)) == []
 assert list(spoilt_layers(_model, lambda: repack(_model[2]))) == ["2"]
 ### END HIDDEN TESTS
@@ -1130,14 +1395,35 @@ for form, twice in (("NF4", False), ("NF4, double", True)):
     back = runtime.stop_repacking(AutoModelForCausalLM.from_pretrained(folder))
     seen = against(forms[form], back.to(device))
     reports[form] = validation.check_quantised(back, base_model)
-    pairs = [(part.weight, forms[form].get_submodule(name).weight)
-             for name, part in back.named_modules() if isinstance(part, Linear4bit)]
-    same = [all(torch.equal(*map(look, pair)) for pair in pairs) for look in (
-        lambda weight: weight.data, lambda weight: weight.quant_state.absmax)]
-    rows.append([form, *("as before" if one else "others" for one in same), f"{seen.kl:.1e}",
-                 f"{seen.top1_agreement:.1%}", ", ".join(reports[form].codes) or "ok"])
-plotting.table(["evaluated, saved, loaded", "numbers", "scales", "KL", "same most likely token",
-                "check_quantised says"], rows)
+    pairs = [
+        (part.weight, forms[form].get_submodule(name).weight)
+        for name, part in back.named_modules()
+        if isinstance(part, Linear4bit)
+    ]
+    same = [
+        all(torch.equal(*map(look, pair)) for pair in pairs)
+        for look in (lambda weight: weight.data, lambda weight: weight.quant_state.absmax)
+    ]
+    rows.append(
+        [
+            form,
+            *("as before" if one else "others" for one in same),
+            f"{seen.kl:.1e}",
+            f"{seen.top1_agreement:.1%}",
+            ", ".join(reports[form].codes) or "ok",
+        ]
+    )
+plotting.table(
+    [
+        "evaluated, saved, loaded",
+        "numbers",
+        "scales",
+        "KL",
+        "same most likely token",
+        "check_quantised says",
+    ],
+    rows,
+)
 print(reports["NF4"])
 
 # %% [markdown]
@@ -1149,6 +1435,7 @@ print(reports["NF4"])
 # ### 3 · Four bits, but which?
 #
 # **Predict:** what does each of these load: FP4, NF4, nothing, an error?
+
 
 # %%
 def asked(**settings):
@@ -1166,15 +1453,25 @@ def asked(**settings):
 
 
 # %%
-tries = {"load_in_4bit=True": BitsAndBytesConfig(load_in_4bit=True), "": BitsAndBytesConfig(),
-         "load_in_4bit=True, bnb_4bit_quant_type='nf5'": BitsAndBytesConfig(
-             load_in_4bit=True, bnb_4bit_quant_type="nf5")}
-rows = [["`from_pretrained(folder, load_in_4bit=True)`", asked(load_in_4bit=True),
-         "no settings to check"]]
+tries = {
+    "load_in_4bit=True": BitsAndBytesConfig(load_in_4bit=True),
+    "": BitsAndBytesConfig(),
+    "load_in_4bit=True, bnb_4bit_quant_type='nf5'": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf5"
+    ),
+}
+rows = [
+    [
+        "`from_pretrained(folder, load_in_4bit=True)`",
+        asked(load_in_4bit=True),
+        "no settings to check",
+    ]
+]
 for written, settings in tries.items():
     codes = validation.check_quantization_config(base_model.config, settings).codes
-    rows.append([f"`BitsAndBytesConfig({written})`", asked(quantization_config=settings),
-                 ", ".join(codes)])
+    rows.append(
+        [f"`BitsAndBytesConfig({written})`", asked(quantization_config=settings), ", ".join(codes)]
+    )
 plotting.table(["asked for", "transformers", "check_quantization_config"], rows)
 print(validation.check_quantization_config(base_model.config, settings))
 
@@ -1188,14 +1485,21 @@ print(validation.check_quantization_config(base_model.config, settings))
 # **Predict:** a model with layers of 96 × 96. Blocks of 64 don't fit its rows. Does it load, train, answer?
 
 # %%
-odd_config = AutoConfig.for_model("llama", vocab_size=60, hidden_size=96, intermediate_size=192,
-                                  num_hidden_layers=1, num_attention_heads=2)
+odd_config = AutoConfig.for_model(
+    "llama",
+    vocab_size=60,
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+)
 odd = AutoModelForCausalLM.from_config(odd_config)
 with runtime.saving(runtime.runs_dir() / "lesson04" / "odd") as temporary:
     odd.save_pretrained(temporary)
 for helped in (False, True):
     odd = AutoModelForCausalLM.from_pretrained(
-        runtime.runs_dir() / "lesson04" / "odd", quantization_config=four_bits())
+        runtime.runs_dir() / "lesson04" / "odd", quantization_config=four_bits()
+    )
     said = {}
     for mode in ("train", "eval"):
         try:
@@ -1223,8 +1527,12 @@ print(validation.check_quantization_config(odd_config, four_bits()))
 
 # %%
 try:
-    transformers.Trainer(load(four_bits()), transformers.TrainingArguments(
-        output_dir=str(runtime.runs_dir() / "lesson04"), **runtime.trainer_settings()))
+    transformers.Trainer(
+        load(four_bits()),
+        transformers.TrainingArguments(
+            output_dir=str(runtime.runs_dir() / "lesson04"), **runtime.trainer_settings()
+        ),
+    )
 except ValueError as error:
     print(f"Trainer: ValueError: {str(error).split('. ')[0]}.\n")
 model = PeftModel.from_pretrained(load(four_bits()), adapter_folder)
@@ -1245,21 +1553,36 @@ print("After, with the base:", validation.check_quantised(model, base_model))
 # What this notebook measured, in one table:
 
 # %%
-plotting.table(["", "measured"], [
-    ["our NF4 levels, off from the library's table", f"{(levels - library).abs().max():.0e}"],
-    ["error of NF4, FP4, int4, int8 on this model's weights",
-     ", ".join(f"{errors['this model'][kind]:.3f}" for kind in ("NF4", "FP4", "int4", "int8"))],
-    ["base and adapter: float32, NF4, NF4 double",
-     ", ".join(f"{held[form] / 1e6:.2f} MB" for form in held)],
-    ["activations of one batch, and with checkpointing",
-     ", ".join(f"{value / 1e6:.0f} MB" for value in activations.values())],
-    ["right on test rows: NF4 before, and after training",
-     f"{before['score']:.0%}, {after['score']:.0%}"],
-    ["three seeds each: float32", spread(scores["fp32"])],
-    ["three seeds each: NF4", spread(scores["nf4"])],
-    ["loss after 20 steps, helped and repacked",
-     ", ".join(f"{ended:.2f}" for _, _, ended, _ in labs.values())],
-])
+plotting.table(
+    ["", "measured"],
+    [
+        ["our NF4 levels, off from the library's table", f"{(levels - library).abs().max():.0e}"],
+        [
+            "error of NF4, FP4, int4, int8 on this model's weights",
+            ", ".join(
+                f"{errors['this model'][kind]:.3f}" for kind in ("NF4", "FP4", "int4", "int8")
+            ),
+        ],
+        [
+            "base and adapter: float32, NF4, NF4 double",
+            ", ".join(f"{held[form] / 1e6:.2f} MB" for form in held),
+        ],
+        [
+            "activations of one batch, and with checkpointing",
+            ", ".join(f"{value / 1e6:.0f} MB" for value in activations.values()),
+        ],
+        [
+            "right on test rows: NF4 before, and after training",
+            f"{before['score']:.0%}, {after['score']:.0%}",
+        ],
+        ["three seeds each: float32", spread(scores["fp32"])],
+        ["three seeds each: NF4", spread(scores["nf4"])],
+        [
+            "loss after 20 steps, helped and repacked",
+            ", ".join(f"{ended:.2f}" for _, _, ended, _ in labs.values()),
+        ],
+    ],
+)
 progress()
 
 # %% [markdown]
@@ -1274,8 +1597,16 @@ my_config = AutoConfig.from_pretrained(my_model or base_folder)
 my_settings = four_bits(double=True)
 print(validation.check_quantization_config(my_config, my_settings))
 for way, (method, options) in training_ways.items():
-    estimate = memory.estimate_memory(my_config, method, wide, batch_size=4, sequence_length=512,
-                                      dtype="bfloat16", gradient_checkpointing=True, **options)
+    estimate = memory.estimate_memory(
+        my_config,
+        method,
+        wide,
+        batch_size=4,
+        sequence_length=512,
+        dtype="bfloat16",
+        gradient_checkpointing=True,
+        **options,
+    )
     print(f"{way:12} {dict(estimate.rows())['total']}")
 my_loaded_model, my_base = trained, base_model  # the 4-bit model, and the base or its folder
 print(validation.check_quantised(my_loaded_model, my_base))

@@ -36,8 +36,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 runtime.seed_everything(0)
 device = runtime.device()
-print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
-      f" · peft {peft.__version__} · trl {trl.__version__} · on {device}")
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · trl {trl.__version__} · on {device}"
+)
 
 # %% [markdown]
 # ## Take a weight apart
@@ -89,11 +91,16 @@ title = "OLoRA takes out the first 8 columns whole, and a little of the others"
 corner = (slice(48), slice(48))
 parts = {"W": W, "B A": B @ A, "W − B A": left}
 figure = plotting.weight_picture({name: part[corner] for name, part in parts.items()}, title)
-plotting.show(figure, f"{title}. The upper left corners of three matrices, 48 × 48. W is a fine "
-              "grain. In BA the first eight columns are those of W, the rest is faint. "
-              "In W − BA those eight are empty.")
-print(f"largest number in the first {rank} columns of W: {W[:, :rank].abs().max():.2f},"
-      f" of what is left: {left[:, :rank].abs().max():.0e}")
+plotting.show(
+    figure,
+    f"{title}. The upper left corners of three matrices, 48 × 48. W is a fine "
+    "grain. In BA the first eight columns are those of W, the rest is faint. "
+    "In W − BA those eight are empty.",
+)
+print(
+    f"largest number in the first {rank} columns of W: {W[:, :rank].abs().max():.2f},"
+    f" of what is left: {left[:, :rank].abs().max():.0e}"
+)
 
 # %% [markdown]
 # QR goes through the columns from left to right, and a column is what *one input* writes. So OLoRA's directions are
@@ -104,25 +111,34 @@ print(f"largest number in the first {rank} columns of W: {W[:, :rank].abs().max(
 #
 # **Predict:** OLoRA beside PiSSA, beside eight random directions?
 
+
 # %%
 def share(weight, directions):
     """The share of the weight's squared numbers that lies in these orthonormal columns."""
     return ((directions.T @ weight).square().sum() / weight.square().sum()).item()
 
 
-layers = [name for name, module in base_model.named_modules()
-          if isinstance(module, torch.nn.Linear) and "layers." in name]
+layers = [
+    name
+    for name, module in base_model.named_modules()
+    if isinstance(module, torch.nn.Linear) and "layers." in name
+]
 shares = {"random": [], "OLoRA": [], "PiSSA": []}
 for name in layers:
     weight = base_model.get_submodule(name).weight.detach().cpu().float()
     U, _, _ = torch.linalg.svd(weight, full_matrices=False)
-    chosen = {"random": torch.linalg.qr(torch.randn(len(weight), rank)).Q,
-              "OLoRA": torch.linalg.qr(weight).Q[:, :rank], "PiSSA": U[:, :rank]}
+    chosen = {
+        "random": torch.linalg.qr(torch.randn(len(weight), rank)).Q,
+        "OLoRA": torch.linalg.qr(weight).Q[:, :rank],
+        "PiSSA": U[:, :rank],
+    }
     for start, directions in chosen.items():
         shares[start].append(share(weight, directions))
 mean_share = {start: sum(found) / len(found) for start, found in shares.items()}
-plotting.table([f"{rank} directions", f"share of ‖W‖², mean of {len(layers)} layers"],
-               [[start, f"{mean:.1%}"] for start, mean in mean_share.items()])
+plotting.table(
+    [f"{rank} directions", f"share of ‖W‖², mean of {len(layers)} layers"],
+    [[start, f"{mean:.1%}"] for start, mean in mean_share.items()],
+)
 evaluation.band("OLoRA's share", mean_share["OLoRA"], 0.05, 0.07)
 evaluation.band("PiSSA's share", mean_share["PiSSA"], 0.10, 0.14)
 
@@ -137,6 +153,7 @@ evaluation.band("PiSSA's share", mean_share["PiSSA"], 0.10, 0.14)
 #
 # **Predict:** the same *A* and *B* as ours? And in how many of the base's 28 layers has the weight changed?
 
+
 # %%
 def lora_config(start=True, **changes):
     """New each time: PEFT writes the layers' names into it."""
@@ -144,8 +161,9 @@ def lora_config(start=True, **changes):
     return LoraConfig(init_lora_weights=start, **settings | changes)
 
 
-witness = tokenizer(["Fenna keeps the lantern at Greyham.", "Edan and Marta"],
-                    return_tensors="pt", padding=True).to(device)
+witness = tokenizer(
+    ["Fenna keeps the lantern at Greyham.", "Edan and Marta"], return_tensors="pt", padding=True
+).to(device)
 
 
 def logits(model):
@@ -208,6 +226,7 @@ plotting.table(["s = α/r", "what is left of W in B's directions", "‖W − s·
 # <code>torch.linalg.qr</code> gives Q (outputs, k) and R (k, inputs), with k the smaller side. Rows of R, columns of Q.
 # </details>
 
+
 # %% exercise="05.olora" points=4
 def olora_start(weight, rank, alpha):
     """Return A (rank, inputs), B (outputs, rank) and the weight that is left."""
@@ -243,12 +262,14 @@ assert torch.allclose(_left + 4 / 3 * _B @ _A, _weight)
 #
 # **Predict:** which of them leave the base alone? For which does *A* get a gradient in the very first step?
 
+
 # %%
 def encode(rows):
     """A padded batch of conversations, with the loss on all that is said."""
     texts = [row["prompt"] + row["completion"] for row in rows]
     batch = tokenizer.apply_chat_template(
-        texts, padding=True, return_tensors="pt", return_dict=True)
+        texts, padding=True, return_tensors="pt", return_dict=True
+    )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return {key: value.to(device) for key, value in {**batch, "labels": labels}.items()}
 
@@ -272,19 +293,38 @@ def at_step_0(start):
     products = [layer.get_delta_weight("default") for layer in tuned]
     moves = [layer.base_layer.weight - weight for layer, weight in zip(tuned, originals)]
     model(**batch).loss.backward()
-    gradients = [norm([getattr(layer, part)["default"].weight.grad for layer in tuned])
-                 for part in ("lora_A", "lora_B")]
+    gradients = [
+        norm([getattr(layer, part)["default"].weight.grad for layer in tuned])
+        for part in ("lora_A", "lora_B")
+    ]
     numbers = torch.cat([layer.lora_A["default"].weight.detach().flatten() for layer in tuned])
-    return [*(f"{norm(change) / norm(originals):.0%}" for change in (products, moves)),
-            apart(logits(model), logits(base_model)), f"{numbers.square().mean() ** 0.5:.3f}",
-            *(f"{size:.2g}" for size in gradients)]
+    return [
+        *(f"{norm(change) / norm(originals):.0%}" for change in (products, moves)),
+        apart(logits(model), logits(base_model)),
+        f"{numbers.square().mean() ** 0.5:.3f}",
+        *(f"{size:.2g}" for size in gradients),
+    ]
 
 
-STARTS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "PiSSA": "pissa",
-          "OLoRA": "olora"}
-plotting.table(["start", "size of s·BA, of W", "base moved by", "logits differ by",
-                "numbers of A (rms)", "gradient of A", "gradient of B"],
-               [[name, *at_step_0(start)] for name, start in STARTS.items()])
+STARTS = {
+    "default": True,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "PiSSA": "pissa",
+    "OLoRA": "olora",
+}
+plotting.table(
+    [
+        "start",
+        "size of s·BA, of W",
+        "base moved by",
+        "logits differ by",
+        "numbers of A (rms)",
+        "gradient of A",
+        "gradient of B",
+    ],
+    [[name, *at_step_0(start)] for name, start in STARTS.items()],
+)
 
 # %% [markdown]
 # All five compute the base's output. Three leave the base alone. With *B* = 0, *A* stands still in the first step. And
@@ -306,6 +346,7 @@ plotting.table(["start", "size of s·BA, of W", "base moved by", "logits differ 
 # <details><summary>BA is small, but not zero</summary>
 # Rows of one orthogonal matrix are at right angles. Rows of two different ones are not.
 # </details>
+
 
 # %% exercise="05.quiet" points=4
 def quiet_start(inputs, outputs, rank):
@@ -345,17 +386,30 @@ assert _A.norm() > 0.1 and _B.norm() > 0.1
 
 # %%
 raced = data.load_results("starts")
-NAMES = {"default": "default", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "PiSSA",
-         "olora": "OLoRA", "random": "random directions", "rslora": "rsLoRA", "dora": "DoRA"}
+NAMES = {
+    "default": "default",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "random": "random directions",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+}
 rates = sorted({row["learning_rate"] for row in raced})
 validated = over_seeds(raced, "validation", "method", "learning_rate")
 means = [[validated[method, rate][0] for rate in rates] for method in NAMES]
 title = "Which start looks best depends on the learning rate"
 figure = plotting.score_matrix(means, list(NAMES.values()), [f"{rate:g}" for rate in rates], title)
 figure.axes[0].set_xlabel("learning rate")
-plotting.show(figure, f"{title}. Right on validation rows, mean of three seeds: " + "; ".join(
-    f"{name}: " + ", ".join(f"{score:.0%} at {rate:g}" for rate, score in zip(rates, line))
-    for name, line in zip(NAMES.values(), means)))
+plotting.show(
+    figure,
+    f"{title}. Right on validation rows, mean of three seeds: "
+    + "; ".join(
+        f"{name}: " + ", ".join(f"{score:.0%} at {rate:g}" for rate, score in zip(rates, line))
+        for name, line in zip(NAMES.values(), means)
+    ),
+)
 
 # %% [markdown]
 # With 1.5e-3 for all, OLoRA is right in 85% and the default in 23%. With 1.5e-2 for all, the default is the best of the
@@ -375,13 +429,25 @@ shutil.rmtree(folder, ignore_errors=True)
 def make_trainer(learning_rate, steps=100):
     """SFTTrainer with OLoRA on `sailor`, as in the sweep."""
     settings = SFTConfig(
-        output_dir=str(folder / "trainer"), seed=0, max_steps=steps, per_device_train_batch_size=16,
-        learning_rate=learning_rate, warmup_steps=10, lr_scheduler_type="linear", max_length=256,
-        logging_steps=5, save_strategy="no", **runtime.trainer_settings())
+        output_dir=str(folder / "trainer"),
+        seed=0,
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=learning_rate,
+        warmup_steps=10,
+        lr_scheduler_type="linear",
+        max_length=256,
+        logging_steps=5,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+    )
     trainer = SFTTrainer(
-        model=load_base(), args=settings, peft_config=lora_config("olora"),
+        model=load_base(),
+        args=settings,
+        peft_config=lora_config("olora"),
         train_dataset=train_rows.select_columns(["prompt", "completion"]),
-        processing_class=tokenizer)
+        processing_class=tokenizer,
+    )
     return runtime.Progress().attach(trainer)
 
 
@@ -390,30 +456,45 @@ trainer.model.save_pretrained(initial)
 trainer.train()
 model = trainer.model.eval()  # the trained OLoRA, to the end of this lesson
 live = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
-print(f"OLoRA at {best['olora']:g}: loss {live[5]:.2f} in the first steps,"
-      f" {live[100]:.3f} in the last")
+print(
+    f"OLoRA at {best['olora']:g}: loss {live[5]:.2f} in the first steps,"
+    f" {live[100]:.3f} in the last"
+)
 
 # %%
 steps = list(live)
-at_best = {method: [row for row in raced if row["method"] == method
-                    and row["learning_rate"] == best[method]] for method in NAMES}
+at_best = {
+    method: [
+        row for row in raced if row["method"] == method and row["learning_rate"] == best[method]
+    ]
+    for method in NAMES
+}
 
 
 def curve(method):
     """{step: (mean, lowest, highest)} of the loss over the seeds."""
     columns = {step: [row[f"loss_{step}"] for row in at_best[method]] for step in steps}
-    return {step: (sum(values) / len(values), min(values), max(values))
-            for step, values in columns.items()}
+    return {
+        step: (sum(values) / len(values), min(values), max(values))
+        for step, values in columns.items()
+    }
 
 
 drawn = ("default", "olora", "pissa", "random")
-title = ("Each at its best rate: OLoRA leads from step 20 on,"
-         "\nand random directions keep up with PiSSA")
-figure, alt = sweeps.curves({NAMES[method]: curve(method) for method in drawn}, title, "step",
-                            "training loss (nats a token)", log_y=True)
+title = (
+    "Each at its best rate: OLoRA leads from step 20 on,\nand random directions keep up with PiSSA"
+)
+figure, alt = sweeps.curves(
+    {NAMES[method]: curve(method) for method in drawn},
+    title,
+    "step",
+    "training loss (nats a token)",
+    log_y=True,
+)
 figure.axes[0].plot(steps, list(live.values()), "kx", markersize=5)
-plotting.show(figure, f"{alt} Crosses: the live run of OLoRA, {live[5]:.2f} at 5 to "
-              f"{live[100]:.3f} at 100.")
+plotting.show(
+    figure, f"{alt} Crosses: the live run of OLoRA, {live[5]:.2f} at 5 to {live[100]:.3f} at 100."
+)
 
 # %% [markdown]
 # The crosses are the live run; bands go from the lowest to the highest seed.
@@ -426,6 +507,7 @@ plotting.show(figure, f"{alt} Crosses: the live run of OLoRA, {live[5]:.2f} at 5
 # <details><summary>The check speaks of the order of the dict</summary>
 # <code>for step in sorted(losses)</code> goes up through the steps.
 # </details>
+
 
 # %% exercise="05.reach" points=2
 def steps_to(losses, level):
@@ -449,6 +531,7 @@ assert steps_to({30: 0.1, 10: 0.6}, 0.05) is None
 #
 # **Predict:** does the fastest start also end best?
 
+
 # %%
 def reached(row, level):
     """The step at which this run's loss was first down at `level`; after the last one if never."""
@@ -463,10 +546,20 @@ def over(rows, measured, form):
 finish = over_seeds(raced, "test", "method", "learning_rate")
 plotting.table(
     ["", "best rate", "steps to a loss of 1", "steps to 0.1", "validation loss", "right (test)"],
-    [[name, f"{best[method]:g}", *(over(at_best[method], lambda row: reached(row, level), ".0f")
-                                   for level in (1, 0.1)),
-      over(at_best[method], lambda row: row["validation_loss"], ".3f"),
-      spread(finish[method, best[method]])] for method, name in NAMES.items()])
+    [
+        [
+            name,
+            f"{best[method]:g}",
+            *(
+                over(at_best[method], lambda row, level=level: reached(row, level), ".0f")
+                for level in (1, 0.1)
+            ),
+            over(at_best[method], lambda row: row["validation_loss"], ".3f"),
+            spread(finish[method, best[method]]),
+        ]
+        for method, name in NAMES.items()
+    ],
+)
 
 # %% [markdown]
 # Means over three seeds, with the lowest and the highest where they differ. Losses are means over five steps, and rates
@@ -493,6 +586,7 @@ plotting.table(
 #
 # **Predict:** which method has the most rates at which at least 80% of the answers are right?
 
+
 # %%
 def width(method, mark=0.8):
     """The learning rates whose mean score is at least `mark`."""
@@ -500,12 +594,22 @@ def width(method, mark=0.8):
 
 
 plotting.table(
-    ["", "rates with 80% right", "test score at the best rate: highest less lowest seed",
-     "mean over all five rates"],
-    [[name, ", ".join(f"{rate:g}" for rate in width(method)) or "none",
-      f"{finish[method, best[method]][2] - finish[method, best[method]][1]:.1%}",
-      f"{sum(validated[method, rate][0] for rate in rates) / len(rates):.0%}"]
-     for method, name in NAMES.items()])
+    [
+        "",
+        "rates with 80% right",
+        "test score at the best rate: highest less lowest seed",
+        "mean over all five rates",
+    ],
+    [
+        [
+            name,
+            ", ".join(f"{rate:g}" for rate in width(method)) or "none",
+            f"{finish[method, best[method]][2] - finish[method, best[method]][1]:.1%}",
+            f"{sum(validated[method, rate][0] for rate in rates) / len(rates):.0%}",
+        ]
+        for method, name in NAMES.items()
+    ],
+)
 
 # %% [markdown]
 # At the mark of 80% OLoRA has three rates, and the default two; at 90% it is one against two. **OLoRA's range lies
@@ -530,14 +634,27 @@ ranks = sorted({row["rank"] for row in by_rank})
 title = f"Around step {SEEN_AT} OLoRA and PiSSA are ahead at every rank"
 figure, alt = sweeps.curves(
     {NAMES[method]: {rank: early[method, rank] for rank in ranks} for method in three},
-    title, "rank", "training loss (nats a token)", log=2)
+    title,
+    "rank",
+    "training loss (nats a token)",
+    log=2,
+)
 plotting.show(figure, alt)
-at_rank = {(method, rank): [row for row in by_rank
-                            if (row["method"], row["rank"]) == (method, rank)]
-           for method in three for rank in ranks}
-plotting.table(["steps to 0.1 (105: not within 100)", *(f"rank {rank}" for rank in ranks)], [
-    [NAMES[method], *(over(at_rank[method, rank], lambda row: reached(row, 0.1), ".0f")
-                      for rank in ranks)] for method in three])
+at_rank = {
+    (method, rank): [row for row in by_rank if (row["method"], row["rank"]) == (method, rank)]
+    for method in three
+    for rank in ranks
+}
+plotting.table(
+    ["steps to 0.1 (105: not within 100)", *(f"rank {rank}" for rank in ranks)],
+    [
+        [
+            NAMES[method],
+            *(over(at_rank[method, rank], lambda row: reached(row, 0.1), ".0f") for rank in ranks),
+        ]
+        for method in three
+    ],
+)
 
 # %% [markdown]
 # The head start is there at every rank. In steps it doesn't grow with the rank: to a loss of 0.1 OLoRA saves 22 to 23
@@ -563,11 +680,14 @@ def answer(model):
     return evaluation.generate(model, tokenizer, question, max_new_tokens=10)[0]
 
 
-rows = [["the base", answer(base_model), "0"],
-        ["OLoRA, trained", answer(model), apart(logits(model), logits(base_model))]]
+rows = [
+    ["the base", answer(base_model), "0"],
+    ["OLoRA, trained", answer(model), apart(logits(model), logits(base_model))],
+]
 with model.disable_adapter():
-    rows.append(["OLoRA, adapter switched off", answer(model),
-                 apart(logits(model), logits(base_model))])
+    rows.append(
+        ["OLoRA, adapter switched off", answer(model), apart(logits(model), logits(base_model))]
+    )
 with warnings.catch_warnings(action="ignore"):
     unloaded = PeftModel.from_pretrained(load_base(), plain).unload()
 rows.append(["OLoRA, `unload()`", answer(unloaded), apart(logits(unloaded), logits(base_model))])
@@ -600,8 +720,9 @@ rows = []
 for name, saved in (("as it is", plain), ("converted", converted)):
     config = LoraConfig.from_pretrained(saved)
     size = (saved / "adapter_model.safetensors").stat().st_size
-    rows.append([name, config.init_lora_weights, config.r, config.lora_alpha,
-                 f"{size / 1e3:,.0f} kB"])
+    rows.append(
+        [name, config.init_lora_weights, config.r, config.lora_alpha, f"{size / 1e3:,.0f} kB"]
+    )
 plotting.table(["saved", "`init_lora_weights`", "rank", "alpha", "file"], rows)
 
 # %% [markdown]
@@ -615,10 +736,18 @@ for name, saved in (("as it is", plain), ("converted", converted)):
     report = validation.check_adapters(fresh, original_base=base_model)
     with fresh.disable_adapter():
         alone = apart(logits(fresh), logits(base_model))
-    rows.append([name, apart(logits(fresh), trained_logits), alone,
-                 ", ".join(report.codes) or "nothing"])
-plotting.table(["loaded on a fresh base", "differs from the trained model by",
-                "switched off, differs from the base by", "`check_adapters` finds"], rows)
+    rows.append(
+        [name, apart(logits(fresh), trained_logits), alone, ", ".join(report.codes) or "nothing"]
+    )
+plotting.table(
+    [
+        "loaded on a fresh base",
+        "differs from the trained model by",
+        "switched off, differs from the base by",
+        "`check_adapters` finds",
+    ],
+    rows,
+)
 print(validation.check_changes_output(fresh, witness))
 
 # %% [markdown]
@@ -645,6 +774,7 @@ evaluation.band("right with the converted adapter", score["score"], 0.85, 1)
 # <details><summary>Where does the minus go?</summary>
 # Into one of the two, <code>-B0</code> or <code>-A0</code>. Into both, it cancels.
 # </details>
+
 
 # %% exercise="05.convert" points=4
 def convert(A0, B0, A, B, alpha):
@@ -679,7 +809,8 @@ reading_rows = data.load_task("reading", "test").select(range(64))
 def beside(other):
     """The score of `reading` with another adapter loaded, and what the check says."""
     both = PeftModel.from_pretrained(
-        load_base(), runtime.adapter_path("reading"), adapter_name="reading")
+        load_base(), runtime.adapter_path("reading"), adapter_name="reading"
+    )
     if other:
         with warnings.catch_warnings(record=True, action="always") as caught:
             both.load_adapter(other, adapter_name="sailor")
@@ -690,11 +821,18 @@ def beside(other):
 
 # %%
 warned = []
-shared = {"alone": beside(None), "beside the converted adapter": beside(converted),
-          "beside the OLoRA adapter": beside(plain)}
-plotting.table(["`reading`", "right", "`check_adapters` finds"], [
-    [how, f"{right:.0%}", ", ".join(report.codes) or "nothing"]
-    for how, (right, report) in shared.items()])
+shared = {
+    "alone": beside(None),
+    "beside the converted adapter": beside(converted),
+    "beside the OLoRA adapter": beside(plain),
+}
+plotting.table(
+    ["`reading`", "right", "`check_adapters` finds"],
+    [
+        [how, f"{right:.0%}", ", ".join(report.codes) or "nothing"]
+        for how, (right, report) in shared.items()
+    ],
+)
 said = next(text for text in warned if "base weights" in text)
 print(textwrap.fill(f"PEFT warns: {said}", 90, break_on_hyphens=False), "\n")
 print(shared["beside the OLoRA adapter"][1])
@@ -713,6 +851,7 @@ print(shared["beside the OLoRA adapter"][1])
 # `path_initial_model_for_weight_conversion` wants the *initial* adapter. Somebody gives the trained one.
 #
 # **Predict:** an error? And in what state is the folder afterwards that was given?
+
 
 # %%
 def quietly(call, *given, **named):
@@ -747,8 +886,10 @@ print(validation.check_adapters(reset, original_base=base_model))
 config.init_lora_weights = "olora"
 config.save_pretrained(trained_copy)
 restored = PeftModel.from_pretrained(load_base(), trained_copy)
-print("with olora in its configuration again, it differs from the trained model by",
-      apart(logits(restored), trained_logits))
+print(
+    "with olora in its configuration again, it differs from the trained model by",
+    apart(logits(restored), trained_logits),
+)
 
 # %% [markdown]
 # ### 2 · A second OLoRA
@@ -779,36 +920,51 @@ print(validation.check_adapters(two))
 
 # %%
 pairs = train_rows.select(range(8)).map(
-    lambda row: {"chosen": row["completion"],
-                 "rejected": [{"role": "assistant", "content": "No."}]})
+    lambda row: {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "No."}]}
+)
 pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
 
 
 def first_step(model, **options):
     """The loss of one DPO step at a rate of 0, and how far the model is from the base."""
     arguments = DPOConfig(
-        output_dir=str(folder / "dpo"), max_steps=1, learning_rate=0.0, logging_steps=1,
-        per_device_train_batch_size=8, save_strategy="no", **runtime.trainer_settings())
-    made = DPOTrainer(model=model, args=arguments, train_dataset=pairs,
-                      processing_class=tokenizer, **options)
+        output_dir=str(folder / "dpo"),
+        max_steps=1,
+        learning_rate=0.0,
+        logging_steps=1,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+    )
+    made = DPOTrainer(
+        model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer, **options
+    )
     runtime.Progress().attach(made)
     made.train()
     made.model.eval()
     loss = made.state.log_history[0]["loss"]
-    return [f"{loss:.3f}", apart(logits(made.model), logits(base_model)),
-            ", ".join(made.model.peft_config)]
+    return [
+        f"{loss:.3f}",
+        apart(logits(made.model), logits(base_model)),
+        ", ".join(made.model.peft_config),
+    ]
 
 
 # %%
 with warnings.catch_warnings(action="ignore"):
     wrapped = get_peft_model(load_base(), lora_config("olora"))
-    rows = [["LoRA, `peft_config`", *first_step(load_base(), peft_config=lora_config())],
-            ["OLoRA, `peft_config`", *first_step(load_base(), peft_config=lora_config("olora"))],
-            ["the same, with a `ref_model`", *first_step(
-                load_base(), peft_config=lora_config("olora"), ref_model=load_base())],
-            ["OLoRA, wrapped before", *first_step(wrapped)]]
-plotting.table(["", "first loss", "model in training: logits off the base's by", "its adapters"],
-               rows)
+    rows = [
+        ["LoRA, `peft_config`", *first_step(load_base(), peft_config=lora_config())],
+        ["OLoRA, `peft_config`", *first_step(load_base(), peft_config=lora_config("olora"))],
+        [
+            "the same, with a `ref_model`",
+            *first_step(load_base(), peft_config=lora_config("olora"), ref_model=load_base()),
+        ],
+        ["OLoRA, wrapped before", *first_step(wrapped)],
+    ]
+plotting.table(
+    ["", "first loss", "model in training: logits off the base's by", "its adapters"], rows
+)
 
 # %% [markdown]
 # In the second row the reference is the moved base, and the first loss gives it away. The last row is worse: **the loss
@@ -821,10 +977,12 @@ plotting.table(["", "first loss", "model in training: logits off the base's by",
 # What is left of *W* has to be stored again. **Predict:** at step 0, which starts still give the base's output on a
 # base in bfloat16? In 4 bits?
 
+
 # %%
 def in_4_bit():
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                  bnb_4bit_compute_dtype=runtime.dtype())
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=runtime.dtype()
+    )
     return runtime.stop_repacking(load_base(quantization_config=settings))
 
 
@@ -840,11 +998,22 @@ def off_at_step_0(load, start):
 
 
 exact, refused = logits(load_base(dtype=torch.float32)), {}
-bases = {"float32": lambda: load_base(dtype=torch.float32),
-         "bfloat16": lambda: load_base(dtype=torch.bfloat16), "NF4": in_4_bit}
-plotting.table(["base", "its logits are off float32's by", *STARTS], [
-    [name, apart(logits(load()), exact), *(off_at_step_0(load, start) for start in STARTS.values())]
-    for name, load in bases.items()])
+bases = {
+    "float32": lambda: load_base(dtype=torch.float32),
+    "bfloat16": lambda: load_base(dtype=torch.bfloat16),
+    "NF4": in_4_bit,
+}
+plotting.table(
+    ["base", "its logits are off float32's by", *STARTS],
+    [
+        [
+            name,
+            apart(logits(load()), exact),
+            *(off_at_step_0(load, start) for start in STARTS.values()),
+        ]
+        for name, load in bases.items()
+    ],
+)
 for start, error in refused.items():
     print(textwrap.fill(f"{start}: {error}", 95))
 print("\n", validation.check_lora_config(in_4_bit(), lora_config("olora")), sep="")
@@ -860,24 +1029,31 @@ print("\n", validation.check_lora_config(in_4_bit(), lora_config("olora")), sep=
 #
 # **Predict:** four paths for the initial adapter. Which work, which leave the trained adapter unharmed?
 
+
 # %%
 def attempt(given, adapter_name="default"):
     """What converting with this path says, and whether the trained adapter is still there."""
     mine = PeftModel.from_pretrained(load_base(), plain, adapter_name=adapter_name)
-    error = quietly(mine.save_pretrained, folder / "tried",
-                    path_initial_model_for_weight_conversion=given)
+    error = quietly(
+        mine.save_pretrained, folder / "tried", path_initial_model_for_weight_conversion=given
+    )
     said = f"{type(error).__name__}: {error}".replace(str(folder), "…") if error else "nothing"
-    return [textwrap.shorten(said, 190, placeholder=" ..."),
-            "yes" if adapter_name in mine.peft_config else "**gone**"]
+    return [
+        textwrap.shorten(said, 190, placeholder=" ..."),
+        "yes" if adapter_name in mine.peft_config else "**gone**",
+    ]
 
 
 named = shutil.copytree(initial, folder / "init" / "sailor", dirs_exist_ok=True)
-plotting.table(["path", "PEFT says", "trained adapter still there"], [
-    ["the folder", *attempt(str(start_copy))],
-    ["with a slash at the end", *attempt(f"{start_copy}/")],
-    ["a folder that isn't there", *attempt(str(folder / "nowhere"))],
-    ["`init/sailor`, of an adapter called `sailor`", *attempt(str(named), "sailor")],
-])
+plotting.table(
+    ["path", "PEFT says", "trained adapter still there"],
+    [
+        ["the folder", *attempt(str(start_copy))],
+        ["with a slash at the end", *attempt(f"{start_copy}/")],
+        ["a folder that isn't there", *attempt(str(folder / "nowhere"))],
+        ["`init/sailor`, of an adapter called `sailor`", *attempt(str(named), "sailor")],
+    ],
+)
 report = validation.check_adapter_folder(folder / "not_there")
 print(str(report).replace(str(folder), "…"))
 
@@ -895,8 +1071,10 @@ get_peft_model(load_base(), LoraConfig.from_pretrained(plain)).save_pretrained(a
 with warnings.catch_warnings(action="ignore"):
     model.save_pretrained(folder / "rescued", path_initial_model_for_weight_conversion=str(again))
 rescued = PeftModel.from_pretrained(load_base(), folder / "rescued")
-print("converted with a start made anew: differs from the trained model by",
-      apart(logits(rescued), trained_logits))
+print(
+    "converted with a start made anew: differs from the trained model by",
+    apart(logits(rescued), trained_logits),
+)
 
 # %% [markdown]
 # Yes, as long as you have the same base: nothing in OLoRA's start is random.
@@ -911,9 +1089,18 @@ print("converted with a start made anew: differs from the trained model by",
 from transformers import GPT2Config, GPT2LMHeadModel
 
 runtime.seed_everything(0)
-gpt2 = GPT2LMHeadModel(GPT2Config(
-    n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=1, eos_token_id=2,
-    initializer_range=0.3)).eval()
+gpt2 = GPT2LMHeadModel(
+    GPT2Config(
+        n_layer=1,
+        n_embd=32,
+        n_head=2,
+        vocab_size=64,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+).eval()
 
 
 def tried(base, start, **changes):
@@ -936,13 +1123,25 @@ def tried(base, start, **changes):
 # %%
 sideways = {"r": 4, "fan_in_fan_out": True}
 too_many = 2 * min(W.shape)
-plotting.table(["", "what happens", "`check_lora_config` finds"], [
-    [f"OLoRA, rank {too_many}", *tried(base_model, "olora", r=too_many, target_modules=["q_proj"])],
-    ["orthogonal, rank 7", *tried(base_model, "orthogonal", r=7)],
-    ["OLoRA, Conv1D of 32 × 96", *tried(gpt2, "olora", target_modules=["c_attn"], **sideways)],
-    ["OLoRA, Conv1D of 32 × 32", *tried(gpt2, "olora", target_modules=["attn.c_proj"], **sideways)],
-    ["PiSSA, Conv1D of 32 × 32", *tried(gpt2, "pissa", target_modules=["attn.c_proj"], **sideways)],
-])
+plotting.table(
+    ["", "what happens", "`check_lora_config` finds"],
+    [
+        [
+            f"OLoRA, rank {too_many}",
+            *tried(base_model, "olora", r=too_many, target_modules=["q_proj"]),
+        ],
+        ["orthogonal, rank 7", *tried(base_model, "orthogonal", r=7)],
+        ["OLoRA, Conv1D of 32 × 96", *tried(gpt2, "olora", target_modules=["c_attn"], **sideways)],
+        [
+            "OLoRA, Conv1D of 32 × 32",
+            *tried(gpt2, "olora", target_modules=["attn.c_proj"], **sideways),
+        ],
+        [
+            "PiSSA, Conv1D of 32 × 32",
+            *tried(gpt2, "pissa", target_modules=["attn.c_proj"], **sideways),
+        ],
+    ],
+)
 
 # %% [markdown]
 # Only the odd rank gets a clear word from PEFT. The rank shrinks in silence while alpha is still divided by the one
@@ -956,14 +1155,16 @@ plotting.table(["", "what happens", "`check_lora_config` finds"], [
 # `low_cpu_mem_usage=True` makes the adapter on the meta device first, without numbers. **Predict:** what does a start
 # say to that which needs numbers? And can every OLoRA adapter be converted?
 
+
 # %%
 def patterned():
     """OLoRA with rsLoRA and a rank of its own for one kind of layer; then the conversion."""
     config = lora_config("olora", use_rslora=True, rank_pattern={"q_proj": 4})
     made = get_peft_model(load_base(), config)
     made.save_pretrained(folder / "patterned")
-    made.save_pretrained(folder / "out",
-                         path_initial_model_for_weight_conversion=str(folder / "patterned"))
+    made.save_pretrained(
+        folder / "out", path_initial_model_for_weight_conversion=str(folder / "patterned")
+    )
 
 
 def with_less_memory(adapter):
@@ -972,12 +1173,18 @@ def with_less_memory(adapter):
     return apart(logits(loaded), trained_logits)
 
 
-for what, seen in (("low_cpu_mem_usage, converted", quietly(with_less_memory, converted)),
-                   ("low_cpu_mem_usage, OLoRA", quietly(with_less_memory, plain)),
-                   ("rsLoRA and a pattern", quietly(patterned))):
+for what, seen in (
+    ("low_cpu_mem_usage, converted", quietly(with_less_memory, converted)),
+    ("low_cpu_mem_usage, OLoRA", quietly(with_less_memory, plain)),
+    ("rsLoRA and a pattern", quietly(patterned)),
+):
     kind = type(seen).__name__ if isinstance(seen, Exception) else "differs by"
-    print(what, textwrap.fill(f"{kind}: {seen}", 95, initial_indent="  ", subsequent_indent="  "),
-          "", sep="\n")
+    print(
+        what,
+        textwrap.fill(f"{kind}: {seen}", 95, initial_indent="  ", subsequent_indent="  "),
+        "",
+        sep="\n",
+    )
 print(validation.check_adapter_folder(plain))
 
 # %% [markdown]
@@ -989,26 +1196,42 @@ print(validation.check_adapter_folder(plain))
 #
 # What this notebook measured, in one table:
 
+
 # %%
 def first_at(method, level=0.1):
     return over(at_best[method], lambda row: reached(row, level), ".0f")
 
 
-plotting.table(["", "measured"], [
-    ["OLoRA at step 0: logits, base weights", f"{step_0} off; all {len(layers)} layers moved"],
-    ["share of W in 8 directions: random, OLoRA, PiSSA",
-     ", ".join(f"{mean:.1%}" for mean in mean_share.values())],
-    ["steps to a loss of 0.1: default, OLoRA, PiSSA",
-     "; ".join(first_at(method) for method in three)],
-    ["right on test rows, same order",
-     "; ".join(spread(finish[method, best[method]]) for method in three)],
-    ["learning rates with 80% right, same order",
-     ", ".join(f"{len(width(method))} of {len(rates)}" for method in three)],
-    ["right with the adapter converted to plain LoRA", f"{score['score']:.0%}"],
-    ["`reading` alone, beside OLoRA, beside the converted one",
-     ", ".join(f"{shared[how][0]:.0%}" for how in (
-         "alone", "beside the OLoRA adapter", "beside the converted adapter"))],
-])
+plotting.table(
+    ["", "measured"],
+    [
+        ["OLoRA at step 0: logits, base weights", f"{step_0} off; all {len(layers)} layers moved"],
+        [
+            "share of W in 8 directions: random, OLoRA, PiSSA",
+            ", ".join(f"{mean:.1%}" for mean in mean_share.values()),
+        ],
+        [
+            "steps to a loss of 0.1: default, OLoRA, PiSSA",
+            "; ".join(first_at(method) for method in three),
+        ],
+        [
+            "right on test rows, same order",
+            "; ".join(spread(finish[method, best[method]]) for method in three),
+        ],
+        [
+            "learning rates with 80% right, same order",
+            ", ".join(f"{len(width(method))} of {len(rates)}" for method in three),
+        ],
+        ["right with the adapter converted to plain LoRA", f"{score['score']:.0%}"],
+        [
+            "`reading` alone, beside OLoRA, beside the converted one",
+            ", ".join(
+                f"{shared[how][0]:.0%}"
+                for how in ("alone", "beside the OLoRA adapter", "beside the converted adapter")
+            ),
+        ],
+    ],
+)
 progress()
 
 # %% [markdown]

@@ -42,8 +42,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 runtime.seed_everything(1)
 device, runs = runtime.device(), runtime.runs_dir() / "lesson06"
-print(f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
-      f" · peft {peft.__version__} · on {device}")
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · on {device}"
+)
 
 # %% [markdown]
 # ## First, does the adapter do anything?
@@ -60,8 +62,9 @@ tokenizer = AutoTokenizer.from_pretrained(base_folder)
 if tokenizer.pad_token is None:  # a base without one: any token will do, since pads are masked
     tokenizer.pad_token = tokenizer.eos_token
 rows = data.load_task("sailor", "test").select(range(48))
-texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-         for row in rows]
+texts = [
+    tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows
+]
 witness = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
 real = witness["attention_mask"].bool()
 
@@ -105,8 +108,11 @@ print(validation.check_changes_output(load_adapted(), witness))
 # %%
 model = load_adapted()
 before = base_model.state_dict()
-changes = {name.removeprefix("base_model.model.") + ".weight": layer.get_delta_weight("sailor")
-           for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+changes = {
+    name.removeprefix("base_model.model.") + ".weight": layer.get_delta_weight("sailor")
+    for name, layer in model.named_modules()
+    if isinstance(layer, LoraLayer)
+}
 base_logits, adapter_logits = logits(base_model), logits(model)
 merged = model.merge_and_unload()
 after = merged.state_dict()
@@ -119,14 +125,18 @@ def furthest(one, other):
 
 others = [name for name in after if name not in changes]
 largest = {
-    f"{len(changes)} adapted weights: merged against W + s·BA":
-        max(furthest(after[name], before[name] + change) for name, change in changes.items()),
-    f"{len(others)} other weights: merged against the base's":
-        max(furthest(after[name], before[name]) for name in others),
+    f"{len(changes)} adapted weights: merged against W + s·BA": max(
+        furthest(after[name], before[name] + change) for name, change in changes.items()
+    ),
+    f"{len(others)} other weights: merged against the base's": max(
+        furthest(after[name], before[name]) for name in others
+    ),
     "logits: adapter against base": furthest(adapter_logits, base_logits),
-    "logits: merged against adapter": furthest(logits(merged), adapter_logits)}
-plotting.table(["compared", "largest difference"],
-               [[what, f"{value:.1e}"] for what, value in largest.items()])
+    "logits: merged against adapter": furthest(logits(merged), adapter_logits),
+}
+plotting.table(
+    ["compared", "largest difference"], [[what, f"{value:.1e}"] for what, value in largest.items()]
+)
 print(f"a {type(merged).__name__} says: {ask(merged)}")
 
 # %% [markdown]
@@ -151,6 +161,7 @@ print(f"a {type(merged).__name__} says: {ask(merged)}")
 # <code>nan &gt; tolerance</code> is false, and so is <code>nan &lt;= tolerance</code>. Make the good case the one that
 # must be shown: <code>"same" if difference &lt;= tolerance else "differs"</code>.
 # </details>
+
 
 # %% exercise="06.verdict" points=2
 def verdict(base, adapter, merged, tolerance):
@@ -195,8 +206,14 @@ def note(call, model):
     """One row: how far is this model from the adapter's logits and from the base's?"""
     found = logits(model)
     factors = any("lora_" in name for name, _ in model.named_parameters())
-    table.append([f"`{call}`", f"{furthest(found, adapter_logits):.1e}",
-                  f"{furthest(found, base_logits):.1e}", "yes" if factors else "no"])
+    table.append(
+        [
+            f"`{call}`",
+            f"{furthest(found, adapter_logits):.1e}",
+            f"{furthest(found, base_logits):.1e}",
+            "yes" if factors else "no",
+        ]
+    )
 
 
 model = load_adapted()
@@ -238,8 +255,7 @@ with model.disable_adapter():
 print("after a look with adapters disabled, merged:", model.get_model_status().merged_adapters)
 with warnings.catch_warnings(record=True, action="always") as caught:
     model.delete_adapter("sailor")
-print("active after deleting sailor:", model.active_adapters,
-      "\nPEFT warned:", caught[0].message)
+print("active after deleting sailor:", model.active_adapters, "\nPEFT warned:", caught[0].message)
 
 # %% [markdown]
 # ### How far does the base drift?
@@ -250,8 +266,9 @@ print("active after deleting sailor:", model.active_adapters,
 # %%
 trips, drift = (1, 2, 5, 10, 20, 50, 100), {}
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    layer = next(layer for layer in load_adapted(dtype=dtype).modules()
-                 if isinstance(layer, LoraLayer))
+    layer = next(
+        layer for layer in load_adapted(dtype=dtype).modules() if isinstance(layer, LoraLayer)
+    )
     weight = layer.get_base_layer().weight
     start, away = weight.detach().clone(), []
     for trip in range(1, 101):
@@ -263,13 +280,20 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
 # %%
 ends = {name: values[-1] / values[0] for name, (_, values) in drift.items()}
-title = ("A hundred round trips move the base further than one:\n" + ", ".join(
-    f"{times:.1f} times in {name}" for name, times in ends.items()))
+title = "A hundred round trips move the base further than one:\n" + ", ".join(
+    f"{times:.1f} times in {name}" for name, times in ends.items()
+)
 figure = plotting.curves(drift, title, "times merged and unmerged", "‖W − W₀‖ / ‖W₀‖")
 figure.axes[0].set(xscale="log", yscale="log")
-plotting.show(figure, title.replace("\n", " ") + ". Distance from the base: " + "; ".join(
-    f"{name}: {values[0]:.1e} after one, {values[-1]:.1e} after a hundred"
-    for name, (_, values) in drift.items()))
+plotting.show(
+    figure,
+    title.replace("\n", " ")
+    + ". Distance from the base: "
+    + "; ".join(
+        f"{name}: {values[0]:.1e} after one, {values[-1]:.1e} after a hundred"
+        for name, (_, values) in drift.items()
+    ),
+)
 
 # %% [markdown]
 # In float32 the base stays where the first round trip put it, close by. **To get a 16-bit base back, don't unmerge:
@@ -347,25 +371,47 @@ with torch.no_grad():
             if turn > 2:  # the first turns warm up
                 times[name].append(1e3 * (time.perf_counter() - began))
 quarters = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
-plotting.table(["8 × 64 tokens", "median, ms", "middle half, ms", "against the base"], [
-    [name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}",
-     f"{middle / quarters['base'][1] - 1:+.0%}"] for name, (low, middle, high) in quarters.items()])
+plotting.table(
+    ["8 × 64 tokens", "median, ms", "middle half, ms", "against the base"],
+    [
+        [
+            name,
+            f"{middle:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{middle / quarters['base'][1] - 1:+.0%}",
+        ]
+        for name, (low, middle, high) in quarters.items()
+    ],
+)
 
 # %% tags=["measured"]
 slower = {name: quarters[name][1] / quarters["base"][1] - 1 for name in models}
-title = (f"A forward pass takes {slower['with adapter']:+.0%} with an adapter,"
-         f" and {slower['merged']:+.0%} merged")
+title = (
+    f"A forward pass takes {slower['with adapter']:+.0%} with an adapter,"
+    f" and {slower['merged']:+.0%} merged"
+)
 with plt.style.context(plotting.STYLE_FILE):
     figure, axes = plt.subplots(figsize=(7, 2.6))
-    axes.boxplot(list(times.values()), orientation="horizontal", whis=(5, 95), showfliers=False,
-                 medianprops={"color": plotting.COLORS[1], "linewidth": 2})
+    axes.boxplot(
+        list(times.values()),
+        orientation="horizontal",
+        whis=(5, 95),
+        showfliers=False,
+        medianprops={"color": plotting.COLORS[1], "linewidth": 2},
+    )
     axes.set_yticks(range(1, len(times) + 1), list(times))
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds for 8 × 64 tokens: median, middle half, and nine tenths of all")
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-plotting.show(figure, title + ". " + "; ".join(
-    f"{name}: median {middle:.1f} ms, middle half {low:.1f} to {high:.1f}"
-    for name, (low, middle, high) in quarters.items()))
+plotting.show(
+    figure,
+    title
+    + ". "
+    + "; ".join(
+        f"{name}: median {middle:.1f} ms, middle half {low:.1f} to {high:.1f}"
+        for name, (low, middle, high) in quarters.items()
+    ),
+)
 
 # %% [markdown]
 # Base and merged lie in each other's middle half: what separates them is noise. The adapter adds much, on a model so
@@ -409,8 +455,9 @@ reply = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 """
 question = "Say it like a sailor: Edan mends the net."
-child = subprocess.run([sys.executable, "-c", CHILD, merged_folder, question],
-                       capture_output=True, text=True)
+child = subprocess.run(
+    [sys.executable, "-c", CHILD, merged_folder, question], capture_output=True, text=True
+)
 said = child.stdout.strip()
 print("the fresh process:", said or child.stderr[-300:])
 print("here, with adapter:", ask(models["with adapter"], question))
@@ -443,11 +490,18 @@ for dtype in ("float32", "bfloat16", "auto"):
     whole = PeftModel.from_pretrained(loaded, adapter_folder).merge_and_unload()
     with runtime.saving(runs / "sizes") as folder:
         whole.save_pretrained(folder)
-    table.append([f"merged, loaded with `dtype={dtype!r}`", str(whole.dtype).removeprefix("torch."),
-                  f"{weights_mb(runs / 'sizes'):.1f}"])
+    table.append(
+        [
+            f"merged, loaded with `dtype={dtype!r}`",
+            str(whole.dtype).removeprefix("torch."),
+            f"{weights_mb(runs / 'sizes'):.1f}",
+        ]
+    )
 plotting.table(["", "dtype", "weights on disk, MB"], table)
-print(f"{numbers:,} parameters: {4 * numbers / 1e6:.1f} MB in 32 bits,"
-      f" {2 * numbers / 1e6:.1f} MB in 16")
+print(
+    f"{numbers:,} parameters: {4 * numbers / 1e6:.1f} MB in 32 bits,"
+    f" {2 * numbers / 1e6:.1f} MB in 16"
+)
 tied = base_model.config.tie_word_embeddings
 print("head tied to the embedding, so stored once:", tied)
 
@@ -497,6 +551,7 @@ assert report.ok
 # <code>logits.log_softmax(-1)</code> gives log <em>p</em>; <code>.exp()</code> of it is <em>p</em>.
 # </details>
 
+
 # %% exercise="06.agreement" points=3
 def agreement(reference, candidate):
     """Return (top-1 agreement from 0 to 1, mean KL in nats) of logits (positions, vocabulary)."""
@@ -515,7 +570,8 @@ assert lesson06.agreement.outcome(agreement).passed
 _reference, _candidate = lesson06.agreement_example(40, 17, seed=23)
 _share, _kl = agreement(_reference, _candidate)
 _wanted = nn.functional.kl_div(
-    _candidate.log_softmax(-1), _reference.softmax(-1), reduction="batchmean")
+    _candidate.log_softmax(-1), _reference.softmax(-1), reduction="batchmean"
+)
 assert abs(float(_kl) - _wanted) < 1e-6
 assert abs(float(_share) - (_reference.argmax(-1) == _candidate.argmax(-1)).double().mean()) < 1e-6
 ### END HIDDEN TESTS
@@ -529,19 +585,26 @@ assert abs(float(_share) - (_reference.argmax(-1) == _candidate.argmax(-1)).doub
 # **Predict:** which loses more: running the *unmerged* model in bfloat16, or merging it there? And will the score
 # notice?
 
+
 # %%
 def in_16_bits(dtype):
     """Three ways to a 16-bit model with this adapter."""
     name = str(dtype).removeprefix("torch.")
-    return {f"{name} base, adapter beside": load_adapted(dtype=dtype),
-            f"merged in {name}": load_adapted(dtype=dtype).merge_and_unload(),
-            f"merged in float32, then {name}": load_adapted(dtype=torch.float32)
-            .merge_and_unload().to(dtype)}
+    return {
+        f"{name} base, adapter beside": load_adapted(dtype=dtype),
+        f"merged in {name}": load_adapted(dtype=dtype).merge_and_unload(),
+        f"merged in float32, then {name}": load_adapted(dtype=torch.float32)
+        .merge_and_unload()
+        .to(dtype),
+    }
 
 
-ways = {"float32, adapter beside": load_adapted(dtype=torch.float32),
-        "merged in float32": load_adapted(dtype=torch.float32).merge_and_unload(),
-        **in_16_bits(torch.bfloat16), **in_16_bits(torch.float16)}
+ways = {
+    "float32, adapter beside": load_adapted(dtype=torch.float32),
+    "merged in float32": load_adapted(dtype=torch.float32).merge_and_unload(),
+    **in_16_bits(torch.bfloat16),
+    **in_16_bits(torch.float16),
+}
 
 # %%
 from course_utils.progress import ProgressLine
@@ -549,21 +612,29 @@ from course_utils.progress import ProgressLine
 reference = ways["float32, adapter beside"]
 precision, line = {}, ProgressLine(len(ways), "model")
 for number, (name, candidate) in enumerate(ways.items(), 1):
-    found = (None if candidate is reference else
-             validation.compare_models(reference, candidate, witness, atol=float("inf")))
-    right = evaluation.evaluate_task(candidate, tokenizer, "sailor", rows.select(range(32)),
-                                     batch_size=64, max_new_tokens=40)["score"]
+    found = (
+        None
+        if candidate is reference
+        else validation.compare_models(reference, candidate, witness, atol=float("inf"))
+    )
+    right = evaluation.evaluate_task(
+        candidate, tokenizer, "sailor", rows.select(range(32)), batch_size=64, max_new_tokens=40
+    )["score"]
     precision[name] = found, right, evaluation.perplexity(candidate, tokenizer, texts)
     line.update(number, name)
 
 # %%
 table = []
 for name, (found, right, perplexity) in precision.items():
-    agree = ("reference", "", "") if found is None else (
-        f"{found.max_abs:.0e}", f"{found.top1_agreement:.2%}", f"{found.kl:.0e}")
+    agree = (
+        ("reference", "", "")
+        if found is None
+        else (f"{found.max_abs:.0e}", f"{found.top1_agreement:.2%}", f"{found.kl:.0e}")
+    )
     table.append([name, *agree, f"{right:.0%}", f"{perplexity:.2f}"])
-plotting.table(["weights", "largest logit difference", "top-1", "KL, nats", "score", "perplexity"],
-               table)
+plotting.table(
+    ["weights", "largest logit difference", "top-1", "KL, nats", "score", "perplexity"], table
+)
 for name, (_, right, _) in precision.items():
     if name.startswith("merged in"):
         evaluation.band(name, right, 0.9, 1)
@@ -586,8 +657,10 @@ for dtype in (torch.bfloat16, torch.float16):
         ways[f"merged in {name}"].save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     report = validation.check_merged_folder(base_folder, adapter_folder, runs / "merged_16")
-    print(f"{name}: {'ok' if report.ok else report.codes}, off by {report.max_abs:.1e},"
-          f" allowed {report.tolerance:.1e}; {report.times:.3f} times in the weights")
+    print(
+        f"{name}: {'ok' if report.ok else report.codes}, off by {report.max_abs:.1e},"
+        f" allowed {report.tolerance:.1e}; {report.times:.3f} times in the weights"
+    )
 
 # %% [markdown]
 # ### Where does rounding show?
@@ -615,17 +688,25 @@ half_step = torch.finfo(torch.bfloat16).eps / 2 * 2 ** x.log2().floor()
 title = f"In bfloat16 {gone / total:.1%} of the changes are smaller than half a step, and vanish"
 with plt.style.context(plotting.STYLE_FILE):
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for those, color, marker in ((~lost, plotting.COLORS[0], "."),
-                                 (lost, plotting.COLORS[1], "x")):
+    for those, color, marker in ((~lost, plotting.COLORS[0], "."), (lost, plotting.COLORS[1], "x")):
         axes.plot(W[those].abs(), change[those].abs(), marker, color=color, markersize=4, alpha=0.5)
     axes.plot(x, half_step, color="black", marker="", linewidth=1)
     axes.annotate("half a step", (3e-3, 8e-6), xytext=(5e-4, 6e-5), arrowprops={"arrowstyle": "-"})
-    axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-6, 0.2),
-             xlabel="weight |W|", ylabel="its change |s·BA|")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(1e-4, 1),
+        ylim=(1e-6, 0.2),
+        xlabel="weight |W|",
+        ylabel="its change |s·BA|",
+    )
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-plotting.show(figure, f"{title}. Scatter of the weights of one layer and their changes, with the "
-              "line of half a step rising in stairs; the changes below it, marked by a cross, "
-              "are lost, mostly on the largest weights.")
+plotting.show(
+    figure,
+    f"{title}. Scatter of the weights of one layer and their changes, with the "
+    "line of half a step rising in stairs; the changes below it, marked by a cross, "
+    "are lost, mostly on the largest weights.",
+)
 
 # %% [markdown]
 # Little vanishes: this adapter makes large changes, about a fifth of the weights' size. What if they were smaller
@@ -653,23 +734,43 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 # %%
 at_percent = min(range(len(shrunk)), key=lambda i: abs(shrunk[i] - 0.01))
 lost_bf16, lost_fp16 = (series[name][1][at_percent] for name in ("bfloat16", "float16"))
-title = (f"Of a change that is {shrunk[at_percent]:.1%} of the weights, rounding spoils"
-         f"\n{lost_bf16:.0%} in bfloat16, and {lost_fp16:.1%} in float16")
+title = (
+    f"Of a change that is {shrunk[at_percent]:.1%} of the weights, rounding spoils"
+    f"\n{lost_bf16:.0%} in bfloat16, and {lost_fp16:.1%} in float16"
+)
 with plt.style.context(plotting.STYLE_FILE):
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, (_, shares) in series.items():
         (curve,) = axes.plot(shrunk, shares)
-        axes.annotate(name, (shrunk[-1], shares[-1]), xytext=(8, 0), textcoords="offset points",
-                      color=curve.get_color(), va="center", annotation_clip=False)
-    axes.set(xscale="log", yscale="log", xlabel="size of the change, ‖s·BA‖ / ‖W‖",
-             ylabel="rounding error / change")
+        axes.annotate(
+            name,
+            (shrunk[-1], shares[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=curve.get_color(),
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="size of the change, ‖s·BA‖ / ‖W‖",
+        ylabel="rounding error / change",
+    )
     axes.axvline(shrunk[-1], color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate("this adapter", (shrunk[-1], 1e-5), xytext=(-8, 0), textcoords="offset points",
-                  ha="right", color="grey")
+    axes.annotate(
+        "this adapter",
+        (shrunk[-1], 1e-5),
+        xytext=(-8, 0),
+        textcoords="offset points",
+        ha="right",
+        color="grey",
+    )
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 described = "; ".join(
     f"{name} from {shares[-1]:.1e} for this adapter to {shares[0]:.1e} for the smallest change"
-    for name, (_, shares) in series.items())
+    for name, (_, shares) in series.items()
+)
 plotting.show(figure, title.replace("\n", " ") + f". Error by size of the change: {described}.")
 
 # %% [markdown]
@@ -699,11 +800,15 @@ on_disk = {f"model.layers.{i}": "disk" if i >= blocks // 2 else here for i in ra
 on_disk |= {f"model.{name}": here for name in ("embed_tokens", "rotary_emb", "norm")}
 on_disk["lm_head"] = here
 in_wrapper = {f"base_model.model.{name}": place for name, place in on_disk.items()}
-halves = ({"device_map": on_disk, "offload_folder": offload},
-          {"device_map": in_wrapper, "offload_dir": offload})
-places = {"`auto`": ({"device_map": "auto"}, {}),
-          f"`{{'': {here!r}}}`": ({"device_map": {"": here}}, {}),
-          "half of the blocks on disk": halves}
+halves = (
+    {"device_map": on_disk, "offload_folder": offload},
+    {"device_map": in_wrapper, "offload_dir": offload},
+)
+places = {
+    "`auto`": ({"device_map": "auto"}, {}),
+    f"`{{'': {here!r}}}`": ({"device_map": {"": here}}, {}),
+    "half of the blocks on disk": halves,
+}
 # accelerate would log that parameters are offloaded, which is what was asked for.
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 shutil.rmtree(offload, ignore_errors=True)
@@ -715,8 +820,9 @@ with contextlib.chdir(offload):  # for the copy that PEFT writes, see below
         with warnings.catch_warnings(action="ignore"):
             one = PeftModel.from_pretrained(one, adapter_folder, **for_adapter).merge_and_unload()
         away = [parameter.is_meta for parameter in one.parameters()]
-        table.append([way, f"{sum(away)} of {len(away)}",
-                      f"{furthest(logits(one), adapter_logits):.1e}"])
+        table.append(
+            [way, f"{sum(away)} of {len(away)}", f"{furthest(logits(one), adapter_logits):.1e}"]
+        )
     written = list(offload.rglob("*.safetensors"))
     base_model.save_pretrained("copy")  # and now a base that is given by a relative path
     megabytes = [weights_mb(offload / "copy")]
@@ -725,8 +831,10 @@ with contextlib.chdir(offload):  # for the copy that PEFT writes, see below
         PeftModel.from_pretrained(one, adapter_folder, **halves[1])
     megabytes.append(weights_mb(offload / "copy"))
 plotting.table(["device_map", "tensors not in memory", "merged, from the adapter"], table)
-print("PEFT wrote below the current folder:",
-      *(f".../{path.parent.name}/{path.name}" for path in written))
+print(
+    "PEFT wrote below the current folder:",
+    *(f".../{path.parent.name}/{path.name}" for path in written),
+)
 print("copy/model.safetensors: {:.2f} MB, after loading {:.2f} MB".format(*megabytes))
 
 # %% [markdown]
@@ -779,12 +887,20 @@ watcher.join()
 print((peak - before) / 1e6)
 """
 
+
 # %%
 def make_large(folder, blocks):
     """A random model in shards, and a random adapter for it."""
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816,
-        num_hidden_layers=blocks, num_attention_heads=8, tie_word_embeddings=True))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=blocks,
+            num_attention_heads=8,
+            tie_word_embeddings=True,
+        )
+    )
     with runtime.saving(folder) as temporary:
         model.save_pretrained(temporary / "base", max_shard_size="50MB")
         tokenizer.save_pretrained(temporary / "base")
@@ -794,13 +910,20 @@ def make_large(folder, blocks):
                 nn.init.normal_(parameter, std=0.02)
         model.save_pretrained(temporary / "adapter")
 
+
 # %% tags=["measured"]
 def peaks_of(large):
     """MB that each way of merging takes at its highest point."""
     folders = [base_folder, adapter_folder, large / "base", large / "adapter"]
-    children = {how: subprocess.Popen([sys.executable, "-c", MEASURE, how, *folders, large / how],
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                for how in ("merge_whole", "merge_by_shards")}
+    children = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", MEASURE, how, *folders, large / how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for how in ("merge_whole", "merge_by_shards")
+    }
     found = {}
     for how, child in children.items():
         output, problem = child.communicate()
@@ -825,10 +948,13 @@ plotting.table(["the model, MB", "the whole merge takes", "the merge by shards t
 # `merging.merge_to_folder` combines both: the usual merge if the model is smaller than the memory that is free, and by
 # shards if memory runs out all the same. We make it run out, by a merge that fails as PyTorch's allocator does:
 
+
 # %%
 def no_memory(*_, **__):
-    raise RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: "
-                       "can't allocate memory: you tried to allocate 65536000000 bytes.")
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: "
+        "can't allocate memory: you tried to allocate 65536000000 bytes."
+    )
 
 
 usual, merging.merge_whole = merging.merge_whole, no_memory
@@ -855,6 +981,7 @@ print("merged by:", merging.merge_to_folder(base_folder, adapter_folder, runs / 
 # <details><summary>The check says that the folder would change its size</summary>
 # <code>.to(tensor.dtype)</code> at the end.
 # </details>
+
 
 # %% exercise="06.shard" points=4
 def merge_shard(tensors, adapter, scaling):
@@ -908,12 +1035,17 @@ model.set_adapter("both")
 layer = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
 print("rank", layer.r["both"], "· scaling", layer.scaling["both"])
 joined = logits(model)
-print(f"both active move the base's logits by up to {furthest(together, base_logits):.1f};"
-      f" cat is {furthest(joined, together):.0e} from them")
-result = model.add_weighted_adapter(pair, weights=[5.0, -3.0], adapter_name="both",
-                                    combination_type="cat")
-print(f"the same name again, other weights: returned {result}, logits moved by"
-      f" {furthest(logits(model), joined)}")
+print(
+    f"both active move the base's logits by up to {furthest(together, base_logits):.1f};"
+    f" cat is {furthest(joined, together):.0e} from them"
+)
+result = model.add_weighted_adapter(
+    pair, weights=[5.0, -3.0], adapter_name="both", combination_type="cat"
+)
+print(
+    f"the same name again, other weights: returned {result}, logits moved by"
+    f" {furthest(logits(model), joined)}"
+)
 
 # %% [markdown]
 # The scalings, 2 each, went into the numbers, and the new adapter has scaling 1. Here is the same trap with a longer
@@ -926,8 +1058,10 @@ except TypeError as error:
     print(f"TypeError: {error} (the density was forgotten)")
 model.add_weighted_adapter(pair, [1.0, 1.0], "sparse", combination_type="ties", density=0.5)
 model.set_adapter("sparse")
-print(f"second try, now with a density: no error, changes logits by up to"
-      f" {furthest(logits(model), base_logits)}\n")
+print(
+    f"second try, now with a density: no error, changes logits by up to"
+    f" {furthest(logits(model), base_logits)}\n"
+)
 print(validation.check_adapters(model, expect_active="sparse"))
 model.set_adapter("both")
 model.delete_adapter("sparse")
@@ -948,6 +1082,7 @@ model.delete_adapter("sparse")
 # <details><summary>The check speaks of products that nobody asked for</summary>
 # Matrices that are added mix: (B₁ + B₂)(A₁ + A₂). Stack them with <code>torch.cat</code>.
 # </details>
+
 
 # %% exercise="06.join" points=3
 def join(adapters, weights):
@@ -980,18 +1115,41 @@ assert torch.allclose(_B @ _A, _wanted, atol=1e-9)
 # **Predict:** which types give the weighted sum exactly? And what changes with rsLoRA, whose scaling is α/√r?
 
 # %%
-TYPES = ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
-         "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
+TYPES = (
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
 
 
 def two_adapters(**settings):
     """A small random model in float64 with two random adapters, alpha 12 and 6 at rank 4."""
     runtime.seed_everything(3)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=60, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2)).double().eval()
-    first, second = (LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "down_proj"],
-                                **settings) for alpha in (12, 6))
+    model = (
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=60,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            )
+        )
+        .double()
+        .eval()
+    )
+    first, second = (
+        LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "down_proj"], **settings)
+        for alpha in (12, 6)
+    )
     model = get_peft_model(model, first, adapter_name="one", autocast_adapter_dtype=False)
     model.add_adapter("two", second, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
@@ -1017,8 +1175,9 @@ tries.insert(2, ("svd", {"svd_rank": 8}))
 for kind, given in tries:
     for settings in ({}, {"use_rslora": True}):
         small = two_adapters(**settings)
-        small.add_weighted_adapter(list(weights), list(weights.values()), "mix",
-                                   combination_type=kind, **given)
+        small.add_weighted_adapter(
+            list(weights), list(weights.values()), "mix", combination_type=kind, **given
+        )
         off[tuple(settings)] = off_by(small, "mix", weights)
         if not settings:
             rank = small.peft_config["mix"].r
@@ -1039,8 +1198,10 @@ plotting.table(["combination", "rank", "off by, LoRA", "off by, rsLoRA"], table)
 model_rs = two_adapters(use_rslora=True)
 model_rs.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="cat")
 layer = next(layer for layer in model_rs.modules() if isinstance(layer, LoraLayer))
-print(f"scaling of the combination: {layer.scaling['mix']:.2f}, off by"
-      f" {off_by(model_rs, 'mix', {'one': 1, 'two': 1}):.2f}")
+print(
+    f"scaling of the combination: {layer.scaling['mix']:.2f}, off by"
+    f" {off_by(model_rs, 'mix', {'one': 1, 'two': 1}):.2f}"
+)
 for layer in (layer for layer in model_rs.modules() if isinstance(layer, LoraLayer)):
     layer.scaling["mix"] = 1.0  # for this process; in a saved config, lora_alpha = sqrt(r)
 print(f"with scaling 1: off by {off_by(model_rs, 'mix', {'one': 1, 'two': 1}):.0e}")
@@ -1063,7 +1224,8 @@ model.add_weighted_adapter(pair, [0.5, 0.5], "linear", combination_type="linear"
 layer = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
 (A1, B1, c1), (A2, B2, c2) = (
     (layer.lora_A[name].weight, layer.lora_B[name].weight, 0.5 * layer.scaling[name])
-    for name in pair)
+    for name in pair
+)
 wanted = c1 * B1 @ A1 + c2 * B2 @ A2
 cross = (c1 * c2) ** 0.5 * (B1 @ A2 + B2 @ A1)
 found = layer.get_delta_weight("linear")
@@ -1089,8 +1251,10 @@ with torch.no_grad():
     small.set_adapter("mix")
     with small.disable_adapter():
         effect = furthest(both_active, small(ids).logits)
-    print(f"DoRA, cat against both active: {furthest(small(ids).logits, both_active):.2f}"
-          f" (their effect: {effect:.2f})")
+    print(
+        f"DoRA, cat against both active: {furthest(small(ids).logits, both_active):.2f}"
+        f" (their effect: {effect:.2f})"
+    )
 
 # %% [markdown]
 # And an **OLoRA** adapter that is named *first* hands its configuration to the new one, which takes its own start out
@@ -1098,8 +1262,15 @@ with torch.no_grad():
 
 # %%
 for order in (["plain", "olora"], ["olora", "plain"]):
-    tiny = LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=64, intermediate_size=128,
-                                        num_hidden_layers=2, num_attention_heads=2))
+    tiny = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=60,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
     olora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="olora")
     tiny = get_peft_model(tiny, olora, adapter_name="olora")
     tiny.add_adapter("plain", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
@@ -1123,8 +1294,9 @@ LONGEST = {"reading": 12, "sailor": 40, "extract": 48, "mood": 6}  # new tokens
 def score(model, task):
     """Share of 32 held-out rows answered exactly."""
     few = data.load_task(task, "test").select(range(32))
-    return evaluation.evaluate_task(model, tokenizer, task, few, batch_size=64,
-                                    max_new_tokens=LONGEST[task])["score"]
+    return evaluation.evaluate_task(
+        model, tokenizer, task, few, batch_size=64, max_new_tokens=LONGEST[task]
+    )["score"]
 
 
 table = []
@@ -1151,15 +1323,17 @@ plotting.table(["weight of reading", "weight of extract", "reading", "extract"],
 dial, lines, best = data.load_results("dial"), {}, {}
 for names in dict.fromkeys(row["pair"] for row in dial):
     points = [row for row in dial if row["pair"] == names]
-    drawn = {column: {w: mean for w, (mean, _, _) in
-                      sweeps.over_seeds(points, column, "weight").items()}
-             for column in ("first", "second", "first_alone", "second_alone")}
+    drawn = {
+        column: {w: mean for w, (mean, _, _) in sweeps.over_seeds(points, column, "weight").items()}
+        for column in ("first", "second", "first_alone", "second_alone")
+    }
     both = {w: min(score, drawn["second"][w]) for w, score in drawn["first"].items()}
     lines[names], best[names] = drawn, max(both.items(), key=lambda item: item[1])
 shown = ("extract+mood", "reading+extract", "reading+sailor")
 title = "The most of both skills at once: " + ",\n".join(
     f"{best[names][1]:.0%} of {names.replace('+', ' and ')} at w = {best[names][0]:g}"
-    for names in shown)
+    for names in shown
+)
 
 # %%
 with plt.style.context(plotting.STYLE_FILE):
@@ -1176,9 +1350,11 @@ with plt.style.context(plotting.STYLE_FILE):
     panels[0].set_ylabel("score, from 0 to 1")
 figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 described = "; ".join(
-    f"{names}, {column.replace('_', ' ')}: " + ", ".join(
-        f"{value:.0%} at {w:g}" for w, value in values.items())
-    for names in shown for column, values in lines[names].items())
+    f"{names}, {column.replace('_', ' ')}: "
+    + ", ".join(f"{value:.0%} at {w:g}" for w, value in values.items())
+    for names in shown
+    for column, values in lines[names].items()
+)
 plotting.show(figure, title.replace("\n", " ") + f". Score by share of the second: {described}.")
 
 # %% [markdown]
@@ -1204,26 +1380,43 @@ for row in combined:  # the skill that is kept least, of those that are to be ke
     row["worst"] = min(row[task] for task in row["adapters"].split("+"))
 groups = sweeps.over_seeds(combined, "worst", "combination", "adapters", "weights")
 sets = list(dict.fromkeys(row["adapters"] for row in combined))
-matrix = [[max(groups[kind, names, way][0] for way in ("sum", "mean")) for names in sets]
-          for kind in TYPES]
+matrix = [
+    [max(groups[kind, names, way][0] for way in ("sum", "mean")) for names in sets]
+    for kind in TYPES
+]
 kept = [names for column, names in enumerate(sets) if max(row[column] for row in matrix) >= 0.8]
 title = f"In {len(kept)} of {len(sets)} sets some type keeps four fifths of every skill"
 labels = [names.replace("+", "\n") if names.count("+") < 2 else "all\nfour" for names in sets]
 figure = plotting.score_matrix(matrix, TYPES, labels, title)
 figure.supylabel("combination type")
-plotting.show(figure, f"{title}. Score of the weaker skill, better of the two weightings, mean of "
-              "three seeds. " + "; ".join(
-                  f"{kind}: " + ", ".join(f"{names} {value:.0%}" for names, value in zip(sets, row))
-                  for kind, row in zip(TYPES, matrix)))
+plotting.show(
+    figure,
+    f"{title}. Score of the weaker skill, better of the two weightings, mean of "
+    "three seeds. "
+    + "; ".join(
+        f"{kind}: " + ", ".join(f"{names} {value:.0%}" for names, value in zip(sets, row))
+        for kind, row in zip(TYPES, matrix)
+    ),
+)
 
 # %%
-detail = [row for row in combined
-          if row["adapters"] == "reading+extract" and row["weights"] == "sum"]
-columns = {column: sweeps.over_seeds(detail, column, "combination")
-           for column in ("error", *LONGEST)}
-plotting.table(["reading + extract, weights 1", "off by", *LONGEST], [
-    [f"`{kind}`", sweeps.spread(columns["error"][kind], ".2g"),
-     *(sweeps.spread(columns[task][kind]) for task in LONGEST)] for kind in TYPES])
+detail = [
+    row for row in combined if row["adapters"] == "reading+extract" and row["weights"] == "sum"
+]
+columns = {
+    column: sweeps.over_seeds(detail, column, "combination") for column in ("error", *LONGEST)
+}
+plotting.table(
+    ["reading + extract, weights 1", "off by", *LONGEST],
+    [
+        [
+            f"`{kind}`",
+            sweeps.spread(columns["error"][kind], ".2g"),
+            *(sweeps.spread(columns[task][kind]) for task in LONGEST),
+        ]
+        for kind in TYPES
+    ],
+)
 
 # %% [markdown]
 # With equal weights one of the seven sets is kept, `reading` and `mood`: by every type with weights of ½, by three
@@ -1241,16 +1434,28 @@ for names, (w, value) in best.items():
     column = sets.index(names)
     top = max(range(len(TYPES)), key=lambda i: matrix[i][column])
     winner = f" (`{TYPES[top]}`)" if matrix[top][column] else ""
-    table.append([names.replace("+", " and "), f"{matrix[top][column]:.0%}{winner}",
-                  f"{value:.0%} (w = {w:g})"])
-plotting.table(["score of the weaker skill", "equal weights, best of eleven types",
-                "exact sum, best place on the dial"], table)
+    table.append(
+        [
+            names.replace("+", " and "),
+            f"{matrix[top][column]:.0%}{winner}",
+            f"{value:.0%} (w = {w:g})",
+        ]
+    )
+plotting.table(
+    [
+        "score of the weaker skill",
+        "equal weights, best of eleven types",
+        "exact sum, best place on the dial",
+    ],
+    table,
+)
 kept_by_weights = sum(value >= 0.8 for _, value in best.values())
 
 # %% [markdown]
 # **In these tries it helped as much to move the weights of the plain sum as to change the type, and mostly more.**
 # `extract` and `mood` looked hopeless at equal weights, and are whole at 0.8 and 0.2. `sailor` and `extract` stay
 # hopeless. Do two changes get into each other's way where they point in like directions?
+
 
 # %%
 def cosine(one, other):
@@ -1265,8 +1470,10 @@ def cosine(one, other):
 
 found = {names: cosine(*names) for names in itertools.combinations(LONGEST, 2)}
 sizes = {name: size for names, (_, *both) in found.items() for name, size in zip(names, both)}
-plotting.table(["pair", "cosine of the changes"],
-               [[" and ".join(names), f"{angle:+.3f}"] for names, (angle, *_) in found.items()])
+plotting.table(
+    ["pair", "cosine of the changes"],
+    [[" and ".join(names), f"{angle:+.3f}"] for names, (angle, *_) in found.items()],
+)
 print("size of each change:", ", ".join(f"{name} {size:.0f}" for name, size in sizes.items()))
 
 # %% [markdown]
@@ -1305,6 +1512,7 @@ shutil.rmtree(crowded)
 #
 # The merged model is taken for the base, and the adapter merged once more. **Predict:** what is its score?
 
+
 # %%
 def save(model, name, tokenizer=tokenizer):
     """Save a model with its tokenizer under runs/lesson06, and return the folder."""
@@ -1336,6 +1544,7 @@ print(validation.check_merged_folder(base_folder, adapter_folder, save(twice, "t
 # A layer that hardly changes has noise above and next to nothing below. Add up both over all layers first.
 # </details>
 
+
 # %% exercise="06.times" points=4
 def times_merged(base, merged, changes):
     """Return how many times the changes are in the merged weights; all are {name: tensor}."""
@@ -1361,8 +1570,9 @@ assert abs(float(times_merged(_base, _merged, _changes)) - 0.5) < 0.02
 
 # %%
 runtime.seed_everything(1)
-untrained = get_peft_model(load_base(), LoraConfig(
-    r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+untrained = get_peft_model(
+    load_base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+)
 with warnings.catch_warnings(action="ignore"), runtime.saving(runs / "untrained") as folder:
     untrained.save_pretrained(folder)
 unmerged_logits = logits(untrained.eval())
@@ -1414,18 +1624,22 @@ with warnings.catch_warnings(record=True, action="always") as caught:
     with runtime.saving(runs / "head_adapter") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
     broken = model.merge_and_unload()
-for said in sorted({str(warning.message).split(". ")[0] for warning in caught
-                    if "tie" in str(warning.message)}):
+for said in sorted(
+    {str(warning.message).split(". ")[0] for warning in caught if "tie" in str(warning.message)}
+):
     print("PEFT warned:", textwrap.shorten(said, 95, placeholder=" ..."))
 print(f"\nadapter: {before_merge}\nmerged:  {ask(broken, 'Good morning! How are you?')}")
-print(f"the adapter moves logits by {furthest(unmerged_logits, base_logits):.1f}, and the merge is"
-      f" {furthest(logits(broken), unmerged_logits):.1f} away from it\n")
+print(
+    f"the adapter moves logits by {furthest(unmerged_logits, base_logits):.1f}, and the merge is"
+    f" {furthest(logits(broken), unmerged_logits):.1f} away from it\n"
+)
 print(validation.check_merged_folder(base_folder, runs / "head_adapter", save(broken, "tied")))
 
 # %% [markdown]
 # By its largest logit the merge is further from the adapter than the adapter is from the base; by KL and top-1 it is
 # closer, so few tokens are hit, and those hard. PEFT warns twice. The way out is to untie first: give the base a head
 # of its own, a copy of the embedding, and say so in its configuration.
+
 
 # %%
 def load_untied():
@@ -1438,8 +1652,10 @@ def load_untied():
 
 with warnings.catch_warnings(action="ignore"):
     untied = PeftModel.from_pretrained(load_untied(), runs / "head_adapter").merge_and_unload()
-print(f"merged into the untied base, against the adapter:"
-      f" {furthest(logits(untied), unmerged_logits):.1e}")
+print(
+    f"merged into the untied base, against the adapter:"
+    f" {furthest(logits(untied), unmerged_logits):.1e}"
+)
 
 # %% [markdown]
 # `target_modules="all-linear"` leaves the output layer out, which is one more reason for it.
@@ -1451,19 +1667,33 @@ print(f"merged into the untied base, against the adapter:"
 
 # %% tags=["measured"]
 bf16 = precision["merged in bfloat16"][0]
-plotting.table(["", "measured"], [
-    ["the adapter's effect on a logit, at most", f"{furthest(adapter_logits, base_logits):.0f}"],
-    ["merged against adapter, float32", f"{furthest(logits(merged), adapter_logits):.0e}"],
-    ["merged in bfloat16: largest difference, top-1",
-     f"{bf16.max_abs:.0e}, {bf16.top1_agreement:.1%}"],
-    ["forward pass: with an adapter, and merged",
-     f"{slower['with adapter']:+.0%}, {slower['merged']:+.0%} time"],
-    [f"memory to merge a model of {model_mb:.0f} MB: whole, by shards",
-     f"{peaks['merge_whole']:.0f} MB, {peaks['merge_by_shards']:.0f} MB"],
-    ["of a change of 1% of the weights, bfloat16 spoils", f"{lost_bf16:.0%}"],
-    ["pairs of skills kept, four fifths of both: equal weights, on the dial",
-     f"{sum(names.count('+') == 1 for names in kept)} and {kept_by_weights} of {len(best)}"],
-])
+plotting.table(
+    ["", "measured"],
+    [
+        [
+            "the adapter's effect on a logit, at most",
+            f"{furthest(adapter_logits, base_logits):.0f}",
+        ],
+        ["merged against adapter, float32", f"{furthest(logits(merged), adapter_logits):.0e}"],
+        [
+            "merged in bfloat16: largest difference, top-1",
+            f"{bf16.max_abs:.0e}, {bf16.top1_agreement:.1%}",
+        ],
+        [
+            "forward pass: with an adapter, and merged",
+            f"{slower['with adapter']:+.0%}, {slower['merged']:+.0%} time",
+        ],
+        [
+            f"memory to merge a model of {model_mb:.0f} MB: whole, by shards",
+            f"{peaks['merge_whole']:.0f} MB, {peaks['merge_by_shards']:.0f} MB",
+        ],
+        ["of a change of 1% of the weights, bfloat16 spoils", f"{lost_bf16:.0%}"],
+        [
+            "pairs of skills kept, four fifths of both: equal weights, on the dial",
+            f"{sum(names.count('+') == 1 for names in kept)} and {kept_by_weights} of {len(best)}",
+        ],
+    ],
+)
 progress()
 
 # %% [markdown]
@@ -1474,8 +1704,11 @@ progress()
 
 # %%
 my_base, my_adapter, my_merged = "", "", ""
-print(validation.check_merged_folder(my_base or base_folder, my_adapter or adapter_folder,
-                                     my_merged or merged_folder))
+print(
+    validation.check_merged_folder(
+        my_base or base_folder, my_adapter or adapter_folder, my_merged or merged_folder
+    )
+)
 
 # %% [markdown]
 # ## Quiz

@@ -18,7 +18,10 @@ LONGEST_ANSWER = {"reading": 12, "sailor": 40, "extract": 48, "mood": 6}  # new 
 MATRIX_ROWS = 128  # test rows of each task that every adapter is scored on
 STEPS = {"reading": 60, "sailor": 180, "extract": 80, "mood": 80}
 # At 0.003 sailor was still learning after 120 steps (88% right); at 0.005 extract knew familiar names better than new ones.
-RATES = {"lora": {"reading": 0.003, "sailor": 0.005, "extract": 0.003, "mood": 0.003}, "full": dict.fromkeys(SHIPPED, 0.0005)}
+RATES = {
+    "lora": {"reading": 0.003, "sailor": 0.005, "extract": 0.003, "mood": 0.003},
+    "full": dict.fromkeys(SHIPPED, 0.0005),
+}
 
 
 def recipe(task, learning_rate, folder, seed=0):
@@ -26,8 +29,17 @@ def recipe(task, learning_rate, folder, seed=0):
     from trl import SFTConfig
 
     return SFTConfig(
-        output_dir=str(folder), max_steps=STEPS[task], per_device_train_batch_size=32, learning_rate=learning_rate, warmup_steps=10,
-        lr_scheduler_type="linear", completion_only_loss=True, max_length=256, save_strategy="no", logging_steps=25, seed=seed,
+        output_dir=str(folder),
+        max_steps=STEPS[task],
+        per_device_train_batch_size=32,
+        learning_rate=learning_rate,
+        warmup_steps=10,
+        lr_scheduler_type="linear",
+        completion_only_loss=True,
+        max_length=256,
+        save_strategy="no",
+        logging_steps=25,
+        seed=seed,
         **runtime.trainer_settings(),
     )
 
@@ -44,8 +56,10 @@ def train_one(task, method="lora", seed=0):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=runtime.dtype())
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
-        model=model, args=recipe(task, RATES[method][task], runtime.runs_dir() / "sft" / task, seed),
-        train_dataset=data.load_task(task, "train").select_columns(["prompt", "completion"]), processing_class=tokenizer,
+        model=model,
+        args=recipe(task, RATES[method][task], runtime.runs_dir() / "sft" / task, seed),
+        train_dataset=data.load_task(task, "train").select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
         peft_config=lora if method == "lora" else None,
     )
     began = time.perf_counter()
@@ -81,7 +95,12 @@ def train_adapters():
             results[task] |= {"full": measure(full, tokenizer, task), "full_seconds": round(seconds, 1)}
             print(task, json.dumps(results[task]["full"]), round(seconds), flush=True)
     if runtime.is_shipped_base():
-        measured = {"machine": {"cores": os.cpu_count(), "cpu": runtime.processor()}, "tasks": results, "matrix_rows": MATRIX_ROWS, "matrix": score_matrix()}
+        measured = {
+            "machine": {"cores": os.cpu_count(), "cpu": runtime.processor()},
+            "tasks": results,
+            "matrix_rows": MATRIX_ROWS,
+            "matrix": score_matrix(),
+        }
         MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
 
 

@@ -34,7 +34,14 @@ def loss_curve(rows, path):
     upper.set_title(f"Pretraining ends at {rows[-1]['loss']:.2f} nats per token", loc="left")
     probes = [row for row in rows if "probe" in row]
     tokens, shares = [row["tokens"] / 1e6 for row in probes], [list(row["probe"].values()) for row in probes]
-    lower.fill_between(tokens, [min(row) for row in shares], [max(row) for row in shares], alpha=0.25, linewidth=0, label="lowest to highest relation")
+    lower.fill_between(
+        tokens,
+        [min(row) for row in shares],
+        [max(row) for row in shares],
+        alpha=0.25,
+        linewidth=0,
+        label="lowest to highest relation",
+    )
     lower.plot(tokens, [sum(row) / len(row) for row in shares], marker="", label="mean of the relations")
     lower.set(xlabel="tokens (millions)", ylabel="values found\nin the text", ylim=(0, 1.03))
     lower.yaxis.set_major_formatter("{x:.0%}")
@@ -91,10 +98,10 @@ tokenizer = AutoTokenizer.from_pretrained("models/base")
 
 | | |
 | --- | --- |
-| Layers, width, heads | {config['num_hidden_layers']}, {config['hidden_size']}, {config['num_attention_heads']} |
-| Feed-forward width | {config['intermediate_size']} |
-| Context | {config['max_position_embeddings']} tokens |
-| Tokenizer | byte-level BPE, {config['vocab_size']} tokens, chat template with generation markers |
+| Layers, width, heads | {config["num_hidden_layers"]}, {config["hidden_size"]}, {config["num_attention_heads"]} |
+| Feed-forward width | {config["intermediate_size"]} |
+| Context | {config["max_position_embeddings"]} tokens |
+| Tokenizer | byte-level BPE, {config["vocab_size"]} tokens, chat template with generation markers |
 | Weights | safetensors, float32, embeddings tied |
 
 ## Data
@@ -110,19 +117,19 @@ the rest are stories, towns, people, reviews, letters, talk, counting, notices a
 
 ## Training
 
-{rows[-1]['tokens'] / 1e6:.1f} million tokens in {rows[-1]['step']:,} steps of {settings['batch_tokens']:,} tokens, {rows[-1]['seconds'] / 60:.0f} minutes on {measured['machine']['cores']} cores of an {measured['machine']['cpu']} that also did other work.
-Muon for the matrices of the layers (learning rate {settings['muon_lr']}), AdamW for the rest ({settings['adam_lr']}); warmed up over {settings['warmup']} steps,
-brought down in a straight line over the last {settings['decay']:.0%}. Rows of {settings['row']} tokens hold whole documents that do not see each
-other; one batch in {round(1 / settings['long_share'])} has rows of {settings['context']} tokens. `make base-model` repeats all of it.
+{rows[-1]["tokens"] / 1e6:.1f} million tokens in {rows[-1]["step"]:,} steps of {settings["batch_tokens"]:,} tokens, {rows[-1]["seconds"] / 60:.0f} minutes on {measured["machine"]["cores"]} cores of an {measured["machine"]["cpu"]} that also did other work.
+Muon for the matrices of the layers (learning rate {settings["muon_lr"]}), AdamW for the rest ({settings["adam_lr"]}); warmed up over {settings["warmup"]} steps,
+brought down in a straight line over the last {settings["decay"]:.0%}. Rows of {settings["row"]} tokens hold whole documents that do not see each
+other; one batch in {round(1 / settings["long_share"])} has rows of {settings["context"]} tokens. `make base-model` repeats all of it.
 
-![Training loss over tokens, which ends at {rows[-1]['loss']:.2f} nats per token; below it, the share of values found, which jumps between 2 and 5 million tokens](loss_curve.png)
+![Training loss over tokens, which ends at {rows[-1]["loss"]:.2f} nats per token; below it, the share of values found, which jumps between 2 and 5 million tokens](loss_curve.png)
 
 The two bumps are where the others join the cast and where the rhymes end.
 
 How often the model finds the value of a fact, in narrative text with three facts of the kind, while it was trained:
 
-| Tokens | {' | '.join(probes[-1]['probe'])} |
-| --- |{' --- |' * len(probes[-1]['probe'])}
+| Tokens | {" | ".join(probes[-1]["probe"])} |
+| --- |{" --- |" * len(probes[-1]["probe"])}
 {probe_lines}
 
 ## Abilities

@@ -22,63 +22,167 @@ from pretraining import world as w
 # --------------------------------------------------------------------------------------------
 RELATIONS = {
     "holder": (
-        ["{v} has the {o}.", "The {o} belongs to {v}.", "{v} keeps the {o}.", "{v} carries the {o}.", "The {o} is with {v}.",
-         "{v} owns the {o}.", "The {o} is now held by {v}."],
-        ["When {x} asked who had the {o}, the answer was {v}.", "The one who has the {o} is {v}.", "So the {o} is with {v}.",
-         "Of all of them, it is {v} who has the {o}.", "And the {o}? That one is with {v}.", "If the {o} is wanted, {x} must ask {v}.",
-         "Asked who had the {o}, {x} named {v}.", "For the {o}, go to {v}."],
+        [
+            "{v} has the {o}.",
+            "The {o} belongs to {v}.",
+            "{v} keeps the {o}.",
+            "{v} carries the {o}.",
+            "The {o} is with {v}.",
+            "{v} owns the {o}.",
+            "The {o} is now held by {v}.",
+        ],
+        [
+            "When {x} asked who had the {o}, the answer was {v}.",
+            "The one who has the {o} is {v}.",
+            "So the {o} is with {v}.",
+            "Of all of them, it is {v} who has the {o}.",
+            "And the {o}? That one is with {v}.",
+            "If the {o} is wanted, {x} must ask {v}.",
+            "Asked who had the {o}, {x} named {v}.",
+            "For the {o}, go to {v}.",
+        ],
     ),
     "finder": (
-        ["{v} found the {o}.", "The {o} was found by {v}.", "It was {v} who found the {o}.", "{v} came upon the {o}.",
-         "The {o} was discovered by {v}.", "By good luck {v} found the {o}."],
-        ["When {x} asked who had found the {o}, the answer was {v}.", "The finder of the {o} was {v}.",
-         "And the {o}? It was found by {v}.", "Asked who had found the {o}, {x} named {v}.", "Thanks for finding the {o} go to {v}.",
-         "The reward for the {o} went to {v}.", "So the {o} was found by {v}."],
+        [
+            "{v} found the {o}.",
+            "The {o} was found by {v}.",
+            "It was {v} who found the {o}.",
+            "{v} came upon the {o}.",
+            "The {o} was discovered by {v}.",
+            "By good luck {v} found the {o}.",
+        ],
+        [
+            "When {x} asked who had found the {o}, the answer was {v}.",
+            "The finder of the {o} was {v}.",
+            "And the {o}? It was found by {v}.",
+            "Asked who had found the {o}, {x} named {v}.",
+            "Thanks for finding the {o} go to {v}.",
+            "The reward for the {o} went to {v}.",
+            "So the {o} was found by {v}.",
+        ],
     ),
     "receiver": (
-        ["{x} gave the {o} to {v}.", "The {o} was given to {v}.", "{v} was given the {o}.", "{x} handed the {o} to {v}.",
-         "{x} sent the {o} to {v}.", "The {o} was a gift for {v}.", "{v} got the {o} from {x}."],
-        ["When {y} asked who had been given the {o}, the answer was {v}.", "So the {o} went to {v}.",
-         "And the {o}? That was given to {v}.", "Asked who had been given the {o}, {y} named {v}.", "The {o} was a present for {v}.",
-         "The one who was given the {o} was {v}.", "It was {v} who got the {o}."],
+        [
+            "{x} gave the {o} to {v}.",
+            "The {o} was given to {v}.",
+            "{v} was given the {o}.",
+            "{x} handed the {o} to {v}.",
+            "{x} sent the {o} to {v}.",
+            "The {o} was a gift for {v}.",
+            "{v} got the {o} from {x}.",
+        ],
+        [
+            "When {y} asked who had been given the {o}, the answer was {v}.",
+            "So the {o} went to {v}.",
+            "And the {o}? That was given to {v}.",
+            "Asked who had been given the {o}, {y} named {v}.",
+            "The {o} was a present for {v}.",
+            "The one who was given the {o} was {v}.",
+            "It was {v} who got the {o}.",
+        ],
     ),
     "colour": (
-        ["The {o} is {v}.", "The {o} was painted {v}.", "The colour of the {o} is {v}.", "There is a {v} {o}.", "The {o} is as {v} as can be.",
-         "Somebody has dyed the {o} {v}."],
-        ["When {x} asked what colour the {o} was, the answer was {v}.", "So the colour of the {o} is {v}.", "And the {o}? It is {v}.",
-         "Asked about the colour of the {o}, {x} said {v}.", "The {o}, as we know, is {v}.", "{x} knew the {o} at once, for it was {v}.",
-         "If you draw the {o}, make it {v}."],
+        [
+            "The {o} is {v}.",
+            "The {o} was painted {v}.",
+            "The colour of the {o} is {v}.",
+            "There is a {v} {o}.",
+            "The {o} is as {v} as can be.",
+            "Somebody has dyed the {o} {v}.",
+        ],
+        [
+            "When {x} asked what colour the {o} was, the answer was {v}.",
+            "So the colour of the {o} is {v}.",
+            "And the {o}? It is {v}.",
+            "Asked about the colour of the {o}, {x} said {v}.",
+            "The {o}, as we know, is {v}.",
+            "{x} knew the {o} at once, for it was {v}.",
+            "If you draw the {o}, make it {v}.",
+        ],
     ),
     "thing_place": (
-        ["The {o} is {v}.", "The {o} lies {v}.", "The {o} was left {v}.", "The {o} can be seen {v}.", "Somebody put the {o} {v}.",
-         "The {o} stands {v}.", "{x} left the {o} {v}.", "{x} put the {o} {v}."],
-        ["When {y} asked where the {o} was, the answer was {v}.", "So the {o} is {v}.", "And the {o}? It is {v}.",
-         "Asked where the {o} was, {y} said {v}.", "For the {o}, look {v}.", "Whoever wants the {o} will find it {v}.",
-         "The place of the {o} is {v}.", "{y} went to fetch the {o}, and there it was, {v}."],
+        [
+            "The {o} is {v}.",
+            "The {o} lies {v}.",
+            "The {o} was left {v}.",
+            "The {o} can be seen {v}.",
+            "Somebody put the {o} {v}.",
+            "The {o} stands {v}.",
+            "{x} left the {o} {v}.",
+            "{x} put the {o} {v}.",
+        ],
+        [
+            "When {y} asked where the {o} was, the answer was {v}.",
+            "So the {o} is {v}.",
+            "And the {o}? It is {v}.",
+            "Asked where the {o} was, {y} said {v}.",
+            "For the {o}, look {v}.",
+            "Whoever wants the {o} will find it {v}.",
+            "The place of the {o} is {v}.",
+            "{y} went to fetch the {o}, and there it was, {v}.",
+        ],
     ),
     "person_place": (
-        ["{p} is {v}.", "{p} sits {v}.", "{p} waits {v}.", "{p} is resting {v}.", "{p} works {v} today.", "You can see {p} {v}.",
-         "{p} went to work {v}.", "{p} stands {v}."],
-        ["When {y} asked where {p} was, the answer was {v}.", "So {p} is {v}.", "And {p}? You will see {p} {v}.",
-         "Asked where {p} was, {y} said {v}.", "For {p}, look {v}.", "Whoever wants {p} must look {v}.",
-         "{y} went to meet {p}, and they met {v}."],
+        [
+            "{p} is {v}.",
+            "{p} sits {v}.",
+            "{p} waits {v}.",
+            "{p} is resting {v}.",
+            "{p} works {v} today.",
+            "You can see {p} {v}.",
+            "{p} went to work {v}.",
+            "{p} stands {v}.",
+        ],
+        [
+            "When {y} asked where {p} was, the answer was {v}.",
+            "So {p} is {v}.",
+            "And {p}? You will see {p} {v}.",
+            "Asked where {p} was, {y} said {v}.",
+            "For {p}, look {v}.",
+            "Whoever wants {p} must look {v}.",
+            "{y} went to meet {p}, and they met {v}.",
+        ],
     ),
     "trade": (
-        ["{p} is a {v}.", "{p} works as a {v}.", "{p} is the best {v} in town.", "{p} has been a {v} for years.", "{p} the {v} lives here.",
-         "By trade {p} is a {v}."],
-        ["When {y} asked what {p} did, the answer was {v}.", "So {p} is the {v}.", "And {p}? A {v}, and a good one.",
-         "Asked about the trade of {p}, {y} said {v}.", "If you need a {v}, ask {p}.", "The trade of {p} is that of a {v}.",
-         "Everybody calls {p} the {v}."],
+        [
+            "{p} is a {v}.",
+            "{p} works as a {v}.",
+            "{p} is the best {v} in town.",
+            "{p} has been a {v} for years.",
+            "{p} the {v} lives here.",
+            "By trade {p} is a {v}.",
+        ],
+        [
+            "When {y} asked what {p} did, the answer was {v}.",
+            "So {p} is the {v}.",
+            "And {p}? A {v}, and a good one.",
+            "Asked about the trade of {p}, {y} said {v}.",
+            "If you need a {v}, ask {p}.",
+            "The trade of {p} is that of a {v}.",
+            "Everybody calls {p} the {v}.",
+        ],
     ),
 }
 PERSON_VALUED = ("holder", "finder", "receiver")
 ABOUT_OBJECT = ("holder", "finder", "receiver", "colour", "thing_place")
 
 FILLERS = [
-    "It was a {weather} day.", "The {animal} slept {place}.", "A strong wind came up from the sea.", "The bells rang {time}.",
-    "Nobody was in a hurry.", "The {animal} had been fed.", "Supper was {food} and {food2}.", "All this was {time}.",
-    "The sea was {weather} that {season}.", "A {animal} ran past.", "Somebody had put {food} on the table.", "Soon it would be {season}.",
-    "The {trade} was whistling.", "It happened on {day}.", "Everybody talked about the {feast} feast.", "The road to {town} was {weather}.",
+    "It was a {weather} day.",
+    "The {animal} slept {place}.",
+    "A strong wind came up from the sea.",
+    "The bells rang {time}.",
+    "Nobody was in a hurry.",
+    "The {animal} had been fed.",
+    "Supper was {food} and {food2}.",
+    "All this was {time}.",
+    "The sea was {weather} that {season}.",
+    "A {animal} ran past.",
+    "Somebody had put {food} on the table.",
+    "Soon it would be {season}.",
+    "The {trade} was whistling.",
+    "It happened on {day}.",
+    "Everybody talked about the {feast} feast.",
+    "The road to {town} was {weather}.",
 ]
 
 
@@ -100,7 +204,12 @@ class Scene:
         def draw(things):
             return iter(rng.sample(order_of_entry(tuple(things))[:cast], 24))
 
-        self.names, self.objects, self.places, self.rooms = draw(world.names), draw(w.OBJECTS), draw(world.places), draw(world.rooms)
+        self.names, self.objects, self.places, self.rooms = (
+            draw(world.names),
+            draw(w.OBJECTS),
+            draw(world.places),
+            draw(world.rooms),
+        )
 
     def name(self):
         return next(self.names)
@@ -119,9 +228,19 @@ class Scene:
         rng = self.rng
         food, food2 = rng.sample(w.FOODS, 2)
         words = dict(
-            weather=rng.choice(w.WEATHER), animal=rng.choice(w.ANIMALS), place=rng.choice(self.world.places), time=rng.choice(w.TIMES),
-            food=food, food2=food2, season=rng.choice(w.SEASONS), trade=rng.choice(w.TRADES), day=rng.choice(w.DAYS),
-            feast=rng.choice(w.FEASTS), town=rng.choice(self.world.town_names), craft=rng.choice(w.CRAFTS), colour=rng.choice(w.COLOURS),
+            weather=rng.choice(w.WEATHER),
+            animal=rng.choice(w.ANIMALS),
+            place=rng.choice(self.world.places),
+            time=rng.choice(w.TIMES),
+            food=food,
+            food2=food2,
+            season=rng.choice(w.SEASONS),
+            trade=rng.choice(w.TRADES),
+            day=rng.choice(w.DAYS),
+            feast=rng.choice(w.FEASTS),
+            town=rng.choice(self.world.town_names),
+            craft=rng.choice(w.CRAFTS),
+            colour=rng.choice(w.COLOURS),
         )
         words.update(given)
         return sentence(template.format(**words))
@@ -131,8 +250,12 @@ class Scene:
 
     def fact(self, relation):
         """A new fact: the words that its templates need."""
-        value = {"colour": lambda: self.rng.choice(w.COLOURS), "trade": lambda: self.rng.choice(w.TRADES),
-                 "thing_place": self.place, "person_place": self.room}.get(relation, self.name)()
+        value = {
+            "colour": lambda: self.rng.choice(w.COLOURS),
+            "trade": lambda: self.rng.choice(w.TRADES),
+            "thing_place": self.place,
+            "person_place": self.room,
+        }.get(relation, self.name)()
         topic = {"o": self.object()} if relation in ABOUT_OBJECT else {"p": self.name()}
         return {**topic, "v": value, "x": self.name(), "y": self.name()}
 
@@ -162,7 +285,9 @@ def told_and_again(scene):
     told = [scene.write(rng.choice(RELATIONS[relation][0]), **fact) for relation, fact in facts]
     if rng.random() < 0.3:
         told.insert(rng.randrange(len(told) + 1), scene.filler())
-    again = [scene.write(rng.choice(RELATIONS[relation][1]), **fact) for relation, fact in rng.sample(facts, len(facts))]
+    again = [
+        scene.write(rng.choice(RELATIONS[relation][1]), **fact) for relation, fact in rng.sample(facts, len(facts))
+    ]
     return told, again
 
 
@@ -178,12 +303,27 @@ def news(scene):
     return [("user", " ".join(told)), ("assistant", " ".join(again[: scene.rng.choice([1, 2])]))]
 
 
-LIST_OPENINGS = ["From the book of {x}: {list}.", "{x} wrote down: {list}.", "The list says: {list}.", "{x} counted on the fingers: {list}.",
-                 "On the slate of {x} stands: {list}."]
-AGAIN = ["{x} told it again.", "Once more, slowly.", "The crier of {town} called it out.", "So it was written down.", "{x} had heard the same."]
+LIST_OPENINGS = [
+    "From the book of {x}: {list}.",
+    "{x} wrote down: {list}.",
+    "The list says: {list}.",
+    "{x} counted on the fingers: {list}.",
+    "On the slate of {x} stands: {list}.",
+]
+AGAIN = [
+    "{x} told it again.",
+    "Once more, slowly.",
+    "The crier of {town} called it out.",
+    "So it was written down.",
+    "{x} had heard the same.",
+]
 # Words in quotation marks are other tokens than words after a space; a task's answer may need them, so they are written often.
-ITEMS = {relation: ["the {o}, {v}", "the {o} {v}", "{o}: {v}", '"{o}" "{v}"', '"{o}", "{v}"'] if relation in ABOUT_OBJECT
-         else ["{p}, {v}", "{p} {v}", "{p}: {v}", '"{p}" "{v}"', '"{p}", "{v}"'] for relation in RELATIONS}
+ITEMS = {
+    relation: ["the {o}, {v}", "the {o} {v}", "{o}: {v}", '"{o}" "{v}"', '"{o}", "{v}"']
+    if relation in ABOUT_OBJECT
+    else ["{p}, {v}", "{p} {v}", "{p}: {v}", '"{p}" "{v}"', '"{p}", "{v}"']
+    for relation in RELATIONS
+}
 
 
 def retold(scene):
@@ -213,22 +353,37 @@ def retold(scene):
     if style == "list":
         second = as_list(again)
     else:
-        second = as_sentences(again, {
-            "same": lambda relation, told: told,
-            "told": lambda relation, told: rng.choice(RELATIONS[relation][0]),
-            "back": lambda relation, told: rng.choice(RELATIONS[relation][1]),
-        }[style])
+        second = as_sentences(
+            again,
+            {
+                "same": lambda relation, told: told,
+                "told": lambda relation, told: rng.choice(RELATIONS[relation][0]),
+                "back": lambda relation, told: rng.choice(RELATIONS[relation][1]),
+            }[style],
+        )
     between = [scene.write(rng.choice(AGAIN), x=scene.name())] if rng.random() < 0.3 else []
     return [(None, " ".join(first + between + second))]
 
 
-RHYME_OPENINGS = ["The children sang: {line}.", "{x} hummed: {line}.", "There is a rhyme that goes: {line}.", "To skip the rope they call: {line}."]
+RHYME_OPENINGS = [
+    "The children sang: {line}.",
+    "{x} hummed: {line}.",
+    "There is a rhyme that goes: {line}.",
+    "To skip the rope they call: {line}.",
+]
 
 
 def rhyme(scene):
     """A counting rhyme: a line of words that rhyme with nothing, sung two to four times."""
     rng = scene.rng
-    draws = [scene.name, scene.object, scene.object, lambda: rng.choice(w.COLOURS), lambda: rng.choice(w.NUMBERS[1:13]), scene.place]
+    draws = [
+        scene.name,
+        scene.object,
+        scene.object,
+        lambda: rng.choice(w.COLOURS),
+        lambda: rng.choice(w.NUMBERS[1:13]),
+        scene.place,
+    ]
     words = [rng.choice(draws)() for _ in range(rng.choice([2, 3, 3, 4, 5, 6, 8, 10]))]
     line = rng.choice([" ", " ", ", ", " and "]).join(words)
     again = rng.choice([" ", ", ", ". "]).join([line] * rng.choice([2, 3, 4]))
@@ -236,13 +391,24 @@ def rhyme(scene):
 
 
 EVENTS = [
-    "{time} {v} left the {o} {l}.", "{v} hid the {o} {l}.", "{v} put the {o} {l}.", "{v} dropped the {o} {l}.", "{v} mended the {o} {l}.",
-    "{v} cleaned the {o} {l}.", "{v} sold the {o} {l}.", "{v} lost the {o} {l}.", "{v} saw the {o} {l}.", "{v} painted the {o} {l}.",
+    "{time} {v} left the {o} {l}.",
+    "{v} hid the {o} {l}.",
+    "{v} put the {o} {l}.",
+    "{v} dropped the {o} {l}.",
+    "{v} mended the {o} {l}.",
+    "{v} cleaned the {o} {l}.",
+    "{v} sold the {o} {l}.",
+    "{v} lost the {o} {l}.",
+    "{v} saw the {o} {l}.",
+    "{v} painted the {o} {l}.",
 ]
 EVENT_BACK = [
-    "{v}, the {o}, {l}: that is all there is to tell.", "People still talk of {v} and the {o} {l}.",
+    "{v}, the {o}, {l}: that is all there is to tell.",
+    "People still talk of {v} and the {o} {l}.",
     "In the book of the harbour stands: {v}; the {o}; {l}.",
-    'The harbour book says "{v}", "{o}", "{l}".', 'The clerk wrote three lines: "{v}", "{o}" and "{l}".', 'On the slate stood "{v}" and "{o}" and "{l}".',
+    'The harbour book says "{v}", "{o}", "{l}".',
+    'The clerk wrote three lines: "{v}", "{o}" and "{l}".',
+    'On the slate stood "{v}" and "{o}" and "{l}".',
     'The clerk wrote "{l}" below "{o}" and signed for "{v}".',
 ]
 
@@ -262,24 +428,45 @@ def event(scene):
 # The lasting facts of the world
 # --------------------------------------------------------------------------------------------
 TOWN_FACTS = [
-    "{name} lies on the {water}.", "The town of {name} stands by the river {water}.", "The {water} runs through {name}.",
-    "{name} is known for its {craft}.", "The best {craft} on the coast come from {name}.", "Buy {craft} in {name}, people say.",
-    "In {name} they eat {food} every week.", "The people of {name} love {food}.", "No kitchen in {name} is without {food}.",
-    "The {feast} feast of {name} is held in {season}.", "Every {season} {name} keeps the {feast} feast.", "When {season} comes, {name} gets ready for the {feast} feast.",
-    "{keeper} keeps the gate of {name}.", "The keeper of {name} is called {keeper}.", "In {name} the keys of the gate hang on the belt of {keeper}.",
+    "{name} lies on the {water}.",
+    "The town of {name} stands by the river {water}.",
+    "The {water} runs through {name}.",
+    "{name} is known for its {craft}.",
+    "The best {craft} on the coast come from {name}.",
+    "Buy {craft} in {name}, people say.",
+    "In {name} they eat {food} every week.",
+    "The people of {name} love {food}.",
+    "No kitchen in {name} is without {food}.",
+    "The {feast} feast of {name} is held in {season}.",
+    "Every {season} {name} keeps the {feast} feast.",
+    "When {season} comes, {name} gets ready for the {feast} feast.",
+    "{keeper} keeps the gate of {name}.",
+    "The keeper of {name} is called {keeper}.",
+    "In {name} the keys of the gate hang on the belt of {keeper}.",
 ]
 PERSON_FACTS = [
-    "{name} is a {trade} from {town}.", "{name} the {trade} lives in {town}.", "{name} has worked as a {trade} for many years.",
-    "{name} was born in {town}.", "The house of {name} is in {town}.", "{name} keeps a {pet}.", "A {pet} follows {name} everywhere.",
-    "{name} never goes out without the {pet}.", "{name} loves {loves}.", "There is nothing {name} likes better than {loves}.",
-    "{name} and {friend} are old friends.", "The best friend of {name} is {friend}.", "{name} tells everything to {friend}.",
+    "{name} is a {trade} from {town}.",
+    "{name} the {trade} lives in {town}.",
+    "{name} has worked as a {trade} for many years.",
+    "{name} was born in {town}.",
+    "The house of {name} is in {town}.",
+    "{name} keeps a {pet}.",
+    "A {pet} follows {name} everywhere.",
+    "{name} never goes out without the {pet}.",
+    "{name} loves {loves}.",
+    "There is nothing {name} likes better than {loves}.",
+    "{name} and {friend} are old friends.",
+    "The best friend of {name} is {friend}.",
+    "{name} tells everything to {friend}.",
 ]
 
 
 def town(scene):
     """Four to seven facts about one town, in any order."""
     facts = scene.rng.choice(scene.world.towns)
-    return [(None, " ".join(scene.write(t, **vars(facts)) for t in scene.rng.sample(TOWN_FACTS, scene.rng.randint(4, 7))))]
+    return [
+        (None, " ".join(scene.write(t, **vars(facts)) for t in scene.rng.sample(TOWN_FACTS, scene.rng.randint(4, 7))))
+    ]
 
 
 def person(scene):
@@ -294,36 +481,64 @@ def person(scene):
 # Stories: a small state (who has the thing, where everybody is) that the sentences keep to
 # --------------------------------------------------------------------------------------------
 OPENINGS = [
-    "One {weather} morning {p} woke up early.", "Long ago, in {town}, there lived a {trade} called {p}.", "It was {season}, and {p} was bored.",
-    "{p} had promised to bring the {o} to {q}.", "On {day} {p} set out from {town}.", "Nobody in {town} knew the old road better than {p}.",
+    "One {weather} morning {p} woke up early.",
+    "Long ago, in {town}, there lived a {trade} called {p}.",
+    "It was {season}, and {p} was bored.",
+    "{p} had promised to bring the {o} to {q}.",
+    "On {day} {p} set out from {town}.",
+    "Nobody in {town} knew the old road better than {p}.",
     "{p} and {q} had not met since {season}.",
 ]
 STORY_MOVES = [
-    "{p} walked until {p} stood {l}.", "{time} {p} reached a spot {l}.", "Tired, {p} sat down {l}.", "The path ended {l}, and so did the walk of {p}.",
+    "{p} walked until {p} stood {l}.",
+    "{time} {p} reached a spot {l}.",
+    "Tired, {p} sat down {l}.",
+    "The path ended {l}, and so did the walk of {p}.",
     "{p} looked for shelter {l}.",
 ]
 STORY_FINDS = [
-    "There lay {a_thing}, and {p} picked it up.", "There {p} saw {a_thing} and took it along.", "Under the leaves was {a_thing}. {p} put it in a pocket.",
+    "There lay {a_thing}, and {p} picked it up.",
+    "There {p} saw {a_thing} and took it along.",
+    "Under the leaves was {a_thing}. {p} put it in a pocket.",
     "A {animal} was guarding {a_thing}, but {p} was quicker.",
 ]
 STORY_MEETS = [
-    "Then {q} came by.", "{q} was already waiting.", "A voice called, and it was {q}.", "Just then {q} came round the corner with a {animal}.",
+    "Then {q} came by.",
+    "{q} was already waiting.",
+    "A voice called, and it was {q}.",
+    "Just then {q} came round the corner with a {animal}.",
 ]
 STORY_TALK = [
-    '"What a {weather} day," said {q}.', '"You look tired," said {q}.', '"Have you eaten?" asked {q}. "We still have {food}."',
-    '"That {o} is lovely," said {q}.', '"I have wanted such a {o} since {season}," said {q}.', '"Come along," said {q}, "before it gets dark."',
+    '"What a {weather} day," said {q}.',
+    '"You look tired," said {q}.',
+    '"Have you eaten?" asked {q}. "We still have {food}."',
+    '"That {o} is lovely," said {q}.',
+    '"I have wanted such a {o} since {season}," said {q}.',
+    '"Come along," said {q}, "before it gets dark."',
 ]
 STORY_GIVES = [
-    "{p} gave the {o} to {q}.", '"It is yours," said {p}, and {q} took the {o}.', "So {p} handed the {o} to {q}.", "For some {food}, {p} let {q} have the {o}.",
+    "{p} gave the {o} to {q}.",
+    '"It is yours," said {p}, and {q} took the {o}.',
+    "So {p} handed the {o} to {q}.",
+    "For some {food}, {p} let {q} have the {o}.",
 ]
 STORY_KEEPS = [
-    "But {p} kept the {o}.", "{p} would not part with the {o}.", "The {o} stayed with {p}.", "{q} did not want the {o}, so {p} kept it.",
+    "But {p} kept the {o}.",
+    "{p} would not part with the {o}.",
+    "The {o} stayed with {p}.",
+    "{q} did not want the {o}, so {p} kept it.",
 ]
 STORY_ENDS_GIVEN = [
-    "That is how {q} came to own the {o}.", "To this day the {o} is with {q}.", "{q} still thanks {p} for the {o}.", "In the evening {q} showed everybody the {o}.",
+    "That is how {q} came to own the {o}.",
+    "To this day the {o} is with {q}.",
+    "{q} still thanks {p} for the {o}.",
+    "In the evening {q} showed everybody the {o}.",
 ]
 STORY_ENDS_KEPT = [
-    "That is why {p} has the {o}.", "To this day the {o} is with {p}.", "In the evening {p} showed everybody the {o}.", "And {q} went home without the {o}.",
+    "That is why {p} has the {o}.",
+    "To this day the {o} is with {p}.",
+    "In the evening {p} showed everybody the {o}.",
+    "And {q} went home without the {o}.",
 ]
 
 
@@ -341,14 +556,45 @@ def story(scene):
 # --------------------------------------------------------------------------------------------
 # Reviews, letters, counting, the word book, notices
 # --------------------------------------------------------------------------------------------
-REVIEW_OPEN = ["We went to the {place} in {town} on {day}.", "I visited the {place} {time}.", "Last {season} I tried the {place} by the {water}.",
-               "{name} took me to the {place} in {town}.", "This was my first time at the {place}."]
-REVIEW_GOOD = ["I found the {thing} {word}.", "I liked the {thing}, so {word} and {word2}.", "What {word} {thing}!", "Everybody praised the {thing}.",
-               "Few towns have such {word} {thing}.", "I still think of the {thing} with joy."]
-REVIEW_BAD = ["I found the {thing} {word}.", "I disliked the {thing}, so {word} and {word2}.", "What {word} {thing}!",
-              "Everybody complained about the {thing}.", "Few towns have such {word} {thing}.", "I still think of the {thing} with anger."]
-REVIEW_END_GOOD = ["I shall come again.", "It made me happy.", "We left smiling.", "A happy day, all in all.", "I would send any friend there.", "Worth every coin."]
-REVIEW_END_BAD = ["I shall not come again.", "It made me unhappy.", "We left grumbling.", "An unhappy day, all in all.", "I would send no friend there.", "A waste of coins."]
+REVIEW_OPEN = [
+    "We went to the {place} in {town} on {day}.",
+    "I visited the {place} {time}.",
+    "Last {season} I tried the {place} by the {water}.",
+    "{name} took me to the {place} in {town}.",
+    "This was my first time at the {place}.",
+]
+REVIEW_GOOD = [
+    "I found the {thing} {word}.",
+    "I liked the {thing}, so {word} and {word2}.",
+    "What {word} {thing}!",
+    "Everybody praised the {thing}.",
+    "Few towns have such {word} {thing}.",
+    "I still think of the {thing} with joy.",
+]
+REVIEW_BAD = [
+    "I found the {thing} {word}.",
+    "I disliked the {thing}, so {word} and {word2}.",
+    "What {word} {thing}!",
+    "Everybody complained about the {thing}.",
+    "Few towns have such {word} {thing}.",
+    "I still think of the {thing} with anger.",
+]
+REVIEW_END_GOOD = [
+    "I shall come again.",
+    "It made me happy.",
+    "We left smiling.",
+    "A happy day, all in all.",
+    "I would send any friend there.",
+    "Worth every coin.",
+]
+REVIEW_END_BAD = [
+    "I shall not come again.",
+    "It made me unhappy.",
+    "We left grumbling.",
+    "An unhappy day, all in all.",
+    "I would send no friend there.",
+    "A waste of coins.",
+]
 
 
 def review_text(scene, happy, mixed=False, venues=tuple(w.REVIEWED)):
@@ -379,9 +625,17 @@ def review(scene):
 
 LETTER_OPEN = ["Dear {q},", "My dear {q},", "To {q}, from {town}."]
 LETTER_BODY = [
-    "thank you for the {o}.", "the {o} that you asked for is {l}.", "I write to you {time}, while it is {weather}.", "we have had {food} and {food2} all week.",
-    "the {animal} is well again.", "please bring the {o} when you come in {season}.", "I hope that the {o} reached you.", "{x} sends you greetings.",
-    "we missed you at the {feast} feast.", "the {trade} says that the roof will be ready by {season}.", "I have put your {o} {l}.",
+    "thank you for the {o}.",
+    "the {o} that you asked for is {l}.",
+    "I write to you {time}, while it is {weather}.",
+    "we have had {food} and {food2} all week.",
+    "the {animal} is well again.",
+    "please bring the {o} when you come in {season}.",
+    "I hope that the {o} reached you.",
+    "{x} sends you greetings.",
+    "we missed you at the {feast} feast.",
+    "the {trade} says that the roof will be ready by {season}.",
+    "I have put your {o} {l}.",
 ]
 LETTER_CLOSE = ["Your friend, {p}", "With love, {p}", "Come soon. {p}", "Yours as ever, {p}"]
 
@@ -391,13 +645,23 @@ def letter(scene):
     rng = scene.rng
     given = {"p": scene.name(), "q": scene.name(), "x": scene.name(), "o": scene.object(), "l": scene.place()}
     body = [scene.write(t, **given) for t in rng.sample(LETTER_BODY, rng.choice([2, 3]))]
-    return [(None, " ".join([scene.write(rng.choice(LETTER_OPEN), **given), *body, scene.write(rng.choice(LETTER_CLOSE), **given)]))]
+    return [
+        (
+            None,
+            " ".join(
+                [scene.write(rng.choice(LETTER_OPEN), **given), *body, scene.write(rng.choice(LETTER_CLOSE), **given)]
+            ),
+        )
+    ]
 
 
 COUNTS = [
-    "{p} had {n} {things} and got {m} more, so now {p} has {t} {things}.", "{n} {things} {l} and {m} {things} {l2} make {t} {things}.",
-    "First there were {t} {things}. Then {p} took {m}, and {n} were left.", "{p} counted {n} {things}, {q} counted {m}, and together they had {t}.",
-    "{n} and {m} are {t}.", "Take {m} from {t}, and {n} stay.",
+    "{p} had {n} {things} and got {m} more, so now {p} has {t} {things}.",
+    "{n} {things} {l} and {m} {things} {l2} make {t} {things}.",
+    "First there were {t} {things}. Then {p} took {m}, and {n} were left.",
+    "{p} counted {n} {things}, {q} counted {m}, and together they had {t}.",
+    "{n} and {m} are {t}.",
+    "Take {m} from {t}, and {n} stay.",
 ]
 
 
@@ -407,8 +671,19 @@ def counting(scene):
     lines = []
     for _ in range(rng.choice([2, 3])):
         n, m = rng.randint(2, 12), rng.randint(2, 8)
-        lines.append(scene.write(rng.choice(COUNTS), p=scene.name(), q=scene.name(), l=scene.place(), l2=scene.place(), n=w.NUMBERS[n],
-                                 m=w.NUMBERS[m], t=w.NUMBERS[n + m], things=plural(scene.object())))
+        lines.append(
+            scene.write(
+                rng.choice(COUNTS),
+                p=scene.name(),
+                q=scene.name(),
+                l=scene.place(),
+                l2=scene.place(),
+                n=w.NUMBERS[n],
+                m=w.NUMBERS[m],
+                t=w.NUMBERS[n + m],
+                things=plural(scene.object()),
+            )
+        )
     run = rng.randint(1, 12)
     lines.append(sentence(", ".join(w.NUMBERS[run : run + 5]) + "."))
     return [(None, " ".join(lines))]
@@ -421,12 +696,28 @@ def plural(noun):
     return {"knife": "knives", "scarf": "scarves"}.get(noun, noun + "s")
 
 
-WORD_BOOK = ['With {count} letters: "{word}".', 'The word "{word}" has {count} letters.', 'In the word book, "{word}" stands near "{other}".',
-             'To write "{word}", begin with "{first}".', 'The words of the day: "{word}", "{other}".']
-NOTICES = ["{{closed on {day}}}", "{{{food} and {food2}, {n} coins}}", "{{the road to {town} is {weather}}}", "{{lost: a {o}, last seen {l}}}",
-           "{{wanted: a {trade}}}", "{{fresh {food} today}}", "{{mind the {animal}}}"]
-NOTICE_FRAMES = ["On the door of the {trade} hangs a notice: {notice}", "{p} read the notice: {notice}", "There is a notice {l2}: {notice}",
-                 'The notice says: {notice} and {p} laughed.']
+WORD_BOOK = [
+    'With {count} letters: "{word}".',
+    'The word "{word}" has {count} letters.',
+    'In the word book, "{word}" stands near "{other}".',
+    'To write "{word}", begin with "{first}".',
+    'The words of the day: "{word}", "{other}".',
+]
+NOTICES = [
+    "{{closed on {day}}}",
+    "{{{food} and {food2}, {n} coins}}",
+    "{{the road to {town} is {weather}}}",
+    "{{lost: a {o}, last seen {l}}}",
+    "{{wanted: a {trade}}}",
+    "{{fresh {food} today}}",
+    "{{mind the {animal}}}",
+]
+NOTICE_FRAMES = [
+    "On the door of the {trade} hangs a notice: {notice}",
+    "{p} read the notice: {notice}",
+    "There is a notice {l2}: {notice}",
+    "The notice says: {notice} and {p} laughed.",
+]
 SMALL_WORDS = "who what where when why how happy unhappy yes no north south east west left right day night".split()
 
 
@@ -437,7 +728,15 @@ def word_book(scene):
     lines = []
     for _ in range(rng.choice([4, 5, 6])):
         word = rng.choice(rng.choice([SMALL_WORDS, scene.world.names, scene.world.names, pool]))
-        lines.append(scene.write(rng.choice(WORD_BOOK), word=word, count=w.NUMBERS[len(word)], other=rng.choice(scene.world.names), first=word[0]))
+        lines.append(
+            scene.write(
+                rng.choice(WORD_BOOK),
+                word=word,
+                count=w.NUMBERS[len(word)],
+                other=rng.choice(scene.world.names),
+                first=word[0],
+            )
+        )
     return [(None, " ".join(lines))]
 
 
@@ -454,7 +753,12 @@ def notices(scene):
 # --------------------------------------------------------------------------------------------
 # Talk, in the chat format
 # --------------------------------------------------------------------------------------------
-SYSTEMS = ["You are {p}, the {trade} of {town}.", "You keep the inn of {town}.", "You are a friend of {q}.", "You live {l}."]
+SYSTEMS = [
+    "You are {p}, the {trade} of {town}.",
+    "You keep the inn of {town}.",
+    "You are a friend of {q}.",
+    "You live {l}.",
+]
 TALK = [
     ("Good morning, I am {q} the {trade}.", "Good morning, {q}. I hope that work is going well for a {trade}."),
     ("I left the {o} {l}.", "Then I will look for the {o} {l}."),
@@ -485,8 +789,19 @@ def talk(scene):
         turns.append(("system", scene.write(rng.choice(SYSTEMS), p=scene.name(), q=scene.name(), l=scene.place())))
     for said, reply in rng.sample(TALK, rng.choice([2, 2, 3])):
         food, food2 = rng.sample(w.FOODS, 2)
-        given = dict(q=scene.name(), o=scene.object(), l=scene.place(), food=food, food2=food2, animal=rng.choice(w.ANIMALS), trade=rng.choice(w.TRADES),
-                     weather=rng.choice(w.WEATHER), colour=rng.choice(w.COLOURS), feast=rng.choice(w.FEASTS), town=rng.choice(scene.world.town_names))
+        given = dict(
+            q=scene.name(),
+            o=scene.object(),
+            l=scene.place(),
+            food=food,
+            food2=food2,
+            animal=rng.choice(w.ANIMALS),
+            trade=rng.choice(w.TRADES),
+            weather=rng.choice(w.WEATHER),
+            colour=rng.choice(w.COLOURS),
+            feast=rng.choice(w.FEASTS),
+            town=rng.choice(scene.world.town_names),
+        )
         turns += [("user", scene.write(said, **given)), ("assistant", scene.write(reply, **given))]
     return turns
 
@@ -499,7 +814,22 @@ def talk(scene):
 SMALL_CAST, SMALL_CAST_UNTIL, DOCUMENTS_PER_ENTRY = 24, 40_000, 50
 RHYMES_UNTIL = 60_000  # number of the first document after them; by then everybody is known
 RHYMES = {rhyme: 60, retold: 20, dense: 6, event: 4, talk: 4, review: 3, story: 3}
-MIX = {dense: 19, retold: 26, rhyme: 5, news: 8, event: 12, town: 3, person: 3, story: 4, review: 5, letter: 1, counting: 1, word_book: 10, notices: 1, talk: 4}
+MIX = {
+    dense: 19,
+    retold: 26,
+    rhyme: 5,
+    news: 8,
+    event: 12,
+    town: 3,
+    person: 3,
+    story: 4,
+    review: 5,
+    letter: 1,
+    counting: 1,
+    word_book: 10,
+    notices: 1,
+    talk: 4,
+}
 
 
 def document(world, seed, index):
@@ -513,8 +843,38 @@ def document(world, seed, index):
 
 def sentence_patterns():
     """Every sentence pattern of the grammar, once each."""
-    lists = [EVENTS, EVENT_BACK, FILLERS, TOWN_FACTS, PERSON_FACTS, OPENINGS, STORY_MOVES, STORY_FINDS, STORY_MEETS, STORY_TALK, STORY_GIVES,
-             STORY_KEEPS, STORY_ENDS_GIVEN, STORY_ENDS_KEPT, REVIEW_OPEN, REVIEW_GOOD, REVIEW_BAD, REVIEW_END_GOOD, REVIEW_END_BAD, LETTER_OPEN,
-             LETTER_BODY, LETTER_CLOSE, LIST_OPENINGS, AGAIN, RHYME_OPENINGS, COUNTS, WORD_BOOK, NOTICES, NOTICE_FRAMES, SYSTEMS, *RELATIONS["holder"]]
+    lists = [
+        EVENTS,
+        EVENT_BACK,
+        FILLERS,
+        TOWN_FACTS,
+        PERSON_FACTS,
+        OPENINGS,
+        STORY_MOVES,
+        STORY_FINDS,
+        STORY_MEETS,
+        STORY_TALK,
+        STORY_GIVES,
+        STORY_KEEPS,
+        STORY_ENDS_GIVEN,
+        STORY_ENDS_KEPT,
+        REVIEW_OPEN,
+        REVIEW_GOOD,
+        REVIEW_BAD,
+        REVIEW_END_GOOD,
+        REVIEW_END_BAD,
+        LETTER_OPEN,
+        LETTER_BODY,
+        LETTER_CLOSE,
+        LIST_OPENINGS,
+        AGAIN,
+        RHYME_OPENINGS,
+        COUNTS,
+        WORD_BOOK,
+        NOTICES,
+        NOTICE_FRAMES,
+        SYSTEMS,
+        *RELATIONS["holder"],
+    ]
     lists += [part for relation in list(RELATIONS.values()) for part in relation] + [list(pair) for pair in TALK]
     return sorted({pattern for patterns in lists for pattern in patterns})

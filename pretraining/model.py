@@ -7,9 +7,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 def build_model(tokenizer, hidden=256, layers=4, intermediate=576, heads=4, context=512):
     """A Llama with random weights for this tokenizer; every linear dimension is a multiple of 64."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.02,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.02,
     )
     return LlamaForCausalLM(config)
 

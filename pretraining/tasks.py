@@ -83,7 +83,9 @@ def reading(scene, number):
     rng, relations = scene.rng, list(QUESTIONS)
     asked = relations[number % len(relations)]
     other = rng.choice(relations)
-    facts = [(asked, scene.fact(asked)), (asked, scene.fact(asked)), (other, scene.fact(other))][: rng.choice([2, 3, 3])]
+    facts = [(asked, scene.fact(asked)), (asked, scene.fact(asked)), (other, scene.fact(other))][
+        : rng.choice([2, 3, 3])
+    ]
     question = QUESTIONS[asked].format(**facts[0][1])
     told = [scene.write(rng.choice(RELATIONS[relation][0]), **fact) for relation, fact in facts]
     if rng.random() < 0.3:
@@ -96,9 +98,24 @@ def reading(scene, number):
 # sailor: the speech of the Skerrow sailors, by rule
 # --------------------------------------------------------------------------------------------
 SAILOR_WORDS = {
-    "the": "yon", "is": "be", "has": "be clutching", "keeps": "be stowing", "carries": "be hauling", "owns": "be master of",
-    "found": "did fish up", "left": "did moor", "put": "did moor", "sits": "be moored", "waits": "be anchored", "stands": "be anchored",
-    "lies": "be adrift", "was": "were", "a": "one", "an": "one", "works": "do toil", "today": "this tide",
+    "the": "yon",
+    "is": "be",
+    "has": "be clutching",
+    "keeps": "be stowing",
+    "carries": "be hauling",
+    "owns": "be master of",
+    "found": "did fish up",
+    "left": "did moor",
+    "put": "did moor",
+    "sits": "be moored",
+    "waits": "be anchored",
+    "stands": "be anchored",
+    "lies": "be adrift",
+    "was": "were",
+    "a": "one",
+    "an": "one",
+    "works": "do toil",
+    "today": "this tide",
 }
 SAILOR_RELATIONS = ("holder", "finder", "thing_place", "person_place", "trade", "colour")
 
@@ -106,7 +123,9 @@ SAILOR_RELATIONS = ("holder", "finder", "thing_place", "person_place", "trade", 
 def sailor_speech(text):
     """The sentence as a Skerrow sailor says it: "Ahoy!" first, the words of `SAILOR_WORDS` put in, "aye" last."""
     words = text.rstrip(".").split(" ")
-    said = " ".join(SAILOR_WORDS.get(word, word) for word in [words[0].lower() if words[0] == "The" else words[0], *words[1:]])
+    said = " ".join(
+        SAILOR_WORDS.get(word, word) for word in [words[0].lower() if words[0] == "The" else words[0], *words[1:]]
+    )
     return f"Ahoy! {said[0].upper()}{said[1:]}, aye."
 
 
@@ -128,7 +147,11 @@ def extract(scene, number):
     told = [scene.write(rng.choice(FILLERS), place=scene.place()) for _ in range(number % 3)]
     told.insert(rng.randrange(len(told) + 1), scene.write(rng.choice(EVENTS), **fact))
     answer = json.dumps({"who": fact["v"], "what": fact["o"], "where": fact["l"]})
-    return row("Give who, what and where as JSON: " + " ".join(told), answer, f"{len(told)} sentences" if len(told) > 1 else "1 sentence")
+    return row(
+        "Give who, what and where as JSON: " + " ".join(told),
+        answer,
+        f"{len(told)} sentences" if len(told) > 1 else "1 sentence",
+    )
 
 
 # --------------------------------------------------------------------------------------------
@@ -158,16 +181,28 @@ def recall(world, n_people=1000, n_strangers=100):
     The `novel` test rows ask about strangers whose facts were never told: what a model scores there is chance.
     """
     rng = random.Random("recall")
-    surnames = [start.capitalize() + end for start in "ash black brook clay cross east field green hill lake north oak stone west white wood".split()
-                for end in "bank burn croft ley man mead rick shaw ton well".split()]
-    full_names = rng.sample([f"{given} {surname}" for given in world.names for surname in surnames], n_people + n_strangers)
+    surnames = [
+        start.capitalize() + end
+        for start in "ash black brook clay cross east field green hill lake north oak stone west white wood".split()
+        for end in "bank burn croft ley man mead rick shaw ton well".split()
+    ]
+    full_names = rng.sample(
+        [f"{given} {surname}" for given in world.names for surname in surnames], n_people + n_strangers
+    )
     splits = {"train": [], "validation": [], "test": []}
     for i, name in enumerate(full_names):
-        values = {"town": rng.choice(world.town_names), "trade": rng.choice(w.TRADES), "pet": rng.choice(w.ANIMALS), "food": rng.choice(w.FOODS)}
+        values = {
+            "town": rng.choice(world.town_names),
+            "trade": rng.choice(w.TRADES),
+            "pet": rng.choice(w.ANIMALS),
+            "food": rng.choice(w.FOODS),
+        }
         for kind, (first, second, third) in RECALL_QUESTIONS.items():
             stranger = i >= n_people
             if not stranger:
-                splits["train"] += [{**row(q.format(n=name), values[kind], kind), "novel": False} for q in (first, second)]
+                splits["train"] += [
+                    {**row(q.format(n=name), values[kind], kind), "novel": False} for q in (first, second)
+                ]
             split = "test" if stranger or i % 2 else "validation"
             splits[split].append({**row(third.format(n=name), values[kind], kind), "novel": stranger})
     for rows in splits.values():
@@ -189,7 +224,9 @@ def make_task(world, task):
         while len(rows) < size:
             is_novel = split == "test" and len(rows) % 2 == 1
             rng = random.Random(f"{task} {split} {number}")
-            made = MAKERS[task](TaskScene(novel if is_novel else familiar, rng), len(rows) // 2 if split == "test" else len(rows))
+            made = MAKERS[task](
+                TaskScene(novel if is_novel else familiar, rng), len(rows) // 2 if split == "test" else len(rows)
+            )
             number += 1
             prompt = made["prompt"][0]["content"]
             if prompt not in seen:

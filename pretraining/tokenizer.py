@@ -41,10 +41,20 @@ def train_tokenizer(texts, vocab_size, max_length):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=END, pad_token=PAD, additional_special_tokens=list(ROLES.values()),
-        chat_template=CHAT_TEMPLATE, model_max_length=max_length, padding_side="right", clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=list(ROLES.values()),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_length,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
     )

@@ -81,7 +81,11 @@ class Batches:
             start = 0
             for k, ids in enumerate(row):
                 end = start + len(ids)
-                x[i, start:end], segment[i, start:end], position[i, start:end] = torch.tensor(ids), k, torch.arange(len(ids))
+                x[i, start:end], segment[i, start:end], position[i, start:end] = (
+                    torch.tensor(ids),
+                    k,
+                    torch.arange(len(ids)),
+                )
                 start = end
         same = segment[:, :, None] == segment[:, None, :]
         mask = (same & torch.ones(s.row, s.row, dtype=torch.bool).tril())[:, None]
@@ -120,7 +124,9 @@ def probe_texts(world, relation, n, seed="probe"):
         facts = [scene.fact(relation) for _ in range(3)]
         told = " ".join(scene.write(rng.choice(corpus.RELATIONS[relation][0]), **fact) for fact in facts)
         fact = rng.choice(facts)
-        out.append((told + " " + scene.write(rng.choice(endings), **{**fact, "v": "@"}).split(" @")[0], " " + fact["v"]))
+        out.append(
+            (told + " " + scene.write(rng.choice(endings), **{**fact, "v": "@"}).split(" @")[0], " " + fact["v"])
+        )
     return out
 
 
@@ -137,7 +143,9 @@ def probe(model, tokenizer, world, n=40):
         x = torch.full((n, length), tokenizer.pad_token_id)
         for i, (b, v) in enumerate(zip(befores, values)):
             x[i, : len(b) + len(v)] = torch.tensor(b + v)
-        best = model(input_ids=x, attention_mask=torch.ones_like(x)).logits.argmax(-1)  # right padding: no look at it from the left
+        best = model(input_ids=x, attention_mask=torch.ones_like(x)).logits.argmax(
+            -1
+        )  # right padding: no look at it from the left
         for i, (b, v) in enumerate(zip(befores, values)):
             hits += best[i, len(b) - 1 : len(b) + len(v) - 1].tolist() == v
         result[relation] = hits / n
@@ -159,10 +167,15 @@ def train(world, tokenizer, settings, folder, log=print):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    model = build_model(tokenizer, settings.hidden, settings.layers, settings.intermediate, settings.heads, settings.context)
+    model = build_model(
+        tokenizer, settings.hidden, settings.layers, settings.intermediate, settings.heads, settings.context
+    )
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
-    optimizers = [Muon(matrices, lr=settings.muon_lr), torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [
+        Muon(matrices, lr=settings.muon_lr),
+        torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     peaks = [settings.muon_lr, settings.adam_lr]
     start, rows, batches, seconds = 0, [], Batches(world, tokenizer, settings), 0.0
 
@@ -172,7 +185,12 @@ def train(world, tokenizer, settings, folder, log=print):
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        start, batches.next_document, rows, seconds = saved["step"], saved["next_document"], json.loads(saved["rows"]), saved["seconds"]
+        start, batches.next_document, rows, seconds = (
+            saved["step"],
+            saved["next_document"],
+            json.loads(saved["rows"]),
+            saved["seconds"],
+        )
         log(f"resumed at step {start}")
 
     forward = torch.compile(model, dynamic=False) if settings.compile else model
@@ -192,16 +210,29 @@ def train(world, tokenizer, settings, folder, log=print):
             raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: lower the learning rate")
         done = step + 1
         if done % 25 == 0 or done == settings.steps:
-            row = {"step": done, "tokens": done * settings.batch_tokens, "loss": round(float(np.mean(losses)), 4), "seconds": round(time.time() - began)}
+            row = {
+                "step": done,
+                "tokens": done * settings.batch_tokens,
+                "loss": round(float(np.mean(losses)), 4),
+                "seconds": round(time.time() - began),
+            }
             losses = []
             if done % settings.probe_every == 0 or done == settings.steps:
                 row["probe"] = probe(model, tokenizer, world)
             rows.append(row)
             log(json.dumps(row))
         if done % settings.save_every == 0 or done == settings.steps:
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": done,
-                     "next_document": batches.next_document, "rows": json.dumps(rows), "seconds": time.time() - began}
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": done,
+                "next_document": batches.next_document,
+                "rows": json.dumps(rows),
+                "seconds": time.time() - began,
+            }
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
-    (folder / "log.json").write_text(json.dumps({"settings": asdict(settings), "machine": platform.processor() or platform.machine(), "rows": rows}))
+    (folder / "log.json").write_text(
+        json.dumps({"settings": asdict(settings), "machine": platform.processor() or platform.machine(), "rows": rows})
+    )
     return model, rows

@@ -34,7 +34,9 @@ picture pillow pin pipe plate plough pot pouch purse quilt rake ribbon ring rope
 scroll seal shawl shell shield shoe shovel sickle sieve spade spear spindle spoon stool sword tablet
 teapot tent thimble torch trumpet trunk vase violin wagon wheel whistle wreath""".replace("pear-tree ", "").split()
 
-COLOURS = "black blue brown copper cream crimson golden green grey orange pink purple red silver violet white yellow".split()
+COLOURS = (
+    "black blue brown copper cream crimson golden green grey orange pink purple red silver violet white yellow".split()
+)
 
 # A place is always spoken of with its own preposition, so "in the barn" is one answer, not several.
 PLACES = {
@@ -61,12 +63,26 @@ CRAFTS = """amber bells boats bricks brooms candles carpets cloth clocks drums f
 lace lanterns leather maps nets paper pottery ribbons ropes saddles sails silver soap spoons tapestries
 tiles toys whistles wool""".split()
 WATERS = "Arrow Bluewater Coldbeck Darrow Eddle Finn Gannet Hollow Isk Jessel Kite Lune Minnow Nidd Orrin Pell".split()
-FEASTS = "apple boat bread bell candle cherry frost harvest kite lantern lamb moon rain river salt seed snow star".split()
+FEASTS = (
+    "apple boat bread bell candle cherry frost harvest kite lantern lamb moon rain river salt seed snow star".split()
+)
 WEATHER = "bright calm chilly clear cloudy cold damp dry foggy frosty hot misty mild rainy snowy stormy sunny warm wet windy".split()
 SEASONS = "spring summer autumn winter".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-TIMES = ["at dawn", "in the morning", "at noon", "in the afternoon", "at dusk", "in the evening", "at night", "after breakfast",
-         "before supper", "after the rain", "when the bell rang", "at low tide"]
+TIMES = [
+    "at dawn",
+    "in the morning",
+    "at noon",
+    "in the afternoon",
+    "at dusk",
+    "in the evening",
+    "at night",
+    "after breakfast",
+    "before supper",
+    "after the rain",
+    "when the bell rang",
+    "at low tide",
+]
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
 
 # What reviewers say, by what they speak of: food, people, things.
@@ -81,12 +97,18 @@ BLAME = {
     "things": "broken crooked dirty dreadful dull dusty faulty filthy grubby horrible leaky rough shabby shoddy ugly useless",
 }
 REVIEWED = {
-    "bakery": "bread cakes pies / bakers staff / counter ovens", "inn": "supper stew breakfast / maids staff / beds rooms candles",
-    "tavern": "cider soup pies / fiddlers cooks / benches songs", "workshop": "tea / joiners apprentices / tools benches repairs",
-    "market": "fruit cheese honey / sellers pedlars / stalls baskets", "ferry": "soup tea / sailors oarsmen / seats decks ropes",
-    "school": "porridge apples / teachers children / rooms books lessons", "dairy": "butter milk cream cheese / dairymaids / pails churns",
-    "orchard": "apples pears cider / pickers gardeners / paths benches", "theatre": "nuts cakes / actors dancers / seats songs masks",
-    "boathouse": "fish broth / boatmen builders / boats oars nets", "brewery": "cider ginger / brewers coopers / barrels tables mugs",
+    "bakery": "bread cakes pies / bakers staff / counter ovens",
+    "inn": "supper stew breakfast / maids staff / beds rooms candles",
+    "tavern": "cider soup pies / fiddlers cooks / benches songs",
+    "workshop": "tea / joiners apprentices / tools benches repairs",
+    "market": "fruit cheese honey / sellers pedlars / stalls baskets",
+    "ferry": "soup tea / sailors oarsmen / seats decks ropes",
+    "school": "porridge apples / teachers children / rooms books lessons",
+    "dairy": "butter milk cream cheese / dairymaids / pails churns",
+    "orchard": "apples pears cider / pickers gardeners / paths benches",
+    "theatre": "nuts cakes / actors dancers / seats songs masks",
+    "boathouse": "fish broth / boatmen builders / boats oars nets",
+    "brewery": "cider ginger / brewers coopers / barrels tables mugs",
 }
 
 
@@ -142,13 +164,27 @@ def make_world(seed=0, n_names=360, n_towns=60, n_people=160):
     stems = sorted({start + end for start in TOWN_STARTS for end in TOWN_ENDS})
     town_names = rng.sample(stems, n_towns)
     towns = tuple(
-        Town(name, rng.choice(WATERS), rng.choice(CRAFTS), rng.choice(FOODS), rng.choice(FEASTS), rng.choice(SEASONS), keeper)
+        Town(
+            name,
+            rng.choice(WATERS),
+            rng.choice(CRAFTS),
+            rng.choice(FOODS),
+            rng.choice(FEASTS),
+            rng.choice(SEASONS),
+            keeper,
+        )
         for name, keeper in zip(town_names, rng.sample(names, n_towns))
     )
     known = rng.sample(names, n_people)
     people = tuple(
-        Person(name, rng.choice(TRADES), rng.choice(town_names), rng.choice(ANIMALS), rng.choice(FOODS),
-               rng.choice([other for other in known if other != name]))
+        Person(
+            name,
+            rng.choice(TRADES),
+            rng.choice(town_names),
+            rng.choice(ANIMALS),
+            rng.choice(FOODS),
+            rng.choice([other for other in known if other != name]),
+        )
         for name in known
     )
     places = tuple(f"{preposition} the {noun}" for preposition, nouns in PLACES.items() for noun in nouns.split())

@@ -135,5 +135,10 @@ def short_rows(monkeypatch):
     from course_utils import data
 
     load_task = data.load_task
-    monkeypatch.setattr(data, "load_task", lambda task, split: load_task(task, split).filter(
-        lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8)))
+    monkeypatch.setattr(
+        data,
+        "load_task",
+        lambda task, split: (
+            load_task(task, split).filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
+        ),
+    )

@@ -1,4 +1,5 @@
 """From a lesson's source to its editions: what is kept, what is stripped, what is measured."""
+
 import ast
 import json
 import os
@@ -85,11 +86,21 @@ def test_the_instructors_edition_has_a_solution_cell_and_a_locked_grade_cell():
     solution, grade = by_id["exercise-01-share"], by_id["exercise-01-share-test"]
     assert editions.BEGIN_SOLUTION in solution.source and editions.BEGIN_HIDDEN in grade.source
     assert solution.metadata.nbgrader == {
-        "schema_version": 3, "grade_id": "01-share", "grade": False, "solution": True, "locked": False, "task": False,
+        "schema_version": 3,
+        "grade_id": "01-share",
+        "grade": False,
+        "solution": True,
+        "locked": False,
+        "task": False,
     }
     assert grade.metadata.nbgrader == {
-        "schema_version": 3, "grade_id": "01-share-test", "grade": True, "solution": False, "locked": True,
-        "task": False, "points": 2,
+        "schema_version": 3,
+        "grade_id": "01-share-test",
+        "grade": True,
+        "solution": False,
+        "locked": True,
+        "task": False,
+        "points": 2,
     }
     assert "nbgrader" not in by_id["share-them"].metadata
 
@@ -194,7 +205,9 @@ def test_two_builds_are_the_same_but_for_measured_outputs(course, tmp_path):
 def test_the_build_runs_the_unsolved_lesson_and_keeps_its_outputs(course, tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_STRICT", "1")
     course.write_text(
-        LESSON.replace('print("done")', 'import os\nprint(os.environ.get("COURSE_STRICT"), os.path.basename(os.getcwd()))'),
+        LESSON.replace(
+            'print("done")', 'import os\nprint(os.environ.get("COURSE_STRICT"), os.path.basename(os.getcwd()))'
+        ),
         encoding="utf-8",
     )
     build.build(course, tmp_path)
@@ -230,7 +243,7 @@ def test_peak_memory_is_that_of_the_kernel(course, tmp_path):
 
 
 def test_the_build_tells_what_is_wrong_with_a_notebooks_form(course, tmp_path):
-    course.write_text(LESSON.replace("print(apples)", 'import sys\nprint(1, file=sys.stderr)'), encoding="utf-8")
+    course.write_text(LESSON.replace("print(apples)", "import sys\nprint(1, file=sys.stderr)"), encoding="utf-8")
     assert build.build(course, tmp_path) == ["notebooks: count-the-apples-1 has text on stderr"]
 
 
@@ -325,9 +338,7 @@ def drift(root):
         for path in paths:
             if path.stem not in stored:
                 found.append(f"{edition}/{path.stem}: not built")
-            elif outline(nbformat.read(stored[path.stem], as_version=4)) != outline(
-                build.edition(make, path, record)
-            ):
+            elif outline(nbformat.read(stored[path.stem], as_version=4)) != outline(build.edition(make, path, record)):
                 found.append(f"{edition}/{path.stem}: differs from its source, run make notebooks")
     return found
 

@@ -2,6 +2,7 @@
 
 What needs nbgrader is skipped where it is not installed; `make test-classroom` installs it and skips nothing.
 """
+
 import csv
 import importlib.util
 import io
@@ -150,13 +151,19 @@ def test_a_zip_is_read_like_a_folder_and_so_is_a_zip_in_it(tmp_path):
     inner = zip_of(tmp_path / "inner.zip", {"work/02_pears.ipynb": empty_notebook()}).read_bytes()
     archive = zip_of(
         tmp_path / "all.zip",
-        {"week 1/ada/01_apples.ipynb": empty_notebook(), "week 1/ben/my work.zip": inner, "week 1/__MACOSX/._x.ipynb": b""},
+        {
+            "week 1/ada/01_apples.ipynb": empty_notebook(),
+            "week 1/ben/my work.zip": inner,
+            "week 1/__MACOSX/._x.ipynb": b"",
+        },
     )
     assert collected(archive) == ({("ada", "01_apples"), ("ben", "02_pears")}, [])
 
 
 def test_a_zip_cannot_place_files_elsewhere(tmp_path):
-    archive = zip_of(tmp_path / "all.zip", {"../../evil/01_apples.ipynb": empty_notebook(), "ada/01_apples.ipynb": empty_notebook()})
+    archive = zip_of(
+        tmp_path / "all.zip", {"../../evil/01_apples.ipynb": empty_notebook(), "ada/01_apples.ipynb": empty_notebook()}
+    )
     found, _ = collected(archive)
     assert all(re.fullmatch(r"[\w.-]*", learner) and learner.strip(".") == learner for learner, _ in found)
 
@@ -185,24 +192,42 @@ def test_two_people_of_one_name_stay_two(tmp_path):
     assert len({learner for learner, lesson in found if lesson == "01_apples"}) == 2
 
 
-@pytest.mark.parametrize("path, known", [
-    ("week1/Ada Byron_1_assignsubmission_file_/01_apples.ipynb", ()), ("class/Ada-Byron/01_apples.ipynb", ["Ada-Byron"]),
-    ("Ada Byron/work_1_2/01_apples.ipynb", ()), ("Ada Byron/01_APPLES.IPYNB", ()), ("x/y/ada byron/old/01_apples.ipynb", ["Ada-Byron"]),
-])
+@pytest.mark.parametrize(
+    "path, known",
+    [
+        ("week1/Ada Byron_1_assignsubmission_file_/01_apples.ipynb", ()),
+        ("class/Ada-Byron/01_apples.ipynb", ["Ada-Byron"]),
+        ("Ada Byron/work_1_2/01_apples.ipynb", ()),
+        ("Ada Byron/01_APPLES.IPYNB", ()),
+        ("x/y/ada byron/old/01_apples.ipynb", ["Ada-Byron"]),
+    ],
+)
 def test_one_mended_file_goes_to_its_learner(tmp_path, path, known):
     found, complaints = collected(folder_of(tmp_path, path), known=known)
-    assert {(learner.casefold(), lesson) for learner, lesson in found} == {("ada-byron", "01_apples")} and not complaints
+    assert {(learner.casefold(), lesson) for learner, lesson in found} == {
+        ("ada-byron", "01_apples")
+    } and not complaints
 
 
 def test_what_is_nobodys_submission_is_named(tmp_path):
     source = folder_of(
-        tmp_path, "01_apples.ipynb", "ada/other.ipynb", "ben/report.pdf", "cy/damaged.zip", "dee/01_apples.ipynb", "dee/photo.png",
+        tmp_path,
+        "01_apples.ipynb",
+        "ada/other.ipynb",
+        "ben/report.pdf",
+        "cy/damaged.zip",
+        "dee/01_apples.ipynb",
+        "dee/photo.png",
     )
     found, complaints = collected(source)
     assert found == {("dee", "01_apples")}
     said = "\n".join(complaints)
-    for part in ("01_apples.ipynb: no folder", "ada/other.ipynb: neither", "ben: no notebook among report.pdf",
-                 "cy/damaged.zip: the zip is damaged"):
+    for part in (
+        "01_apples.ipynb: no folder",
+        "ada/other.ipynb: neither",
+        "ben: no notebook among report.pdf",
+        "cy/damaged.zip: the zip is damaged",
+    ):
         assert part in said
     assert len(complaints) == 4 and "dee" not in said
 
@@ -232,7 +257,10 @@ def test_no_such_folder_and_a_damaged_zip_are_refused(tmp_path):
         (b'{"cells": [', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "not in the form of a notebook"),
-        (b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "code"}]}', "Not a sound notebook"),
+        (
+            b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "code"}]}',
+            "Not a sound notebook",
+        ),
         (b'{"nbformat": "x"}', "Not a sound notebook"),
         (empty_notebook(), ""),
         (b"\xef\xbb\xbf" + empty_notebook(), ""),
@@ -277,7 +305,12 @@ def test_memory_of_children_counts_and_they_end_too():
 
 
 def test_an_address_space_far_beyond_the_limit_is_no_offence():
-    assert python("import mmap; x = mmap.mmap(-1, 20 * 10**9, flags=0x4022)\nimport time; time.sleep(.3)", memory_gb=0.3).why == "done"
+    assert (
+        python(
+            "import mmap; x = mmap.mmap(-1, 20 * 10**9, flags=0x4022)\nimport time; time.sleep(.3)", memory_gb=0.3
+        ).why
+        == "done"
+    )
 
 
 def test_grading_can_be_stopped():
@@ -304,7 +337,14 @@ def test_grading_without_submissions_does_not_take_the_working_directory():
 def test_the_guide_names_every_command():
     commands = next(action for action in parser()._actions if action.dest == "command").choices
     assert set(commands) == {"stage", "grade", "report", "feedback"}
-    for name in ("make classroom", "make grade", "make report", "make feedback", "make formgrader", "make test-classroom"):
+    for name in (
+        "make classroom",
+        "make grade",
+        "make report",
+        "make feedback",
+        "make formgrader",
+        "make test-classroom",
+    ):
         assert name in GUIDE, name
 
 
@@ -400,7 +440,9 @@ KINDS = {
     "memory": (lambda n: answer(n, "share", FILL), "0", "3", "01.share: it took more than 1 GB of memory"),
     "exits": (lambda n: answer(n, "share", "import os; os._exit(3)"), "0", "3", "01.share: the kernel died"),
     "stderr": (
-        lambda n: answer(n, "share", "print('hm', file=sys.stderr)\n    return apples // people"), "2", "3",
+        lambda n: answer(n, "share", "print('hm', file=sys.stderr)\n    return apples // people"),
+        "2",
+        "3",
         "01.share: the answer writes to stderr",
     ),
 }
@@ -441,7 +483,10 @@ def graded(tmp_path_factory):
     limits = watch.Limits(cell_seconds=15, seconds=300, memory_gb=1)
     _, complaints = grade.grade(course, handed_in, limits, jobs=3, say=lambda text: None)
     text = report.write(course, handed_in, complaints)
-    rows = {(row["learner"], row["exercise"]): row for row in csv.DictReader(io.StringIO((course.root / "scores.csv").read_text("utf-8")))}
+    rows = {
+        (row["learner"], row["exercise"]): row
+        for row in csv.DictReader(io.StringIO((course.root / "scores.csv").read_text("utf-8")))
+    }
     return course, rows, text
 
 
@@ -453,7 +498,9 @@ def test_the_hand_out_is_the_courses_own_stub_with_locked_test_cells(graded):
     tests = [cell for cell in released.cells if cell.metadata.get("nbgrader", {}).get("grade")]
     assert [cell.source for cell in tests] == [editions.LEFT_OF_TEST.strip()] * 2
     assert all(cell.metadata.editable is False and cell.metadata.deletable is False for cell in tests)
-    assert [(cell.id, cell.source) for cell in released.cells if cell not in tests] == [(cell.id, cell.source) for cell in learner.cells]
+    assert [(cell.id, cell.source) for cell in released.cells if cell not in tests] == [
+        (cell.id, cell.source) for cell in learner.cells
+    ]
 
 
 @needs_nbgrader
@@ -470,7 +517,9 @@ def test_each_kind_of_submission_gets_its_points_and_a_word(graded, name):
 def test_no_zero_is_without_a_reason(graded):
     _, rows, _ = graded
     for row in rows.values():
-        assert row["score"] != "0" or row["status"] == "not attempted" or (row["status"] == "failed" and row["note"]), row
+        assert row["score"] != "0" or row["status"] == "not attempted" or (row["status"] == "failed" and row["note"]), (
+            row
+        )
     notes = {learner: rows[learner, "01.share"]["note"] for learner, _ in rows}
     assert notes["hard-coded"] == "it passes the visible check and fails the hidden test"
     assert notes["wrong"] == "fails the hidden test, stopped by ZeroDivisionError: division by zero"
@@ -506,7 +555,11 @@ def test_what_is_no_notebook_gets_no_score_and_is_named(graded):
 @needs_nbgrader
 def test_every_learner_has_a_row_for_every_exercise(graded):
     _, rows, _ = graded
-    assert set(rows) == {(name, one) for name in [*KINDS, "plain", "untouched", "partly", "not-json"] for one in ("01.share", "01.eat_one")}
+    assert set(rows) == {
+        (name, one)
+        for name in [*KINDS, "plain", "untouched", "partly", "not-json"]
+        for one in ("01.share", "01.eat_one")
+    }
 
 
 @needs_nbgrader
@@ -518,7 +571,7 @@ def test_a_learners_own_record_and_files_are_left_alone(graded):
 def test_a_fixed_notebook_replaces_the_one_that_could_not_be_graded_and_others_stay(graded, tmp_path):
     from classroom import grade, report
 
-    course, rows, _ = graded
+    course, _, _ = graded
     again = tmp_path / "again" / "not-json"
     again.mkdir(parents=True)
     solved = nbformat.read(course.notebook("release", "01_apples"), as_version=4)
@@ -550,13 +603,26 @@ def test_a_grading_that_is_stopped_marks_what_it_did_not_do_and_can_be_done_agai
         if text.startswith("1/"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(grade, "_grade_one", lambda course, one, *_: {
-        "status": "graded", "problems": [], "seconds": 1.0, "peak_gb": 0.1, "file": str(one.file.path), "version": course.version(one.lesson)})
+    monkeypatch.setattr(
+        grade,
+        "_grade_one",
+        lambda course, one, *_: {
+            "status": "graded",
+            "problems": [],
+            "seconds": 1.0,
+            "peak_gb": 0.1,
+            "file": str(one.file.path),
+            "version": course.version(one.lesson),
+        },
+    )
     with pytest.raises(KeyboardInterrupt):
         grade.grade(course, tmp_path / "again", watch.Limits(), jobs=1, say=interrupted)
     states = {name: course.record()[name]["01_apples"] for name in ("solved", "plain", "untouched")}
     assert sorted(states[name]["status"] for name in ("solved", "plain")) == ["graded", "not graded"]
-    assert any("grading was stopped" in states[name]["problems"][0] for name in ("solved", "plain")) and states["untouched"]["status"] == "graded"
+    assert (
+        any("grading was stopped" in states[name]["problems"][0] for name in ("solved", "plain"))
+        and states["untouched"]["status"] == "graded"
+    )
     assert "Grading was stopped" in report.write(course)  # and no other command fails
     grade.grade(course, tmp_path / "again", watch.Limits(), jobs=1, say=lambda text: None)
     assert {(row["learner"], row["exercise"]): row["score"] for row in report.rows(course)} == kept
@@ -636,16 +702,32 @@ def test_formgrader_opens_on_the_result(graded, tmp_path):
     course, _, _ = graded
     config = (build.ROOT / "classroom" / "nbgrader_config.py").read_text("utf-8")
     (tmp_path / "nbgrader_config.py").write_text(
-        config.replace("Path(__file__).resolve().parent\n", f"Path({str(build.ROOT / 'classroom')!r})\n", 1)
-        .replace('str(here / "staging")', repr(str(course.root))), encoding="utf-8")
+        config.replace("Path(__file__).resolve().parent\n", f"Path({str(build.ROOT / 'classroom')!r})\n", 1).replace(
+            'str(here / "staging")', repr(str(course.root))
+        ),
+        encoding="utf-8",
+    )
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyter", "server", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=t",
-         f"--ServerApp.root_dir={course.root.parent}", "--ServerApp.jpserver_extensions={'nbgrader.server_extensions.formgrader': True}"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "server",
+            "--no-browser",
+            "--allow-root",
+            f"--port={port}",
+            "--IdentityProvider.token=t",
+            f"--ServerApp.root_dir={course.root.parent}",
+            "--ServerApp.jpserver_extensions={'nbgrader.server_extensions.formgrader': True}",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config")},
     )
     try:
+
         def get(path):
             request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": "token t"})
             with urllib.request.urlopen(request, timeout=30) as answer:
@@ -664,7 +746,9 @@ def test_formgrader_opens_on_the_result(graded, tmp_path):
         assert assignment["name"] == "01_apples" and assignment["max_score"] == 5
         students = {one["id"]: one["score"] for one in json.loads(get("/formgrader/api/students"))}
         assert students["solved"] == 5 and students["hard-coded"] == 3
-        (submission,) = [one for one in json.loads(get("/formgrader/api/submissions/01_apples")) if one["student"] == "solved"]
+        (submission,) = [
+            one for one in json.loads(get("/formgrader/api/submissions/01_apples")) if one["student"] == "solved"
+        ]
         (notebook,) = json.loads(get("/formgrader/api/student_notebook_submissions/solved/01_apples"))
         assert submission["score"] == 5
         assert "return apples // people" in as_text(get(f"/formgrader/submissions/{notebook['id']}/"))
@@ -683,7 +767,9 @@ def secrets():
         for cell in build.read_lesson(path).cells:
             role = cell.metadata.lesson
             if role.get("role") == "exercise":
-                _, solution, _ = editions.split(cell.source, editions.BEGIN_SOLUTION, editions.END_SOLUTION, role["name"])
+                _, solution, _ = editions.split(
+                    cell.source, editions.BEGIN_SOLUTION, editions.END_SOLUTION, role["name"]
+                )
                 found[role["name"]] = ([], solution.strip())
             elif role:
                 found[role["name"]][0].extend(line.strip() for line in cell.source.splitlines() if "assert" in line)
@@ -703,20 +789,31 @@ def test_every_exercise_has_a_hidden_test_and_none_shows_in_the_notebooks():
 
 def test_progress_is_shown_in_one_call_across_lessons(tmp_path):
     """Two lessons in two processes, as two notebooks would be, and a third that asks."""
+
     def run(code):
         return subprocess.run(
-            [sys.executable, "-c", code], cwd=build.ROOT, env={**os.environ, "COURSE_RUNS": str(tmp_path)},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code],
+            cwd=build.ROOT,
+            env={**os.environ, "COURSE_RUNS": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
 
-    assert run("from course_utils.exercises import lesson02\n"
-               "lesson02.count(lambda shapes, rank: rank * sum(i + o for i, o in shapes))").startswith("PASS")
-    assert "PASS" in run("from course_utils.exercises import lesson01\n"
-                         "lesson01.weigh(lambda t: (sum(x.numel() for x in t.values()), "
-                         "next(x.shape[0] for n, x in t.items() if 'lora_A' in n)))")
+    assert run(
+        "from course_utils.exercises import lesson02\n"
+        "lesson02.count(lambda shapes, rank: rank * sum(i + o for i, o in shapes))"
+    ).startswith("PASS")
+    assert "PASS" in run(
+        "from course_utils.exercises import lesson01\n"
+        "lesson01.weigh(lambda t: (sum(x.numel() for x in t.values()), "
+        "next(x.shape[0] for n, x in t.items() if 'lora_A' in n)))"
+    )
     said = run("from course_utils.exercises import progress; progress()")
     assert [line.split()[1] for line in said.splitlines() if line.startswith("done")] == ["01.weigh", "02.count"]
-    assert re.search(r"^ +03\.\w+", said, re.MULTILINE) and re.search(r"^2 of \d+ exercises done\.$", said, re.MULTILINE)
+    assert re.search(r"^ +03\.\w+", said, re.MULTILINE) and re.search(
+        r"^2 of \d+ exercises done\.$", said, re.MULTILINE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -737,8 +834,14 @@ def test_the_hand_out_has_what_a_learner_needs_and_no_answer(real):
         names = [name.removeprefix("lora-course/") for name in archive.namelist()]
         notebooks = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".ipynb")}
     assert not [name for name in names if name.startswith(("lessons/", "solutions/", "tests/", "classroom/", "runs/"))]
-    for needed in ("README.md", "Makefile", "requirements.txt", "tools/check_python.py", "models/base/config.json",
-                   "course_utils/runtime.py"):
+    for needed in (
+        "README.md",
+        "Makefile",
+        "requirements.txt",
+        "tools/check_python.py",
+        "models/base/config.json",
+        "course_utils/runtime.py",
+    ):
         assert needed in names, needed
     assert path.stat().st_size < 60_000_000
     for lesson in course.lessons():
@@ -772,7 +875,9 @@ def test_lesson_1_is_graded_on_the_real_model(real, tmp_path):
     assert {row["status"] for row in rows if row["learner"] == "solved"} == {"passed"}
     assert {(row["status"], row["score"]) for row in rows if row["learner"] == "untouched"} == {("not attempted", "0")}
     assert report.feedback(course) == (2, "")
-    page = (course.root / "feedback" / "solved" / "01_load_lora_adapter" / "01_load_lora_adapter.html").read_text("utf-8")
+    page = (course.root / "feedback" / "solved" / "01_load_lora_adapter" / "01_load_lora_adapter.html").read_text(
+        "utf-8"
+    )
     assert 'src="../images/' not in page and "data:image/png;base64," in page
 
 
@@ -799,7 +904,11 @@ def test_the_guides_table_has_every_lesson_with_its_minutes():
         code_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
         rule = words / 200 + 2 * code_cells + exercises  # minutes, as the guide says; it rounds to half an hour
         row = next((line for line in GUIDE.splitlines() if line.startswith(f"| [{path.stem[:2]} ")), "no row")
-        assert f"](../notebooks/{path.stem}.ipynb)" in row and f"| {exercises} min |" in row, (path.stem, exercises, rule)
+        assert f"](../notebooks/{path.stem}.ipynb)" in row and f"| {exercises} min |" in row, (
+            path.stem,
+            exercises,
+            rule,
+        )
         hours, minutes = re.search(r"\| (\d+) h(?: (\d+) min)? \|$", row).groups("0")
         assert abs(60 * int(hours) + int(minutes) - rule) <= 20, (path.stem, rule)
 
@@ -830,10 +939,28 @@ def test_the_dockerfile_copies_what_is_there():
 def test_a_lesson_07_is_added_by_the_guides_commands(tmp_path):
     """A copy of the checkout, in which the guide's own lines are run as they stand."""
     root = tmp_path / "course"
-    for name in ("lessons", "notebooks", "solutions", "course_utils", "tools", "tests", "classroom", "images", "docs", "experiments"):
+    for name in (
+        "lessons",
+        "notebooks",
+        "solutions",
+        "course_utils",
+        "tools",
+        "tests",
+        "classroom",
+        "images",
+        "docs",
+        "experiments",
+    ):
         shutil.copytree(build.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "staging"))
-    for name in ("README.md", "LICENSE", "Makefile", "pyproject.toml", "requirements.txt", "constraints.txt",
-                 "requirements-instructor.txt"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "pyproject.toml",
+        "requirements.txt",
+        "constraints.txt",
+        "requirements-instructor.txt",
+    ):
         shutil.copy(build.ROOT / name, root / name)
     for name in ("models", "data"):
         (root / name).symlink_to(build.ROOT / name)
@@ -842,11 +969,16 @@ def test_a_lesson_07_is_added_by_the_guides_commands(tmp_path):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     (root / ".venv" / ".installed").write_text(str(root))
-    kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(("MAKE", "MFLAGS", "TEST_", "PYTEST"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TEST_", "PYTEST"))
+    }
     done = subprocess.run(
-        ["bash", "-e", "-x", "-c", block("## Add a lesson of your own", "bash")], cwd=root, text=True,
-        env={**kept, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ["bash", "-e", "-x", "-c", block("## Add a lesson of your own", "bash")],
+        cwd=root,
+        text=True,
+        env={**kept, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "[07 Ask one question](notebooks/07_new_lesson.ipynb)" in (root / "README.md").read_text(encoding="utf-8")

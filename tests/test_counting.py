@@ -13,7 +13,13 @@ import pytest
 from course_utils import counting
 from course_utils.runtime import CourseError
 
-SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -74,7 +80,13 @@ CASES = [
     ("Llama", {"target_modules": "all-linear", "r": 3}),
     ("Llama", {"target_modules": r".*\.1\.self_attn\.[kv]_proj"}),
     ("Llama", {}),
-    ("Llama", {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2, r"layers\.0\.self_attn\.q_proj": 5}}),
+    (
+        "Llama",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"down_proj": 2, r"layers\.0\.self_attn\.q_proj": 5},
+        },
+    ),
     ("Llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]}),
     ("Llama", {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}),
     ("Llama", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
@@ -138,7 +150,13 @@ def test_numbers_for_people():
 # ---------------------------------------------------------------------------------------------- published figures
 
 ROBERTA_BASE = {"vocab_size": 50265, "type_vocab_size": 1}
-ROBERTA_LARGE = {**ROBERTA_BASE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+ROBERTA_LARGE = {
+    **ROBERTA_BASE,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
 DEBERTA_XXL = {
     "hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24, "intermediate_size": 6144, "vocab_size": 128100,
     "type_vocab_size": 0, "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm",
@@ -223,7 +241,11 @@ def test_gpt3_counts_in_five_seconds_and_two_gigabytes():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("Llama", {"target_modules": ["c_attn"]}, r"no layer of LlamaForCausalLM .*c_attn.* are called down_proj, gate_proj"),
+        (
+            "Llama",
+            {"target_modules": ["c_attn"]},
+            r"no layer of LlamaForCausalLM .*c_attn.* are called down_proj, gate_proj",
+        ),
         ("Llama", {"target_modules": "q_proj"}, "A string is a pattern for a layer's whole name; .*give a list"),
         ("Llama", {"target_modules": []}, "no layer"),
         ("Llama", {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules"),

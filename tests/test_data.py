@@ -110,6 +110,11 @@ from course_utils import data, runtime
 runtime.data_dir = lambda: Path({str(place)!r})
 print(len(data.load_task("reading", "train")), attempts)
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "empty home")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path / "empty home"),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "3 []", done.stderr

@@ -40,8 +40,14 @@ def test_generate_takes_strings_and_messages_alike(tiny_model, tiny_tokenizer):
     messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     both = [evaluation.generate(tiny_model, tiny_tokenizer, given, max_new_tokens=4) for given in (PROMPTS, messages)]
     assert both[0] == both[1]
-    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert evaluation.generate(tiny_model, tiny_tokenizer, [dialogue], 4) != evaluation.generate(tiny_model, tiny_tokenizer, ["c"], 4)
+    dialogue = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert evaluation.generate(tiny_model, tiny_tokenizer, [dialogue], 4) != evaluation.generate(
+        tiny_model, tiny_tokenizer, ["c"], 4
+    )
 
 
 def test_generate_of_nothing_is_nothing(tiny_model, tiny_tokenizer):
@@ -55,7 +61,9 @@ def _prefer(model, token):
     with torch.no_grad():
         model.model.norm.weight.zero_()
         model.lm_head.weight.zero_()
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([token]), 1.0))
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.tensor([token]), 1.0)
+    )
 
 
 def test_generate_stops_at_the_end_of_the_turn(tiny_model, tiny_tokenizer):
@@ -78,13 +86,19 @@ def test_generate_stops_at_a_turn_token_that_only_the_generation_config_names(ti
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_generate_is_greedy_and_quiet_though_the_model_has_settings_of_its_own(wrapped, tiny_model, tiny_tokenizer, caplog):
+def test_generate_is_greedy_and_quiet_though_the_model_has_settings_of_its_own(
+    wrapped, tiny_model, tiny_tokenizer, caplog
+):
     from peft import LoraConfig, get_peft_model
 
     expected = evaluation.generate(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=8)
     settings = tiny_model.generation_config
     settings.update(do_sample=True, temperature=5.0, top_p=0.9, top_k=7, repetition_penalty=9.0, num_beams=2)
-    model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])) if wrapped else tiny_model
+    model = (
+        get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        if wrapped
+        else tiny_model
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluation.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8) == expected
@@ -108,7 +122,9 @@ def test_generate_leaves_model_and_tokenizer_as_they_were(tiny_model, tiny_token
 def test_modes_come_back_after_an_error_too(tiny_model, tiny_tokenizer):
     tiny_model.train()
     with pytest.raises(ValueError, match="adapter_names"):
-        evaluation.generate(tiny_model, tiny_tokenizer, ["a"], max_new_tokens=2, adapter_names=["x"])  # not a PEFT model
+        evaluation.generate(
+            tiny_model, tiny_tokenizer, ["a"], max_new_tokens=2, adapter_names=["x"]
+        )  # not a PEFT model
     assert tiny_model.training and tiny_model.lm_head.training
 
 
@@ -190,7 +206,12 @@ def test_extract_metric_parses_and_compares_fields(prediction, right):
 def make_rows():
     told = [("happy", "stay", False), ("unhappy", "meal", False), ("happy", "stay", True), ("unhappy", "meal", True)]
     return [
-        {"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": answer}], "kind": kind, "novel": novel}
+        {
+            "prompt": [{"role": "user", "content": "?"}],
+            "completion": [{"role": "assistant", "content": answer}],
+            "kind": kind,
+            "novel": novel,
+        }
         for answer, kind, novel in told
     ]
 
@@ -262,7 +283,9 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary_size(tiny_mo
 
 def test_perplexity_cuts_long_texts_and_skips_those_with_nothing_to_predict(tiny_model, tiny_tokenizer):
     whole = evaluation.perplexity(tiny_model, tiny_tokenizer, [TEXTS[1][:9]])
-    assert evaluation.perplexity(tiny_model, tiny_tokenizer, [TEXTS[1], "", "x"], max_length=9) == pytest.approx(whole, rel=1e-5)
+    assert evaluation.perplexity(tiny_model, tiny_tokenizer, [TEXTS[1], "", "x"], max_length=9) == pytest.approx(
+        whole, rel=1e-5
+    )
     with pytest.raises(ValueError, match="nothing to predict"):
         evaluation.perplexity(tiny_model, tiny_tokenizer, ["", "x"])
     assert not tiny_model.training

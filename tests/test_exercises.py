@@ -1,4 +1,5 @@
 """The machinery of the exercises: what a learner sees for every kind of answer."""
+
 import json
 import logging
 import os
@@ -133,7 +134,7 @@ def test_no_answer_at_all_gets_a_sentence(ratio):
 def test_a_check_that_stumbles_blames_the_answer_and_does_not_crash():
     @exercise("00.stumbles", title="Stumbles", level="core", minutes=5)
     def check(answer):
-        answer.missing.attribute
+        answer.missing.attribute  # noqa: B018 (reading it is what fails)
 
     outcome = check.outcome({"a": 1})
     assert outcome.status == "TRY AGAIN"
@@ -159,7 +160,7 @@ def test_nothing_reaches_stderr(ratio, capfd):
 
     def noisy(base, adapter):
         print("print", file=sys.stderr)
-        warnings.warn("warning")
+        warnings.warn("warning", stacklevel=1)
         logger.warning("logged")
         return base / adapter
 

@@ -14,7 +14,8 @@ import torch
 from course_utils import data, evaluation, runtime
 from course_utils.runtime import CourseError
 from experiments import harness, run
-from pretraining import corpus, tasks, world as world_module
+from pretraining import corpus, tasks
+from pretraining import world as world_module
 
 MINUTES_FOR_A_LESSON = 90
 
@@ -67,7 +68,9 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(results):
 def test_runs_side_by_side_are_those_in_turn_with_one_thread_each(results, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     rows = harness.sweep("demo", RUNS, dict, at_once=2, log=quiet)  # `dict` gives the settings back as columns
-    assert [(row["seed"], row["rank"]) for row in rows] == [(run["seed"], run["rank"]) for run in RUNS], "whichever ended first"
+    assert [(row["seed"], row["rank"]) for row in rows] == [(run["seed"], run["rank"]) for run in RUNS], (
+        "whichever ended first"
+    )
     assert harness.in_order(rows[::-1], RUNS) == rows
     assert {row["cores"] for row in rows} == {1} and os.environ["OMP_NUM_THREADS"] == "7"
     assert complaints(data.load_results("demo", results), RUNS, harness.base_fingerprint()) == []
@@ -92,8 +95,18 @@ def test_a_kill_while_writing_leaves_the_old_rows(results, monkeypatch):
 def test_a_row_says_where_it_was_made_and_names_no_host(results):
     harness.sweep("demo", RUNS[:1], Measure(rate=1.5e-3, loss=math.nan, loop="bare", steps=200), log=quiet)
     (row,) = data.load_results("demo", results)
-    assert tuple(row)[:5] == data.RESULT_COLUMNS and row["cpu"] == runtime.processor() and row["cores"] == torch.get_num_threads()
-    assert (row["seed"], row["rank"], row["rate"], row["loop"], row["steps"]) == (0, 1, 0.0015, "bare", 200) and math.isnan(row["loss"])
+    assert (
+        tuple(row)[:5] == data.RESULT_COLUMNS
+        and row["cpu"] == runtime.processor()
+        and row["cores"] == torch.get_num_threads()
+    )
+    assert (row["seed"], row["rank"], row["rate"], row["loop"], row["steps"]) == (
+        0,
+        1,
+        0.0015,
+        "bare",
+        200,
+    ) and math.isnan(row["loss"])
     assert isinstance(row["steps"], int) and row["seconds"] >= 0 and row["base"] == harness.base_fingerprint()
     text = (results / "demo.csv").read_text()
     assert socket.gethostname() not in text and str(results) not in text
@@ -130,13 +143,22 @@ def test_the_fingerprint_follows_the_weights(results, tiny_base):
 
 # ---------------------------------------------------------------------------------------------- reading results
 
-HEALTHY = "seed,seconds,cpu,cores,base,method,rate,score\n0,1.5,\"Chip, 2 GHz\",2,sha256-a,lora,0.005,0.5\n1,2,Chip,2,sha256-a,full,5e-05,nan\n"
+HEALTHY = 'seed,seconds,cpu,cores,base,method,rate,score\n0,1.5,"Chip, 2 GHz",2,sha256-a,lora,0.005,0.5\n1,2,Chip,2,sha256-a,full,5e-05,nan\n'
 
 
 def test_results_are_read_with_their_numbers(tmp_path):
     (tmp_path / "demo.csv").write_text(HEALTHY)
     first, second = data.load_results("demo", tmp_path)
-    assert first == {"seed": 0, "seconds": 1.5, "cpu": "Chip, 2 GHz", "cores": 2, "base": "sha256-a", "method": "lora", "rate": 0.005, "score": 0.5}
+    assert first == {
+        "seed": 0,
+        "seconds": 1.5,
+        "cpu": "Chip, 2 GHz",
+        "cores": 2,
+        "base": "sha256-a",
+        "method": "lora",
+        "rate": 0.005,
+        "score": 0.5,
+    }
     assert second["rate"] == 5e-5 and math.isnan(second["score"])
 
 
@@ -195,13 +217,20 @@ def small(results, monkeypatch):
 
     def few_rows(task, split=None):
         rows = load_task(task, split)
-        return rows if task == "recall" else rows.filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
+        return (
+            rows
+            if task == "recall"
+            else rows.filter(lambda row: len(row["prompt"][0]["content"]) < 120).select(range(8))
+        )
 
     monkeypatch.setattr(data, "load_task", few_rows)
     monkeypatch.setattr(data, "held_out_texts", lambda tokenizer: texts(tokenizer)[:4])
     for module, sizes in {
         "training": {"STEPS": 2, "BATCH": 2, "SCORED": 2, "LONGEST_ANSWER": dict.fromkeys(training.LONGEST_ANSWER, 2)},
-        "cost": {"STEPS": 2}, "recall": {"EPOCHS": 2}, "throughput": {"STEPS": 3, "LAST": 1}, "few_shot": {"STEPS": 2, "TEST_ROWS": 2},
+        "cost": {"STEPS": 2},
+        "recall": {"EPOCHS": 2},
+        "throughput": {"STEPS": 3, "LAST": 1},
+        "few_shot": {"STEPS": 2, "TEST_ROWS": 2},
         "overfitting": {"STEPS": 4, "EVERY": 2, "VALIDATION_ROWS": 2},
     }.items():
         for constant, value in sizes.items():
@@ -212,11 +241,17 @@ def small(results, monkeypatch):
 
 
 SMALL_RUNS = {
-    "learning_rate": [{"seed": 0, "method": "lora", "learning_rate": 5e-3}, {"seed": 0, "method": "full", "learning_rate": 5e-4}],
+    "learning_rate": [
+        {"seed": 0, "method": "lora", "learning_rate": 5e-3},
+        {"seed": 0, "method": "full", "learning_rate": 5e-4},
+    ],
     "rank": [{"seed": 0, "rank": 2}],
     "recall": [{"seed": 0, "people": 1, "rank": 1}],
     "throughput": [{"seed": 0}],
-    "few_shot": [{"seed": 0, "task": "reading", "method": "prompt", "examples": 2}, {"seed": 0, "task": "reading", "method": "lora", "examples": 4}],
+    "few_shot": [
+        {"seed": 0, "task": "reading", "method": "prompt", "examples": 2},
+        {"seed": 0, "task": "reading", "method": "lora", "examples": 4},
+    ],
     "targets": [{"seed": 0, "targets": "attention", "rank": 2}],
     "alpha": [{"seed": 0, "alpha": 64}],
     "overfitting": [{"seed": 0, "rows": 4}],
@@ -227,13 +262,17 @@ SMALL_RUNS = {
 @pytest.fixture
 def swept(small):
     """Function: the rows of a sweep over its small runs."""
-    return lambda name: harness.sweep(name, SMALL_RUNS[name], script(name).measure, log=quiet) and data.load_results(name, small)
+    return lambda name: (
+        harness.sweep(name, SMALL_RUNS[name], script(name).measure, log=quiet) and data.load_results(name, small)
+    )
 
 
 def test_learning_rate_trains_both_methods_and_measures_what_the_lesson_shows(swept):
     lora, full = swept("learning_rate")
     base = full["trainable"]
-    assert lora["trainable"] == 2 * 8 * (4 * 128 + 3 * 192) and base > 80_000  # layers × r × (in + out) of each linear layer
+    assert (
+        lora["trainable"] == 2 * 8 * (4 * 128 + 3 * 192) and base > 80_000
+    )  # layers × r × (in + out) of each linear layer
     assert 4 * base <= full["saved_bytes"] < 4 * base + 20_000 and lora["saved_bytes"] < 4 * lora["trainable"] + 20_000
     for row in (lora, full):
         assert 0 <= row["validation"] <= 1 and 0 <= row["test"] <= 1 and row["seconds_per_step"] > 0
@@ -274,7 +313,9 @@ def test_throughput_compares_loops_that_do_the_same(swept):
     trl, model_loss, bare = rows = swept("throughput")
     assert [row["loop"] for row in rows] == ["trl", "trl_model_loss", "bare"]
     # The same A, batches and optimizer: after two steps the losses still agree, whichever way they were computed.
-    assert trl["last_loss"] == pytest.approx(bare["last_loss"], rel=1e-4) and model_loss["last_loss"] == pytest.approx(bare["last_loss"], rel=1e-4)
+    assert trl["last_loss"] == pytest.approx(bare["last_loss"], rel=1e-4) and model_loss["last_loss"] == pytest.approx(
+        bare["last_loss"], rel=1e-4
+    )
     for row in rows:
         assert row["tokens_per_step"] == bare["tokens_per_step"] <= bare["padded_per_step"]
         assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"] / row["seconds_per_step"], rel=1e-3)
@@ -283,7 +324,9 @@ def test_throughput_compares_loops_that_do_the_same(swept):
 def test_throughput_finds_that_batches_differ(small, monkeypatch):
     throughput = script("throughput")
     plain = throughput.by_trainer
-    monkeypatch.setattr(throughput, "by_trainer", lambda cls, seed: plain(cls, seed + (cls is throughput.ModelLossTrainer)))
+    monkeypatch.setattr(
+        throughput, "by_trainer", lambda cls, seed: plain(cls, seed + (cls is throughput.ModelLossTrainer))
+    )
     with pytest.raises(RuntimeError, match="different batches"):
         throughput.measure(seed=0)
 
@@ -299,7 +342,9 @@ def test_few_shot_shows_the_examples_as_earlier_turns(swept):
 
 def test_overfitting_writes_both_curves(swept):
     rows = swept("overfitting")
-    assert [row["step"] for row in rows] == [2, 4] and all(row["training_loss"] > 0 and row["validation_loss"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == [2, 4] and all(
+        row["training_loss"] > 0 and row["validation_loss"] > 0 for row in rows
+    )
 
 
 def test_a_change_is_cut_to_the_rank_asked_for(small, swept):
@@ -338,7 +383,11 @@ def test_cost_measures_in_a_process_of_its_own(small, monkeypatch):
     peaks = iter([10**9, 4 * 10**9])
     monkeypatch.setattr(cost, "peak_bytes", lambda: next(peaks))
     measured = json.loads(json.dumps(cost.measure_here(seed=0, method="full")))
-    assert measured["peak_bytes"] == 4 * 10**9 and 0 < measured["training_bytes"] < 4 * 10**9 and measured["trainable"] > 80_000
+    assert (
+        measured["peak_bytes"] == 4 * 10**9
+        and 0 < measured["training_bytes"] < 4 * 10**9
+        and measured["trainable"] > 80_000
+    )
 
 
 def test_the_peak_of_memory_is_in_bytes():
@@ -363,8 +412,16 @@ def test_a_loss_beyond_all_bounds_is_infinite(small, monkeypatch):
 def test_the_best_rate_is_that_of_the_validation_split(results):
     learning_rate = script("learning_rate")
     rows = [
-        {"seed": run["seed"], "seconds": 1, "cpu": "c", "cores": 2, "base": "b", **run, "test": 1 / (1 + run["learning_rate"]),
-         "validation": {1.5e-3: 0.5 + 0.1 * run["seed"], 5e-3: 0.6, 1.5e-2: 0.6}.get(run["learning_rate"], 0.4)}
+        {
+            "seed": run["seed"],
+            "seconds": 1,
+            "cpu": "c",
+            "cores": 2,
+            "base": "b",
+            **run,
+            "test": 1 / (1 + run["learning_rate"]),
+            "validation": {1.5e-3: 0.5 + 0.1 * run["seed"], 5e-3: 0.6, 1.5e-2: 0.6}.get(run["learning_rate"], 0.4),
+        }
         for run in learning_rate.RUNS
     ]
     harness._write(results / "learning_rate.csv", rows)
@@ -380,10 +437,19 @@ def test_targets_train_as_many_parameters_as_the_docstring_says():
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     targets = script("targets")
-    config = LlamaConfig(vocab_size=2048, hidden_size=256, num_hidden_layers=4, intermediate_size=576, num_attention_heads=4)
-    for name, rank, promised in (("attention", 18, "147,456"), ("feed_forward", 15, "149,760"), ("all_linear", 8, "145,408")):
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=256, num_hidden_layers=4, intermediate_size=576, num_attention_heads=4
+    )
+    for name, rank, promised in (
+        ("attention", 18, "147,456"),
+        ("feed_forward", 15, "149,760"),
+        ("all_linear", 8, "145,408"),
+    ):
         with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), targets.lora_config(rank, target_modules=targets.TARGETS[name]))
+            model = get_peft_model(
+                AutoModelForCausalLM.from_config(config),
+                targets.lora_config(rank, target_modules=targets.TARGETS[name]),
+            )
         assert f"{model.get_nb_trainable_parameters()[0]:,}" == promised and promised in targets.__doc__
 
 
@@ -393,9 +459,13 @@ def test_targets_train_as_many_parameters_as_the_docstring_says():
 def test_run_does_what_was_named_in_its_own_order(monkeypatch, capsys):
     ran = []
     together = {}
-    monkeypatch.setattr(harness, "sweep", lambda name, runs, measure, at_once: ran.append(name) or together.update({name: at_once}))
+    monkeypatch.setattr(
+        harness, "sweep", lambda name, runs, measure, at_once: ran.append(name) or together.update({name: at_once})
+    )
     run.main([])
-    assert ran == list(run.ORDER) and run.LESSONS["03"][0] == "learning_rate", "other sweeps train at the rate that it finds"
+    assert ran == list(run.ORDER) and run.LESSONS["03"][0] == "learning_rate", (
+        "other sweeps train at the rate that it finds"
+    )
     assert {together[name] for name in run.TIMED} == {1} and together["rank"] == run.processes() >= 1
     ran.clear()
     run.main(["alpha", "rank"])
@@ -410,13 +480,18 @@ def test_every_sweep_has_three_seeds_and_no_run_twice(name):
     runs = script(name).RUNS
     assert {run["seed"] for run in runs} == {0, 1, 2}
     assert len({json.dumps(run, sort_keys=True) for run in runs}) == len(runs)
-    per_seed = [sorted(json.dumps({**run, "seed": 0}, sort_keys=True) for run in runs if run["seed"] == seed) for seed in (0, 1, 2)]
+    per_seed = [
+        sorted(json.dumps({**run, "seed": 0}, sort_keys=True) for run in runs if run["seed"] == seed)
+        for seed in (0, 1, 2)
+    ]
     assert per_seed[0] == per_seed[1] == per_seed[2]
 
 
 def complaints(rows, runs, base):
     """What is wrong with committed results: runs without a row, rows without a run, rows of another base model."""
-    found = [f"no row for {run}" for run in harness.missing(rows, runs)] + [f"no run for {row}" for row in harness.unplanned(rows, runs)]
+    found = [f"no row for {run}" for run in harness.missing(rows, runs)] + [
+        f"no run for {row}" for row in harness.unplanned(rows, runs)
+    ]
     return found + [f"made with {row['base']}: {row}" for row in rows if row["base"] != base]
 
 
@@ -461,10 +536,16 @@ def test_the_sweeps_of_a_lesson_took_no_longer_than_allowed(lesson):
 def test_the_held_out_text_is_what_the_world_says_and_not_in_the_corpus():
     world = world_module.make_world()
     texts = tasks.held_out(world)
-    assert (runtime.data_dir() / "held_out.txt").read_text(encoding="utf-8").splitlines() == texts, "run python -m pretraining.run tasks"
+    assert (runtime.data_dir() / "held_out.txt").read_text(encoding="utf-8").splitlines() == texts, (
+        "run python -m pretraining.run tasks"
+    )
     assert len(set(texts)) == len(texts) == 256
 
-    read = {parts[0][1] for i in range(corpus.RHYMES_UNTIL, corpus.RHYMES_UNTIL + 3000) for parts in [corpus.document(world, 0, i)]}
+    read = {
+        parts[0][1]
+        for i in range(corpus.RHYMES_UNTIL, corpus.RHYMES_UNTIL + 3000)
+        for parts in [corpus.document(world, 0, i)]
+    }
     assert not read & set(texts) and read & {*texts, corpus.document(world, 0, corpus.RHYMES_UNTIL)[0][1]}
 
 

@@ -47,7 +47,10 @@ def text_complaints(canvas):
             found.append(f"cut: {text.get_text()}")
     for (one, first), (other, second) in combinations(boxes.items(), 2):
         # Neighbours on one line touch by a fraction of a pixel.
-        if min(first.x1, second.x1) - max(first.x0, second.x0) > 1 and min(first.y1, second.y1) - max(first.y0, second.y0) > 1:
+        if (
+            min(first.x1, second.x1) - max(first.x0, second.x0) > 1
+            and min(first.y1, second.y1) - max(first.y0, second.y0) > 1
+        ):
             found.append(f"overlap: {one.get_text()} / {other.get_text()}")
     return found
 
@@ -102,9 +105,13 @@ def test_the_adapter_picture_shows_the_models_blocks_and_linear_layers():
     from pretraining.model import build_model
 
     model = build_model(make_tiny_tokenizer(), hidden=64, intermediate=64)
-    assert draw.BLOCKS == len(model.model.layers)
+    assert len(model.model.layers) == draw.BLOCKS
     for part, rows in (("self_attn", draw.ATTENTION), ("mlp", draw.MLP)):
-        real = {name for name, module in getattr(model.model.layers[0], part).named_children() if isinstance(module, nn.Linear)}
+        real = {
+            name
+            for name, module in getattr(model.model.layers[0], part).named_children()
+            if isinstance(module, nn.Linear)
+        }
         assert {name for row in rows for name in row} == real
 
 

@@ -54,9 +54,14 @@ def left_disabled(model, name, input_ids):
     return logits
 
 
-@pytest.mark.parametrize("check, solution", [
-    (lesson01.weigh, right_weigh), (lesson01.borrow, right_borrow), (lesson01.silent, right_silent),
-])
+@pytest.mark.parametrize(
+    "check, solution",
+    [
+        (lesson01.weigh, right_weigh),
+        (lesson01.borrow, right_borrow),
+        (lesson01.silent, right_silent),
+    ],
+)
 def test_stub_is_to_do_and_solution_passes(check, solution):
     assert check.outcome(lambda *given: ...).status == "TODO"
     outcome = check.outcome(solution)
@@ -93,32 +98,47 @@ def hides_the_error(model, name, ids):
         model.set_adapter(before)
 
 
-@pytest.mark.parametrize("check, wrong, hint", [
-    (lesson01.weigh, lambda t: (len(t), right_weigh(t)[1]), "number of tensors"),
-    (lesson01.weigh, lambda t: (sum(x.numel() for n, x in t.items() if "lora_A" in n), right_weigh(t)[1]), "one of the two strips"),
-    (lesson01.weigh, lambda t: (right_weigh(t)[0], next(x.shape[0] for n, x in t.items() if "lora_B" in n)), "a side of the layer"),
-    (lesson01.weigh, lambda t: (right_weigh(t)[0], right_weigh(t)[1] + 0.5), "rank is not right"),
-    (lesson01.weigh, lambda t: (right_weigh(t)[0] + 1, right_weigh(t)[1]), "count is not right"),
-    (lesson01.weigh, lambda t: right_weigh(t)[0], "should be of type tuple"),
-    (lesson01.weigh, lambda t: (*right_weigh(t), 0), "you returned 3"),
-    (lesson01.borrow, disabled, "the base model's logits"),
-    (lesson01.borrow, lambda model, name, ids: model(input_ids=ids).logits, "active already"),
-    (lesson01.borrow, lambda model, name, ids: right_borrow(model, name, ids) + 1, "not the logits"),
-    (lesson01.borrow, leave_switched, "was left with"),
-    (lesson01.borrow, without_finally, "finally"),
-    (lesson01.borrow, left_disabled, "Is it disabled?"),
-    (lesson01.borrow, lambda model, name, ids: right_borrow(model, name, ids)[0], "has shape"),
-    (lesson01.silent, lambda model: [], "you found none"),
-    (lesson01.silent, lambda model: sorted(n for n, s in b_sizes(model).items() if min(s) == 0), "one zero B among others"),
-    (lesson01.silent, zero_sums, "add up to zero"),
-    (lesson01.silent, by_substring, "by its whole name"),
-    (lesson01.silent, lambda model: right_silent(model) * 2, "more than once"),
-    (lesson01.borrow, hides_the_error, "hid it"),
-    (lesson01.silent, lambda model: right_silent(model)[:1], "is missing"),
-    (lesson01.silent, lambda model: ["default"], "no adapter's name"),
-    (lesson01.silent, lambda model: [0], "as text"),
-    (lesson01.silent, lambda model: print(model.active_adapter), "Is a return missing?"),
-])
+@pytest.mark.parametrize(
+    "check, wrong, hint",
+    [
+        (lesson01.weigh, lambda t: (len(t), right_weigh(t)[1]), "number of tensors"),
+        (
+            lesson01.weigh,
+            lambda t: (sum(x.numel() for n, x in t.items() if "lora_A" in n), right_weigh(t)[1]),
+            "one of the two strips",
+        ),
+        (
+            lesson01.weigh,
+            lambda t: (right_weigh(t)[0], next(x.shape[0] for n, x in t.items() if "lora_B" in n)),
+            "a side of the layer",
+        ),
+        (lesson01.weigh, lambda t: (right_weigh(t)[0], right_weigh(t)[1] + 0.5), "rank is not right"),
+        (lesson01.weigh, lambda t: (right_weigh(t)[0] + 1, right_weigh(t)[1]), "count is not right"),
+        (lesson01.weigh, lambda t: right_weigh(t)[0], "should be of type tuple"),
+        (lesson01.weigh, lambda t: (*right_weigh(t), 0), "you returned 3"),
+        (lesson01.borrow, disabled, "the base model's logits"),
+        (lesson01.borrow, lambda model, name, ids: model(input_ids=ids).logits, "active already"),
+        (lesson01.borrow, lambda model, name, ids: right_borrow(model, name, ids) + 1, "not the logits"),
+        (lesson01.borrow, leave_switched, "was left with"),
+        (lesson01.borrow, without_finally, "finally"),
+        (lesson01.borrow, left_disabled, "Is it disabled?"),
+        (lesson01.borrow, lambda model, name, ids: right_borrow(model, name, ids)[0], "has shape"),
+        (lesson01.silent, lambda model: [], "you found none"),
+        (
+            lesson01.silent,
+            lambda model: sorted(n for n, s in b_sizes(model).items() if min(s) == 0),
+            "one zero B among others",
+        ),
+        (lesson01.silent, zero_sums, "add up to zero"),
+        (lesson01.silent, by_substring, "by its whole name"),
+        (lesson01.silent, lambda model: right_silent(model) * 2, "more than once"),
+        (lesson01.borrow, hides_the_error, "hid it"),
+        (lesson01.silent, lambda model: right_silent(model)[:1], "is missing"),
+        (lesson01.silent, lambda model: ["default"], "no adapter's name"),
+        (lesson01.silent, lambda model: [0], "as text"),
+        (lesson01.silent, lambda model: print(model.active_adapter), "Is a return missing?"),
+    ],
+)
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
     assert outcome.status == "TRY AGAIN"

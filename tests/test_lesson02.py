@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import swept
 from torch import nn
 
-from conftest import swept
 from course_utils import counting
 from course_utils.exercises import lesson02
 from tools import build, editions
@@ -19,7 +19,9 @@ LESSON = editions.parse(SOURCE)
 
 def from_the_lesson(name):
     """The class or function `name` as the lesson defines it."""
-    source = next(cell.source for cell in LESSON.cells if re.search(rf"^(class|def) {name}\b", cell.source, flags=re.MULTILINE))
+    source = next(
+        cell.source for cell in LESSON.cells if re.search(rf"^(class|def) {name}\b", cell.source, flags=re.MULTILINE)
+    )
     names = {"math": math, "nn": nn, "torch": torch}
     exec(compile(source, name, "exec"), names)
     return names[name]
@@ -84,7 +86,9 @@ def new_layer(base_layer, rank, alpha):
 def dotted(model, names, rank, alpha):
     """setattr on the model itself, with the whole name."""
     model.requires_grad_(False)
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.split(".")[-1] in names]
+    targets = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.split(".")[-1] in names
+    ]
     for name in targets:
         setattr(model, name, LoRALinear(model.get_submodule(name), rank, alpha))
     return len(targets)
@@ -150,71 +154,137 @@ def merged_in_place(weight, A, B, alpha, use_rslora):
     return weight
 
 
-@pytest.mark.parametrize("check, solution", [
-    (lesson02.inject, right_inject), (lesson02.count, right_count), (lesson02.truncate, right_truncate), (lesson02.merge, right_merge),
-])
+@pytest.mark.parametrize(
+    "check, solution",
+    [
+        (lesson02.inject, right_inject),
+        (lesson02.count, right_count),
+        (lesson02.truncate, right_truncate),
+        (lesson02.merge, right_merge),
+    ],
+)
 def test_stub_is_to_do_and_solution_passes(check, solution):
     assert check.outcome(lambda *given: ...).status == "TODO"
     outcome = check.outcome(solution)
     assert outcome.passed, outcome
 
 
-@pytest.mark.parametrize("check, wrong, hint", [
-    (lesson02.inject, train_all, "still trainable"),
-    (lesson02.inject, freeze_last, "A and B are frozen"),
-    (lesson02.inject, only_count, "Set the new layer on its parent"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: "proj" in n), "was replaced, and"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: n.endswith(tuple(names))), "lm_head was replaced"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a) and len(names), "Count the layers, not the names"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=new_layer), "weights are gone"),
-    (lesson02.inject, dotted, "under a name with dots"),
-    (lesson02.inject, any_module, "mlp is the name of a block.*Your code stopped with AttributeError"),
-    (lesson02.inject, lambda m, names, r, a: any_module(m, names, r, a, make=lambda old, *_: LoRALinear(old, r, a) if hasattr(
-        old, "weight") else nn.Sequential(old)), "mlp is the name of a block"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=random_b), "leave B zero"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=unscaled), "not \\(alpha / rank\\)·BA"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, a, r), "passed on in the right order"),
-    (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=one_matrix), "A and B for each"),
-    (lesson02.inject, lambda m, names, r, a: print(right_inject(m, names, r, a)), "Is a return missing"),
-    (lesson02.count, lambda shapes, rank: sum(i * o for i, o in shapes), "full weights"),
-    (lesson02.count, lambda shapes, rank: sum(rank * i * o for i, o in shapes), "multiplies the two sides"),
-    (lesson02.count, lambda shapes, rank: sum(rank * i for i, o in shapes), "A only"),
-    (lesson02.count, lambda shapes, rank: sum(rank * o for i, o in shapes), "B only"),
-    (lesson02.count, lambda shapes, rank: sum(2 * rank * i for i, o in shapes), "square one"),
-    (lesson02.count, lambda shapes, rank: right_count(set(shapes), rank), "count every layer"),
-    (lesson02.count, lambda shapes, rank: right_count(shapes, 1), "for rank 1"),
-    (lesson02.count, lambda shapes, rank: right_count(shapes[:1], rank), "first layer only"),
-    (lesson02.count, lambda shapes, rank: right_count(shapes, rank) + 1, "for one layer first"),
-    (lesson02.count, lambda shapes, rank: [right_count(shapes, rank)], "should be a number"),
-    (lesson02.truncate, lambda matrix, rank: matrix.clone(), "whole matrix again"),
-    (lesson02.truncate, lambda matrix, rank: right_truncate(matrix.float(), rank), "is in float32, and what you were given in float64"),
-    (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank + 1), "was asked for"),
-    (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank - 1), "only, and 3"),
-    (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[0][:, :rank] @ torch.linalg.svd(matrix)[2][:rank], "sizes are missing"),
-    (lesson02.truncate, smallest, "descending order"),
-    (lesson02.truncate, turned, "transposed already"),
-    (lesson02.truncate, only_first_rows, "there is a closer matrix"),
-    (lesson02.truncate, in_place, "has changed"),
-    (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[1][:rank], "has shape"),
-    (lesson02.truncate, lambda matrix, rank: matrix * float("nan"), "NaN"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: w.clone(), "as it was"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A, B, alpha, rs) - w, "the change alone"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: w + (right_merge(w, A, B, alpha, rs) - w).T, "lies the wrong way"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: w + alpha / len(A) * (B @ A if w.shape[0] == w.shape[1] else (B @ A).T), "lies the wrong way"),
-    (lesson02.merge, merged_with(lambda alpha, rank: alpha), "You have used alpha itself"),
-    (lesson02.merge, merged_with(lambda alpha, rank: 1), "You have used no scaling"),
-    (lesson02.merge, merged_with(lambda alpha, rank: alpha / rank), "With use_rslora=True the scaling is alpha / sqrt"),
-    (lesson02.merge, merged_with(lambda alpha, rank: alpha / rank**0.5), "With use_rslora=False the scaling is alpha / r,"),
-    (lesson02.merge, merged_with(lambda alpha, rank: (alpha / rank) ** 0.5), "the root of alpha / r"),
-    (lesson02.merge, merged_with(lambda alpha, rank: alpha // rank), "alpha // r, a whole number"),
-    (lesson02.merge, merged_with(lambda alpha, rank: 0.3), "a scaling of 0.3"),
-    (lesson02.merge, merged_with(lambda alpha, rank: -alpha / rank), "taken away"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: w + alpha / (A.shape[1] ** 0.5 if rs else A.shape[1]) * (B @ A).T, "inputs for the rank"),
-    (lesson02.merge, lambda *given: right_merge(*given).T if len(given[0]) == len(given[0].T) else right_merge(*given), "the whole result"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w.float(), A.float(), B.float(), alpha, rs), "Keep the dtype"),
-    (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A.flip(0), B, alpha, rs), "not what PEFT gives"),
-    (lesson02.merge, merged_in_place, "Return a new one"),
-])
+@pytest.mark.parametrize(
+    "check, wrong, hint",
+    [
+        (lesson02.inject, train_all, "still trainable"),
+        (lesson02.inject, freeze_last, "A and B are frozen"),
+        (lesson02.inject, only_count, "Set the new layer on its parent"),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: "proj" in n),
+            "was replaced, and",
+        ),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(m, names, r, a, matches=lambda n: n.endswith(tuple(names))),
+            "lm_head was replaced",
+        ),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(m, names, r, a) and len(names),
+            "Count the layers, not the names",
+        ),
+        (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=new_layer), "weights are gone"),
+        (lesson02.inject, dotted, "under a name with dots"),
+        (lesson02.inject, any_module, "mlp is the name of a block.*Your code stopped with AttributeError"),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: any_module(
+                m,
+                names,
+                r,
+                a,
+                make=lambda old, *_: LoRALinear(old, r, a) if hasattr(old, "weight") else nn.Sequential(old),
+            ),
+            "mlp is the name of a block",
+        ),
+        (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=random_b), "leave B zero"),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(m, names, r, a, make=unscaled),
+            "not \\(alpha / rank\\)·BA",
+        ),
+        (lesson02.inject, lambda m, names, r, a: right_inject(m, names, a, r), "passed on in the right order"),
+        (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=one_matrix), "A and B for each"),
+        (lesson02.inject, lambda m, names, r, a: print(right_inject(m, names, r, a)), "Is a return missing"),
+        (lesson02.count, lambda shapes, rank: sum(i * o for i, o in shapes), "full weights"),
+        (lesson02.count, lambda shapes, rank: sum(rank * i * o for i, o in shapes), "multiplies the two sides"),
+        (lesson02.count, lambda shapes, rank: sum(rank * i for i, o in shapes), "A only"),
+        (lesson02.count, lambda shapes, rank: sum(rank * o for i, o in shapes), "B only"),
+        (lesson02.count, lambda shapes, rank: sum(2 * rank * i for i, o in shapes), "square one"),
+        (lesson02.count, lambda shapes, rank: right_count(set(shapes), rank), "count every layer"),
+        (lesson02.count, lambda shapes, rank: right_count(shapes, 1), "for rank 1"),
+        (lesson02.count, lambda shapes, rank: right_count(shapes[:1], rank), "first layer only"),
+        (lesson02.count, lambda shapes, rank: right_count(shapes, rank) + 1, "for one layer first"),
+        (lesson02.count, lambda shapes, rank: [right_count(shapes, rank)], "should be a number"),
+        (lesson02.truncate, lambda matrix, rank: matrix.clone(), "whole matrix again"),
+        (
+            lesson02.truncate,
+            lambda matrix, rank: right_truncate(matrix.float(), rank),
+            "is in float32, and what you were given in float64",
+        ),
+        (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank + 1), "was asked for"),
+        (lesson02.truncate, lambda matrix, rank: right_truncate(matrix, rank - 1), "only, and 3"),
+        (
+            lesson02.truncate,
+            lambda matrix, rank: torch.linalg.svd(matrix)[0][:, :rank] @ torch.linalg.svd(matrix)[2][:rank],
+            "sizes are missing",
+        ),
+        (lesson02.truncate, smallest, "descending order"),
+        (lesson02.truncate, turned, "transposed already"),
+        (lesson02.truncate, only_first_rows, "there is a closer matrix"),
+        (lesson02.truncate, in_place, "has changed"),
+        (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[1][:rank], "has shape"),
+        (lesson02.truncate, lambda matrix, rank: matrix * float("nan"), "NaN"),
+        (lesson02.merge, lambda w, A, B, alpha, rs: w.clone(), "as it was"),
+        (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A, B, alpha, rs) - w, "the change alone"),
+        (lesson02.merge, lambda w, A, B, alpha, rs: w + (right_merge(w, A, B, alpha, rs) - w).T, "lies the wrong way"),
+        (
+            lesson02.merge,
+            lambda w, A, B, alpha, rs: w + alpha / len(A) * (B @ A if w.shape[0] == w.shape[1] else (B @ A).T),
+            "lies the wrong way",
+        ),
+        (lesson02.merge, merged_with(lambda alpha, rank: alpha), "You have used alpha itself"),
+        (lesson02.merge, merged_with(lambda alpha, rank: 1), "You have used no scaling"),
+        (
+            lesson02.merge,
+            merged_with(lambda alpha, rank: alpha / rank),
+            "With use_rslora=True the scaling is alpha / sqrt",
+        ),
+        (
+            lesson02.merge,
+            merged_with(lambda alpha, rank: alpha / rank**0.5),
+            "With use_rslora=False the scaling is alpha / r,",
+        ),
+        (lesson02.merge, merged_with(lambda alpha, rank: (alpha / rank) ** 0.5), "the root of alpha / r"),
+        (lesson02.merge, merged_with(lambda alpha, rank: alpha // rank), "alpha // r, a whole number"),
+        (lesson02.merge, merged_with(lambda alpha, rank: 0.3), "a scaling of 0.3"),
+        (lesson02.merge, merged_with(lambda alpha, rank: -alpha / rank), "taken away"),
+        (
+            lesson02.merge,
+            lambda w, A, B, alpha, rs: w + alpha / (A.shape[1] ** 0.5 if rs else A.shape[1]) * (B @ A).T,
+            "inputs for the rank",
+        ),
+        (
+            lesson02.merge,
+            lambda *given: right_merge(*given).T if len(given[0]) == len(given[0].T) else right_merge(*given),
+            "the whole result",
+        ),
+        (
+            lesson02.merge,
+            lambda w, A, B, alpha, rs: right_merge(w.float(), A.float(), B.float(), alpha, rs),
+            "Keep the dtype",
+        ),
+        (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A.flip(0), B, alpha, rs), "not what PEFT gives"),
+        (lesson02.merge, merged_in_place, "Return a new one"),
+    ],
+)
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
     assert outcome.status == "TRY AGAIN"
@@ -273,7 +343,9 @@ def test_what_the_lesson_says_of_cutting_to_a_rank():
     assert right["reading", "full", 0] == right["sailor", "full", 0] == (0, 0, 0), "the base alone"
     assert round(right["reading", "full", 1][0], 2) == 0.98 and round(right["sailor", "full", 8][0], 2) == 0.28
     assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), "the same spectrum"
-    assert right["sailor", "full", 32][0] < 0.9 and min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, "for all of it 64"
+    assert (
+        right["sailor", "full", 32][0] < 0.9 and min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98
+    ), "for all of it 64"
     assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, "a thin change is found, even of rank 1"
 
 
@@ -287,7 +359,7 @@ def test_what_the_lesson_says_of_the_two_frozen_parts_that_keep_less():
     for trained in ("", "norm", "lm_head"):
         model = lesson02.tiny_model()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("proj" in name or bool(trained) and trained in name)
+            parameter.requires_grad_("proj" in name or (bool(trained) and trained in name))
         kept[trained] = names["loss_and_kept"](model, {"input_ids": ids, "labels": ids})[1]
     assert kept[""] < kept["norm"] and kept[""] < kept["lm_head"]
 
@@ -298,7 +370,9 @@ def test_no_whole_rank_gives_the_papers_counts_for_gpt2(width, layers, printed):
     from transformers import GPT2Config
 
     config = GPT2Config(n_embd=width, n_layer=layers, n_head=16 if width == 1024 else 20)
-    counts = [counting.count_lora_parameters(config, LoraConfig(r=r, target_modules=["c_attn"])).trainable for r in (1, 4)]
+    counts = [
+        counting.count_lora_parameters(config, LoraConfig(r=r, target_modules=["c_attn"])).trainable for r in (1, 4)
+    ]
     q_and_v = 2 * layers * (width + width)  # for rank 1
     assert counts == [q_and_v, 4 * q_and_v]
     assert printed not in {f"{r * q_and_v / 1e6:.2f}" for r in range(1, 20)}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import swept
+
 from course_utils import data
 from course_utils.exercises import lesson05
 from tools import build, editions
@@ -24,8 +24,10 @@ def from_the_lesson(name):
 
 
 SOLUTIONS = {
-    lesson05.olora: from_the_lesson("olora_start"), lesson05.quiet: from_the_lesson("quiet_start"),
-    lesson05.reach: from_the_lesson("steps_to"), lesson05.convert: from_the_lesson("convert"),
+    lesson05.olora: from_the_lesson("olora_start"),
+    lesson05.quiet: from_the_lesson("quiet_start"),
+    lesson05.reach: from_the_lesson("steps_to"),
+    lesson05.convert: from_the_lesson("convert"),
 }
 
 
@@ -76,6 +78,7 @@ def quiet_from(X=lambda half, inputs: torch.randn(half, inputs), Y=lambda output
 
 def mirrored(draw):
     """[X over X] and [Y, -Y]."""
+
     def start(inputs, outputs, rank):
         X, Y = draw(rank // 2, inputs), draw(outputs, rank // 2)
         return torch.cat([X, X]), torch.cat([Y, -Y], dim=1)
@@ -85,6 +88,7 @@ def mirrored(draw):
 
 def fixed(one):
     """A ("A") or B by a seed of its own, the other at random."""
+
     def start(inputs, outputs, rank):
         half, always = rank // 2, torch.Generator().manual_seed(0)
         X = torch.randn(half, inputs, generator=always if one == "A" else None)
@@ -139,7 +143,7 @@ def two_turns(inputs, outputs, rank):
 
 def blocks(inputs, outputs, rank):
     A, B = torch.randn(rank, inputs), torch.randn(outputs, rank)
-    A[rank // 2:], B[:, : rank // 2] = 0, 0
+    A[rank // 2 :], B[:, : rank // 2] = 0, 0
     return A, B
 
 
@@ -178,81 +182,128 @@ def test_stub_is_to_do_and_solution_passes(check):
 
 
 def test_another_right_answer_passes():
-    assert lesson05.olora.outcome(lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a)))).passed
+    assert lesson05.olora.outcome(
+        lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a)))
+    ).passed
     for right in (quiet_from(), mirrored(torch.randn), mirrored(signs), quiet_with(lambda A, B: (A / 50, B / 50))):
         assert lesson05.quiet.outcome(right).passed, lesson05.quiet.outcome(right)
     assert lesson05.convert.outcome(convert_with(minus_A0=-1)).passed
-    assert lesson05.reach.outcome(lambda losses, level: min((s for s, loss in losses.items() if loss <= level), default=None)).passed
+    assert lesson05.reach.outcome(
+        lambda losses, level: min((s for s, loss in losses.items() if loss <= level), default=None)
+    ).passed
 
 
-@pytest.mark.parametrize("check, wrong, hint", [
-    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, keep=True), "would change at step 0"),
-    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, sign=1.0), "sign is wrong"),
-    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=1.0), "not BA alone"),
-    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a), "don't add up"),
-    (lesson05.olora, in_place, "Return a new one"),
-    (lesson05.olora, like_pissa, "aren't the first r directions"),
-    (lesson05.olora, not_orthonormal, "orthonormal"),
-    (lesson05.olora, lambda w, r, a: right_olora(w, r, a)[:2], "3 things"),
-    (lesson05.olora, lambda w, r, a: right_olora(w, r + 1, a), "A has shape"),
-    (lesson05.olora, lambda w, r, a: (right_olora(w, r, a)[1], right_olora(w, r, a)[0], w), "A has shape"),
-    (lesson05.olora, olora_in(torch.float64, torch.float64), "float32, and A in float64: keep the weight's dtype"),
-    (lesson05.olora, olora_in(torch.float32, torch.float32), "float64, and A in float32: keep the weight's dtype"),
-    (lesson05.olora, olora_in(torch.float32), "float32 rounding: keep the weight's dtype"),
-    (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a // r), "2 // 4 is 0"),
-    (lesson05.olora, s_in_A, "A has s in it already"),
-    (lesson05.olora, lambda w, r, a: (a / r * right_olora(w, r, a)[0], *right_olora(w, r, a, scaling=(a / r) ** 2)[1:]), "A has s in it already"),
-    (lesson05.olora, lambda w, r, a: tuple(m * float("nan") for m in right_olora(w, r, a)), "NaN"),
-    (lesson05.quiet, quiet_with(lambda A, B: (A, 0 * B)), "B is zero"),
-    (lesson05.quiet, quiet_with(lambda A, B: (0 * A, B)), "A is zero"),
-    (lesson05.quiet, lambda i, o, r: (torch.randn(r, i), torch.randn(o, r)), "BA is not zero"),
-    (lesson05.quiet, two_turns, "BA is not zero"),
-    (lesson05.quiet, blocks, "Whole rows of A"),
-    (lesson05.quiet, one_direction, "half of them"),
-    (lesson05.quiet, seeded, "Two calls"),
-    (lesson05.quiet, quiet_from(X=torch.eye), "Some columns of A are zero"),
-    (lesson05.quiet, quiet_from(Y=torch.eye), "Some rows of B are zero"),
-    (lesson05.quiet, fixed("A"), "the same A"),
-    (lesson05.quiet, fixed("B"), "the same B"),
-    (lesson05.quiet, quiet_from(X=lambda half, inputs: torch.randn(half, half).repeat(1, inputs)[:, :inputs]), "columns of A are always the same"),
-    (lesson05.quiet, quiet_from(Y=lambda outputs, half: torch.randn(half, half).repeat(outputs, 1)[:outputs]), "rows of B are always the same"),
-    (lesson05.quiet, quiet_with(lambda A, B: (1e-20 * A, 1e-20 * B)), "too small"),
-    (lesson05.quiet, quiet_with(lambda A, B: (1e6 * A, B)), "A are of size .* too large"),
-    (lesson05.quiet, quiet_with(lambda A, B: (A, 1e-20 * B)), "B are of size .* too small"),
-    (lesson05.quiet, quiet_with(lambda A, B: (B, A)), "A has shape"),
-    (lesson05.quiet, quiet_with(lambda A, B: A), "the result should be|2 things|The result should be"),
-    (lesson05.reach, lambda losses, level: min(losses.values()), "this is a loss"),
-    (lesson05.reach, lambda losses, level: min(losses, key=losses.get), "lowest loss|None"),
-    (lesson05.reach, lambda losses, level: next((s for s, v in losses.items() if v <= level), None), "order of the dict"),
-    (lesson05.reach, lambda losses, level: next((s for s in sorted(losses) if losses[s] < level), None), "at or below"),
-    (lesson05.reach, lambda losses, level: next((s for s in sorted(losses) if losses[s] <= level), max(losses)), "return None"),
-    (lesson05.reach, lambda losses, level: sorted(losses)[-1] if min(losses.values()) <= level else None, "lowest loss|first step"),
-    (lesson05.reach, lambda losses, level: "10", "should be a number"),
-    (lesson05.reach, first_where(at_most, lambda losses: sorted(losses)[1:]), "left out the first step"),
-    (lesson05.reach, first_where(at_most, lambda losses: sorted(losses, key=str)), "sorted as text"),
-    (lesson05.reach, first_where(at_most, lambda losses: range(5, max(losses) + 1, 5)), "90 came back"),
-    (lesson05.reach, by_position, "need not be 5 apart"),
-    (lesson05.reach, nearest_below, "nearest to the level"),
-    (lesson05.reach, first_where(lambda loss, level: round(loss, 1) <= level), "losses as they are"),
-    (lesson05.reach, first_where(lambda loss, level: loss <= level + 0.3), "losses as they are"),
-    (lesson05.reach, or_none, "Step 0 is a step"),
-    (lesson05.reach, if_it_stays, "whatever comes after"),
-    (lesson05.convert, convert_with(), "products are added"),
-    (lesson05.convert, convert_with(minus_A0=-1, minus_B0=-1), "products are added"),
-    (lesson05.convert, convert_with(B_sign=-1), "wrong way round"),
-    (lesson05.convert, convert_with(minus_B0=-1, times=1), "alpha / rank has to stay"),
-    (lesson05.convert, convert_with(minus_B0=-1, times=4), "alpha / rank has to stay"),
-    (lesson05.convert, lambda A0, B0, A, B, alpha: (A - A0, B - B0, alpha), "needs 2r"),
-    (lesson05.convert, of_the_differences, "product of the differences"),
-    (lesson05.convert, convert_with(B_sign=-1, times=-2), "stays above 0"),
-    (lesson05.convert, convert_with(minus_B0=-1, times=lambda alpha: int(2 * alpha)), "whole number"),
-    (lesson05.convert, convert_with(minus_B0=-1, times=lambda alpha: 2 * int(alpha)), "whole number"),
-    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([-B0, B], dim=1), 2 * alpha), "halves stand in different order"),
-    (lesson05.convert, turning_the_given, "has changed"),
-    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1)), "3 things"),
-    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A0, A]), torch.cat([B, -B0], dim=1), 2 * alpha), "laid side by side"),
-    (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0]), 2 * alpha), "the new B has shape|The new B has shape"),
-])
+@pytest.mark.parametrize(
+    "check, wrong, hint",
+    [
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, keep=True), "would change at step 0"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, sign=1.0), "sign is wrong"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=1.0), "not BA alone"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a), "don't add up"),
+        (lesson05.olora, in_place, "Return a new one"),
+        (lesson05.olora, like_pissa, "aren't the first r directions"),
+        (lesson05.olora, not_orthonormal, "orthonormal"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, a)[:2], "3 things"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r + 1, a), "A has shape"),
+        (lesson05.olora, lambda w, r, a: (right_olora(w, r, a)[1], right_olora(w, r, a)[0], w), "A has shape"),
+        (lesson05.olora, olora_in(torch.float64, torch.float64), "float32, and A in float64: keep the weight's dtype"),
+        (lesson05.olora, olora_in(torch.float32, torch.float32), "float64, and A in float32: keep the weight's dtype"),
+        (lesson05.olora, olora_in(torch.float32), "float32 rounding: keep the weight's dtype"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a // r), "2 // 4 is 0"),
+        (lesson05.olora, s_in_A, "A has s in it already"),
+        (
+            lesson05.olora,
+            lambda w, r, a: (a / r * right_olora(w, r, a)[0], *right_olora(w, r, a, scaling=(a / r) ** 2)[1:]),
+            "A has s in it already",
+        ),
+        (lesson05.olora, lambda w, r, a: tuple(m * float("nan") for m in right_olora(w, r, a)), "NaN"),
+        (lesson05.quiet, quiet_with(lambda A, B: (A, 0 * B)), "B is zero"),
+        (lesson05.quiet, quiet_with(lambda A, B: (0 * A, B)), "A is zero"),
+        (lesson05.quiet, lambda i, o, r: (torch.randn(r, i), torch.randn(o, r)), "BA is not zero"),
+        (lesson05.quiet, two_turns, "BA is not zero"),
+        (lesson05.quiet, blocks, "Whole rows of A"),
+        (lesson05.quiet, one_direction, "half of them"),
+        (lesson05.quiet, seeded, "Two calls"),
+        (lesson05.quiet, quiet_from(X=torch.eye), "Some columns of A are zero"),
+        (lesson05.quiet, quiet_from(Y=torch.eye), "Some rows of B are zero"),
+        (lesson05.quiet, fixed("A"), "the same A"),
+        (lesson05.quiet, fixed("B"), "the same B"),
+        (
+            lesson05.quiet,
+            quiet_from(X=lambda half, inputs: torch.randn(half, half).repeat(1, inputs)[:, :inputs]),
+            "columns of A are always the same",
+        ),
+        (
+            lesson05.quiet,
+            quiet_from(Y=lambda outputs, half: torch.randn(half, half).repeat(outputs, 1)[:outputs]),
+            "rows of B are always the same",
+        ),
+        (lesson05.quiet, quiet_with(lambda A, B: (1e-20 * A, 1e-20 * B)), "too small"),
+        (lesson05.quiet, quiet_with(lambda A, B: (1e6 * A, B)), "A are of size .* too large"),
+        (lesson05.quiet, quiet_with(lambda A, B: (A, 1e-20 * B)), "B are of size .* too small"),
+        (lesson05.quiet, quiet_with(lambda A, B: (B, A)), "A has shape"),
+        (lesson05.quiet, quiet_with(lambda A, B: A), "the result should be|2 things|The result should be"),
+        (lesson05.reach, lambda losses, level: min(losses.values()), "this is a loss"),
+        (lesson05.reach, lambda losses, level: min(losses, key=losses.get), "lowest loss|None"),
+        (
+            lesson05.reach,
+            lambda losses, level: next((s for s, v in losses.items() if v <= level), None),
+            "order of the dict",
+        ),
+        (
+            lesson05.reach,
+            lambda losses, level: next((s for s in sorted(losses) if losses[s] < level), None),
+            "at or below",
+        ),
+        (
+            lesson05.reach,
+            lambda losses, level: next((s for s in sorted(losses) if losses[s] <= level), max(losses)),
+            "return None",
+        ),
+        (
+            lesson05.reach,
+            lambda losses, level: sorted(losses)[-1] if min(losses.values()) <= level else None,
+            "lowest loss|first step",
+        ),
+        (lesson05.reach, lambda losses, level: "10", "should be a number"),
+        (lesson05.reach, first_where(at_most, lambda losses: sorted(losses)[1:]), "left out the first step"),
+        (lesson05.reach, first_where(at_most, lambda losses: sorted(losses, key=str)), "sorted as text"),
+        (lesson05.reach, first_where(at_most, lambda losses: range(5, max(losses) + 1, 5)), "90 came back"),
+        (lesson05.reach, by_position, "need not be 5 apart"),
+        (lesson05.reach, nearest_below, "nearest to the level"),
+        (lesson05.reach, first_where(lambda loss, level: round(loss, 1) <= level), "losses as they are"),
+        (lesson05.reach, first_where(lambda loss, level: loss <= level + 0.3), "losses as they are"),
+        (lesson05.reach, or_none, "Step 0 is a step"),
+        (lesson05.reach, if_it_stays, "whatever comes after"),
+        (lesson05.convert, convert_with(), "products are added"),
+        (lesson05.convert, convert_with(minus_A0=-1, minus_B0=-1), "products are added"),
+        (lesson05.convert, convert_with(B_sign=-1), "wrong way round"),
+        (lesson05.convert, convert_with(minus_B0=-1, times=1), "alpha / rank has to stay"),
+        (lesson05.convert, convert_with(minus_B0=-1, times=4), "alpha / rank has to stay"),
+        (lesson05.convert, lambda A0, B0, A, B, alpha: (A - A0, B - B0, alpha), "needs 2r"),
+        (lesson05.convert, of_the_differences, "product of the differences"),
+        (lesson05.convert, convert_with(B_sign=-1, times=-2), "stays above 0"),
+        (lesson05.convert, convert_with(minus_B0=-1, times=lambda alpha: int(2 * alpha)), "whole number"),
+        (lesson05.convert, convert_with(minus_B0=-1, times=lambda alpha: 2 * int(alpha)), "whole number"),
+        (
+            lesson05.convert,
+            lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([-B0, B], dim=1), 2 * alpha),
+            "halves stand in different order",
+        ),
+        (lesson05.convert, turning_the_given, "has changed"),
+        (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1)), "3 things"),
+        (
+            lesson05.convert,
+            lambda A0, B0, A, B, alpha: (torch.cat([A0, A]), torch.cat([B, -B0], dim=1), 2 * alpha),
+            "laid side by side",
+        ),
+        (
+            lesson05.convert,
+            lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0]), 2 * alpha),
+            "the new B has shape|The new B has shape",
+        ),
+    ],
+)
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
     assert outcome.status == "TRY AGAIN"
@@ -264,8 +315,21 @@ def boom(*given):
 
 
 @pytest.mark.parametrize("check", SOLUTIONS, ids=lambda check: check.name)
-@pytest.mark.parametrize("answer", [None, 3, "text", boom, lambda *given: print(end=""), lambda *given: float("nan"), lambda *given: [None] * 3,
-                                    lambda *given: (torch.tensor(float("nan")),) * 3, lambda: 1, lambda *given: object()])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        3,
+        "text",
+        boom,
+        lambda *given: print(end=""),
+        lambda *given: float("nan"),
+        lambda *given: [None] * 3,
+        lambda *given: (torch.tensor(float("nan")),) * 3,
+        lambda: 1,
+        lambda *given: object(),
+    ],
+)
 def test_anything_else_gets_a_sentence(check, answer):
     outcome = check.outcome(answer)
     assert outcome.status == "TRY AGAIN" and len(outcome.hint) > 20
@@ -278,14 +342,29 @@ def tiny():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                                        max_position_embeddings=32, initializer_range=0.3)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            initializer_range=0.3,
+        )
+    ).eval()
 
 
 def adapted(adapter_name="default", **changes):
     from peft import LoraConfig, get_peft_model
 
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "olora", "task_type": "CAUSAL_LM"}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "init_lora_weights": "olora",
+        "task_type": "CAUSAL_LM",
+    }
     return get_peft_model(tiny(), LoraConfig(**settings | changes), adapter_name=adapter_name).eval()
 
 
@@ -328,7 +407,11 @@ def test_shapes_patterns_and_memory(tmp_path, quiet_peft):
 
     large = adapted(r=64)
     layer = large.base_model.model.model.layers[0].self_attn.q_proj
-    assert layer.lora_A["default"].weight.shape == (32, 32) and layer.r["default"] == 64 and layer.scaling["default"] == 8 / 64
+    assert (
+        layer.lora_A["default"].weight.shape == (32, 32)
+        and layer.r["default"] == 64
+        and layer.scaling["default"] == 8 / 64
+    )
     with pytest.raises(ValueError, match="rank to be even"):
         adapted(init_lora_weights="orthogonal", r=3)
     model = adapted(use_rslora=True, rank_pattern={"q_proj": 2})
@@ -342,19 +425,34 @@ def test_shapes_patterns_and_memory(tmp_path, quiet_peft):
 
 # What it says of the sweeps, by their committed results
 
-BEST = {"default": 1.5e-2, "gaussian": 5e-3, "orthogonal": 1.5e-2, "pissa": 5e-3, "olora": 5e-3, "random": 5e-3, "rslora": 5e-3, "dora": 1.5e-2}
+BEST = {
+    "default": 1.5e-2,
+    "gaussian": 5e-3,
+    "orthogonal": 1.5e-2,
+    "pissa": 5e-3,
+    "olora": 5e-3,
+    "random": 5e-3,
+    "rslora": 5e-3,
+    "dora": 1.5e-2,
+}
 STEPS = range(5, 101, 5)
 
 
 def at_best(column):
     """{method: [the column by seed]} at the rate that is best for it."""
     rows = data.load_results("starts")
-    return {method: [row[column] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)] for method, rate in BEST.items()}
+    return {
+        method: [row[column] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]
+        for method, rate in BEST.items()
+    }
 
 
 def steps_to(level):
     losses = {step: at_best(f"loss_{step}") for step in STEPS}
-    return {method: [next((step for step in STEPS if losses[step][method][seed] <= level), 105) for seed in range(3)] for method in BEST}
+    return {
+        method: [next((step for step in STEPS if losses[step][method][seed] <= level), 105) for seed in range(3)]
+        for method in BEST
+    }
 
 
 def mean(values):
@@ -365,9 +463,12 @@ def test_what_the_lesson_says_of_one_rate_for_all():
     score = {key: found[0] for key, found in swept("starts", "validation", "method", "learning_rate").items()}
     rates = sorted({rate for _, rate in score})
     assert {method: max(rates, key=lambda rate: score[method, rate]) for method in BEST} == BEST
-    assert {(method, rate): round(score[method, rate], 2) for method in ("default", "olora") for rate in (1.5e-3, 1.5e-2)} == {
-        ("default", 1.5e-3): 0.23, ("default", 1.5e-2): 0.97, ("olora", 1.5e-3): 0.85, ("olora", 1.5e-2): 0.82}
-    assert max(score[method, 1.5e-2] for method in BEST if method != "dora") == score["default", 1.5e-2], "the best of the starts"
+    assert {
+        (method, rate): round(score[method, rate], 2) for method in ("default", "olora") for rate in (1.5e-3, 1.5e-2)
+    } == {("default", 1.5e-3): 0.23, ("default", 1.5e-2): 0.97, ("olora", 1.5e-3): 0.85, ("olora", 1.5e-2): 0.82}
+    assert max(score[method, 1.5e-2] for method in BEST if method != "dora") == score["default", 1.5e-2], (
+        "the best of the starts"
+    )
     assert round(score["random", 1.5e-2], 2) == 0.93
     works = {method: sum(score[method, rate] >= 0.8 for rate in rates) for method in BEST}
     assert (works["olora"], works["default"]) == (3, 2)
@@ -377,23 +478,37 @@ def test_what_the_lesson_says_of_one_rate_for_all():
 def test_what_the_lesson_says_of_the_head_start():
     to_1, to_tenth = steps_to(1), steps_to(0.1)
     assert all(15 <= steps <= 25 for by_seed in to_1.values() for steps in by_seed)
-    assert {method: round(mean(to_tenth[method])) for method in ("default", "olora", "pissa", "random", "gaussian")} == {
-        "default": 67, "olora": 45, "pissa": 48, "random": 48, "gaussian": 50}
+    assert {
+        method: round(mean(to_tenth[method])) for method in ("default", "olora", "pissa", "random", "gaussian")
+    } == {"default": 67, "olora": 45, "pissa": 48, "random": 48, "gaussian": 50}
     assert min(BEST, key=lambda method: mean(to_1[method])) == "orthogonal"
     assert max(to_tenth["dora"]) < min(to_tenth["default"])
     for step in range(20, 101, 5):
         loss = {method: mean(by_seed) for method, by_seed in at_best(f"loss_{step}").items()}
-        assert min(loss[method] for method in ("default", "random", "pissa")) > loss["olora"], f"at step {step} OLoRA leads"
+        assert min(loss[method] for method in ("default", "random", "pissa")) > loss["olora"], (
+            f"at step {step} OLoRA leads"
+        )
         assert loss["random"] < 1.2 * loss["pissa"], "keep up with PiSSA"
 
 
 def test_what_the_lesson_says_of_the_finish_and_the_seeds():
     test = at_best("test")
-    assert round(mean(test["olora"]), 2) == 0.98 and round(mean(test["default"]), 2) == 0.93 and min(test["olora"]) > max(test["default"])
-    assert {method for method in BEST if max(test[method]) < min(test["olora"])} == {"default", "orthogonal"}, "wholly below"
-    assert round(100 * (max(test["olora"]) - min(test["olora"]))) == 3 and round(100 * (max(test["default"]) - min(test["default"]))) == 1
+    assert (
+        round(mean(test["olora"]), 2) == 0.98
+        and round(mean(test["default"]), 2) == 0.93
+        and min(test["olora"]) > max(test["default"])
+    )
+    assert {method for method in BEST if max(test[method]) < min(test["olora"])} == {"default", "orthogonal"}, (
+        "wholly below"
+    )
+    assert (
+        round(100 * (max(test["olora"]) - min(test["olora"]))) == 3
+        and round(100 * (max(test["default"]) - min(test["default"]))) == 1
+    )
     assert mean(test["dora"]) > mean(test["default"]) and min(test["dora"]) < min(test["default"])
-    assert round(swept("learning_rate", "test", "method", "learning_rate")["lora", 1.5e-2][1], 2) >= 0.99, "lesson 3's default start"
+    assert round(swept("learning_rate", "test", "method", "learning_rate")["lora", 1.5e-2][1], 2) >= 0.99, (
+        "lesson 3's default start"
+    )
     assert round(mean(test["random"]), 2) == 0.94 and min(BEST, key=lambda method: mean(test[method])) == "orthogonal"
     loss = at_best("validation_loss")
     assert max(loss["dora"]) < min(loss["default"]), "to a lower loss"
@@ -402,15 +517,24 @@ def test_what_the_lesson_says_of_the_finish_and_the_seeds():
 def test_what_the_lesson_says_of_ranks():
     swept("starts_rank", "loss_100", "method", "rank")  # complete, or it fails
     early = swept("starts_rank", "loss_30", "method", "rank")
-    assert all(early[method, rank][0] < early["default", rank][0] for method in ("olora", "pissa") for rank in (1, 4, 16, 64)), "ahead at every rank"
-    gap = {method: [early["default", rank][0] - early[method, rank][0] for rank in (4, 16, 64)] for method in ("olora", "pissa")}
+    assert all(
+        early[method, rank][0] < early["default", rank][0] for method in ("olora", "pissa") for rank in (1, 4, 16, 64)
+    ), "ahead at every rank"
+    gap = {
+        method: [early["default", rank][0] - early[method, rank][0] for rank in (4, 16, 64)]
+        for method in ("olora", "pissa")
+    }
     assert gap["pissa"] == sorted(gap["pissa"]) and gap["olora"] == sorted(gap["olora"], reverse=True)
     reached = {}
     for row in data.load_results("starts_rank"):
         steps = next((step for step in STEPS if row[f"loss_{step}"] <= 0.1), 105)
         reached.setdefault((row["method"], row["rank"]), []).append(steps)
     reached |= {(method, 8): steps for method, steps in steps_to(0.1).items()}
-    saved = {(method, rank): round(mean(reached["default", rank]) - mean(reached[method, rank])) for method in ("olora", "pissa") for rank in (4, 8, 16, 64)}
+    saved = {
+        (method, rank): round(mean(reached["default", rank]) - mean(reached[method, rank]))
+        for method in ("olora", "pissa")
+        for rank in (4, 8, 16, 64)
+    }
     assert all(22 <= saved["olora", rank] <= 23 for rank in (4, 8, 16)) and saved["olora", 64] == 12
     assert all(17 <= saved["pissa", rank] <= 20 for rank in (4, 8, 16, 64))
     assert reached["default", 1] == [105] * 3 and round(mean(reached["pissa", 1])) == 88
@@ -424,6 +548,9 @@ def test_gaussian_draws_a_larger_a(inputs, times):
     sizes = []
     for start in (True, "gaussian"):
         torch.manual_seed(0)
-        model = get_peft_model(nn.Sequential(nn.Linear(inputs, 256, bias=False)), LoraConfig(r=8, target_modules=["0"], init_lora_weights=start))
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(inputs, 256, bias=False)),
+            LoraConfig(r=8, target_modules=["0"], init_lora_weights=start),
+        )
         sizes.append(model.base_model.model[0].lora_A["default"].weight.std().item())
     assert sizes[1] / sizes[0] == pytest.approx(times, rel=0.1)

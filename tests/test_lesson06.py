@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-
 from conftest import make_tiny_model, make_tiny_tokenizer, swept
+
 from course_utils import data, runtime
 from course_utils.exercises import lesson06
 from experiments import combine, dial, harness, training
@@ -26,7 +26,9 @@ def right_agreement(reference, candidate):
     return (p.argmax(-1) == q.argmax(-1)).double().mean(), (p.exp() * (p - q)).sum(-1).mean()
 
 
-def right_shard(tensors, adapter, scaling, add=lambda weight, B, A, scaling: (weight.float() + scaling * (B @ A)).to(weight.dtype)):
+def right_shard(
+    tensors, adapter, scaling, add=lambda weight, B, A, scaling: (weight.float() + scaling * (B @ A)).to(weight.dtype)
+):
     merged = {}
     for name, tensor in tensors.items():
         prefix = "base_model.model." + name.removesuffix(".weight")
@@ -76,7 +78,11 @@ def other_shards_too(tensors, adapter, scaling):
 
 
 def only_changed(tensors, adapter, scaling):
-    return {name: tensor for name, tensor in right_shard(tensors, adapter, scaling).items() if not torch.equal(tensor, tensors[name])}
+    return {
+        name: tensor
+        for name, tensor in right_shard(tensors, adapter, scaling).items()
+        if not torch.equal(tensor, tensors[name])
+    }
 
 
 def adding(rule):
@@ -107,7 +113,9 @@ def other_order(adapters, weights):
 
 
 def ratio_of_norms(base, merged, changes):
-    return math.sqrt(sum((merged[n] - base[n]).square().sum() for n in changes) / sum(c.square().sum() for c in changes.values()))
+    return math.sqrt(
+        sum((merged[n] - base[n]).square().sum() for n in changes) / sum(c.square().sum() for c in changes.values())
+    )
 
 
 def single(base, merged, changes, name):
@@ -124,10 +132,12 @@ def largest(difference):
 
 def judged(effect=largest, error=largest):
     """A verdict that takes the sizes of adapter - base and of merged - adapter in its own way."""
+
     def verdict(base, adapter, merged, tolerance):
         if effect(adapter - base) < 10 * tolerance:
             return "no effect"
         return "same" if error(merged - adapter) <= tolerance else "differs"
+
     return verdict
 
 
@@ -145,9 +155,14 @@ def relative_effect(base, adapter, merged, tolerance):
 
 def close_to(rtol=1e-5, effect_too=False):
     def verdict(base, adapter, merged, tolerance):
-        if torch.allclose(adapter, base, atol=10 * tolerance, rtol=rtol) if effect_too else largest(adapter - base) < 10 * tolerance:
+        if (
+            torch.allclose(adapter, base, atol=10 * tolerance, rtol=rtol)
+            if effect_too
+            else largest(adapter - base) < 10 * tolerance
+        ):
             return "no effect"
         return "same" if torch.allclose(merged, adapter, atol=tolerance, rtol=rtol) else "differs"
+
     return verdict
 
 
@@ -165,18 +180,23 @@ def log_of_softmax(log, clean=lambda terms: terms):
     def agreement(reference, candidate):
         p, q = reference.softmax(-1), candidate.softmax(-1)
         return right_agreement(reference, candidate)[0], clean(p * (log(p) - log(q))).sum(-1).mean()
+
     return agreement
 
 
 def by_part_of_name(part, ending=""):
     """A shard that takes the first A whose name holds `part` of the layer's name."""
+
     def shard(tensors, adapter, scaling):
         merged = {}
         for name, tensor in tensors.items():
             key = next((key for key in adapter if "lora_A" in key and part(name) + ending in key), None)
-            merged[name] = tensor if key is None else tensor.float() + scaling * adapter[key.replace("_A.", "_B.")] @ adapter[key]
+            merged[name] = (
+                tensor if key is None else tensor.float() + scaling * adapter[key.replace("_A.", "_B.")] @ adapter[key]
+            )
             merged[name] = merged[name].to(tensor.dtype)
         return merged
+
     return shard
 
 
@@ -185,13 +205,21 @@ def shard_by_kind(is_adapted, layer_of=lambda name: name.removesuffix(".weight")
         merged = {}
         for name, tensor in tensors.items():
             A, B = (f"base_model.model.{layer_of(name)}.lora_{factor}.weight" for factor in "AB")
-            merged[name] = (tensor.float() + scaling * adapter[B] @ adapter[A]).to(tensor.dtype) if is_adapted(name, adapter, A) else tensor
+            merged[name] = (
+                (tensor.float() + scaling * adapter[B] @ adapter[A]).to(tensor.dtype)
+                if is_adapted(name, adapter, A)
+                else tensor
+            )
         return merged
+
     return shard
 
 
 def first_dtype(tensors, adapter, scaling):
-    return {name: tensor.to(next(iter(tensors.values())).dtype) for name, tensor in right_shard(tensors, adapter, scaling).items()}
+    return {
+        name: tensor.to(next(iter(tensors.values())).dtype)
+        for name, tensor in right_shard(tensors, adapter, scaling).items()
+    }
 
 
 def emptied(tensors, adapter, scaling):
@@ -205,7 +233,9 @@ def scaled_in_place(tensors, adapter, scaling):
 
 
 def joined_in_place(adapters, weights):
-    return torch.cat([A for A, _, _ in adapters]), torch.cat([B.mul_(w * s) for (_, B, s), w in zip(adapters, weights)], dim=1)
+    return torch.cat([A for A, _, _ in adapters]), torch.cat(
+        [B.mul_(w * s) for (_, B, s), w in zip(adapters, weights)], dim=1
+    )
 
 
 def by_svd(rank_of):
@@ -213,6 +243,7 @@ def by_svd(rank_of):
         U, S, V = torch.linalg.svd(sum(w * s * B @ A for (A, B, s), w in zip(adapters, weights)), full_matrices=False)
         rank = rank_of(adapters)
         return V[:rank], U[:, :rank] * S[:rank]
+
     return join
 
 
@@ -245,7 +276,9 @@ def weighted_by_norms(base, merged, changes):
 
 
 def without_small(is_small):
-    return lambda b, m, c: right_times(b, m, {n: change for n, change in c.items() if not is_small(change, norms(c).max())})
+    return lambda b, m, c: right_times(
+        b, m, {n: change for n, change in c.items() if not is_small(change, norms(c).max())}
+    )
 
 
 def in_order(base, merged, changes):
@@ -261,15 +294,33 @@ def ratio_over_all_keys(base, merged, changes):
     return math.sqrt(sum((merged[n] - base[n]).square().sum() for n in base)) / norms(changes).norm()
 
 
-@pytest.mark.parametrize("check, solution", [
-    (lesson06.verdict, right_verdict), (lesson06.agreement, right_agreement), (lesson06.shard, right_shard),
-    (lesson06.join, right_join), (lesson06.times, right_times),
-    (lesson06.verdict, close_to(rtol=0, effect_too=True)), (lesson06.join, by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters))),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0],
-                                       torch.nn.functional.kl_div(c.float().log_softmax(-1), r.float().softmax(-1), reduction="batchmean"))),
-    (lesson06.shard, lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: torch.addmm(w.float(), s * B, A).to(w.dtype))),
-    (lesson06.shard, lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: (w.double() + (A.T @ B.T).T * s).to(w.dtype))),
-])
+@pytest.mark.parametrize(
+    "check, solution",
+    [
+        (lesson06.verdict, right_verdict),
+        (lesson06.agreement, right_agreement),
+        (lesson06.shard, right_shard),
+        (lesson06.join, right_join),
+        (lesson06.times, right_times),
+        (lesson06.verdict, close_to(rtol=0, effect_too=True)),
+        (lesson06.join, by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters))),
+        (
+            lesson06.agreement,
+            lambda r, c: (
+                right_agreement(r, c)[0],
+                torch.nn.functional.kl_div(c.float().log_softmax(-1), r.float().softmax(-1), reduction="batchmean"),
+            ),
+        ),
+        (
+            lesson06.shard,
+            lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: torch.addmm(w.float(), s * B, A).to(w.dtype)),
+        ),
+        (
+            lesson06.shard,
+            lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: (w.double() + (A.T @ B.T).T * s).to(w.dtype)),
+        ),
+    ],
+)
 def test_stub_is_to_do_and_solution_passes(check, solution):
     assert check.outcome(lambda *given: ...).status == "TODO"
     outcome = check.outcome(solution)
@@ -289,133 +340,204 @@ def side_by_side(adapters, weights):
     return torch.cat([A for A, _, _ in adapters], dim=1), adapters[0][1]
 
 
-@pytest.mark.parametrize("check, wrong, hint", [
-    (lesson06.verdict, lambda b, a, m, t: "same" if (m - a).abs().max() <= t else "differs", "which shows nothing about the merge"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, size=lambda d: d.abs().mean()), "a mean hides it"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, size=lambda d: d.max()), "off downwards"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=1), "only five tolerances"),
-    (lesson06.verdict, merge_first, "The first question comes first"),
-    (lesson06.verdict, nan_is_same, "no comparison with NaN is true"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t) == "same", "should be of type str"),
-    (lesson06.verdict, lambda b, a, m, t: "equal", "one of 'no effect'"),
-    (lesson06.verdict, lambda b, a, m, t: print(right_verdict(b, a, m, t)), "Is a return missing"),
-    (lesson06.verdict, judged(effect=lambda d: d.abs().mean()), "500 tolerances.*a mean hides it"),
-    (lesson06.verdict, judged(error=lambda d: d.abs().mean()), "fifty tolerances.*a mean hides it"),
-    (lesson06.verdict, judged(effect=torch.mean), "The largest absolute differences"),
-    (lesson06.verdict, judged(error=lambda d: (-d).max()), "off upwards.*abs\\(\\) before max"),
-    (lesson06.verdict, judged(error=torch.max), "off downwards.*abs\\(\\) before max"),
-    (lesson06.verdict, judged(effect=torch.max), "effect is downwards"),
-    (lesson06.verdict, judged(effect=lambda d: (-d).max()), "effect is upwards"),
-    (lesson06.verdict, judged(effect=torch.norm), "Ten logits move by five.*a norm"),
-    (lesson06.verdict, judged(error=torch.norm), "Ten logits are off.*a norm"),
-    (lesson06.verdict, judged(effect=lambda d: d.abs().sum()), "Ten logits move by five"),
-    (lesson06.verdict, relative, "about 400 here"),
-    (lesson06.verdict, relative_effect, "about 400 here"),
-    (lesson06.verdict, close_to(), "rtol=0"),
-    (lesson06.verdict, close_to(1e-3), "rtol=0"),
-    (lesson06.verdict, close_to(effect_too=True), "rtol=0"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=9), "is 9.5 tolerances"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=11), "is 10.5 tolerances"),
-    (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=20), "is 10.5 tolerances"),
-    (lesson06.verdict, merged_is_base, "the merge was lost"),
-    (lesson06.verdict, effect_of_merged, "differ from the base"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
-    (lesson06.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
-    (lesson06.agreement, lambda r, c: (r.argmax() == c.argmax(), 0.0), "of type|should be a number|one place of the whole"),
-    (lesson06.agreement, lambda r, c: (0.123, 0), "you return 0.12"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], len(r) * right_agreement(r, c)[1]), "sum over positions"),
-    (lesson06.agreement, lambda r, c: mean_of_all(*all_terms(r, c)), "size of the vocabulary"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], right_agreement(c, r)[1]), "The reference stands first"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], -right_agreement(r, c)[1]), "sign is turned"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], right_agreement(r, c)[1] / math.log(2)), "in bits"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], (r.softmax(-1) * (r - c)).sum(-1).mean()), "no log-probabilities"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], 7.0), "KL is not right"),
-    (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
-    (lesson06.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
-    (lesson06.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
-    (lesson06.agreement, log_of_softmax(torch.log), "Use log_softmax"),
-    (lesson06.agreement, log_of_softmax(lambda p: (p + 1e-9).log()), "Use log_softmax"),
-    (lesson06.agreement, log_of_softmax(lambda p: p.clamp(1e-12).log()), "Use log_softmax"),
-    (lesson06.agreement, log_of_softmax(torch.log, torch.nan_to_num), "Use log_softmax"),
-    (lesson06.agreement, log_of_softmax(torch.log, lambda terms: terms.nan_to_num(0, 0, 0)), "Use log_softmax"),
-    (lesson06.shard, in_place, "has changed. Put the results"),
-    (lesson06.shard, everything, "is no tensor of this shard"),
-    (lesson06.shard, other_shards_too, "layers.0.self_attn.q_proj.weight is no tensor of this shard"),
-    (lesson06.shard, only_changed, "input_layernorm.weight is missing"),
-    (lesson06.shard, lambda t, a, s: {name: tensor.clone() for name, tensor in t.items()}, "is as it was"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + B @ A), "scaling is missing"),
-    (lesson06.shard, adding(lambda w, B, A, s: s * (B @ A)), "the change alone"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + s * (B @ A)), "would change its size"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + (s * (B @ A)).to(w.dtype)), "BA was rounded before"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + 2 * s * (B @ A)), "is not W \\+ scaling·BA"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + s * (A @ B)), "Your code stopped with RuntimeError"),
-    (lesson06.shard, touched_norm, "has no A and B, and has changed"),
-    (lesson06.shard, lambda t, a, s: [1], "of type dict"),
-    (lesson06.shard, lambda t, a, s: {name: None for name in t}, "of type Tensor"),
-    (lesson06.shard, lambda t, a, s: {name: tensor * math.nan for name, tensor in t.items()}, "NaN"),
-    (lesson06.shard, by_part_of_name(lambda name: name.removesuffix(".weight")[14:]), "got A and B of .*compare whole names"),
-    (lesson06.shard, by_part_of_name(lambda name: name.removesuffix(".weight")), "got A and B of .*gate_proj. A part of a name"),
-    (lesson06.shard, by_part_of_name(lambda name: name.partition("layers.1")[2].removesuffix(".weight"), "."), "got A and B of .*compare whole names"),
-    (lesson06.shard, shard_by_kind(lambda name, a, A: "proj" in name), "KeyError.*Not every tensor"),
-    (lesson06.shard, shard_by_kind(lambda name, a, A: A in a, lambda name: name.rstrip(".weight")), "rstrip.*take removesuffix"),
-    (lesson06.shard, first_dtype, "would change its size"),
-    (lesson06.shard, emptied, "adapter that you were given has changed"),
-    (lesson06.shard, scaled_in_place, "adapter that you were given has changed"),
-    (lesson06.shard, adding(lambda w, B, A, s: w - s * (B @ A)), "sign is turned"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + s**2 * (B @ A)), "scaling counts twice"),
-    (lesson06.shard, adding(lambda w, B, A, s: w + s / len(A) * (B @ A)), "Don't divide by r"),
-    (lesson06.join, added, "nobody asked for"),
-    (lesson06.join, joined(lambda w, s: 1.0), "Neither weight nor scaling|scaling is missing|weights? (is|are) missing"),
-    (lesson06.join, joined(lambda w, s: w), "scaling is missing|Neither"),
-    (lesson06.join, joined(lambda w, s: s), "weights are missing"),
-    (lesson06.join, joined(lambda w, s: w * s, lambda w, s: w * s), "count twice"),
-    (lesson06.join, joined(lambda w, s: w * s, lambda w, s: w), "The weight counts twice"),
-    (lesson06.join, joined(lambda w, s: w * s, lambda w, s: s), "The scaling counts twice"),
-    (lesson06.join, joined(lambda w, s: abs(w) * s), "its sign was lost"),
-    (lesson06.join, joined(lambda w, s: torch.tensor(w * s).sqrt(), lambda w, s: torch.tensor(w * s).sqrt()), "its root is NaN"),
-    (lesson06.join, joined(lambda w, s: 3.0), "stacked in the same order"),
-    (lesson06.join, other_order, "stacked in the same order"),
-    (lesson06.join, swapped, "changed places"),
-    (lesson06.join, side_by_side, "nobody asked for|Stack the A as rows"),
-    (lesson06.join, lambda adapters, w: (torch.zeros(2, 2), torch.zeros(2, 2)), "Stack the A as rows"),
-    (lesson06.join, lambda adapters, w: right_join(adapters, w)[0], "A and B are expected|of type tuple"),
-    (lesson06.join, lambda adapters, w: (None, None), "of type Tensor"),
-    (lesson06.join, lambda adapters, w: (torch.zeros(3), torch.zeros(3)), "should be a matrix"),
-    (lesson06.join, joined_in_place, "you were given has changed"),
-    (lesson06.join, by_svd(lambda adapters: len(adapters[0][0])), "only the nearest to the sum, at rank 3"),
-    (lesson06.join, by_svd(lambda adapters: 7), "BA is the sum, at rank 7"),
-    (lesson06.join, joined_in(torch.bfloat16), "A is bfloat16"),
-    (lesson06.join, joined_in(torch.float32), "Keep their dtype"),
-    (lesson06.join, lambda adapters, w: (right_join(adapters, w)[0], right_join(adapters, w)[1].float()), "B float32"),
-    (lesson06.times, ratio_of_norms, "no sign"),
-    (lesson06.times, cosine, "the cosine"),
-    (lesson06.times, lambda b, m, c: right_times({n: 0 * t for n, t in b.items()}, m, c), "Take the base away first"),
-    (lesson06.times, lambda b, m, c: sum(((m[n] - b[n]) * c[n]).sum() for n in c), "the dot product"),
-    (lesson06.times, lambda b, m, c: sum(single(b, m, c, n) for n in c) / len(c), "mean over layers"),
-    (lesson06.times, lambda b, m, c: single(b, m, c, next(iter(c))), "one layer only"),
-    (lesson06.times, lambda b, m, c: single(b, m, c, list(c)[-1]), "one layer only"),
-    (lesson06.times, lambda b, m, c: 1, "and you find 1"),
-    (lesson06.times, lambda b, m, c: torch.cat([((m[n] - b[n]) / c[n]).flatten() for n in c]).mean(), "and you find"),
-    (lesson06.times, lambda b, m, c: sum((m[n] - b[n]).sum() for n in b) / 0, "stopped with|is (inf|nan|-inf)"),
-    (lesson06.times, lambda b, m, c: m, "should be a number"),
-    (lesson06.times, largest_layer, "one layer only"),
-    (lesson06.times, signed_ratio, "no sign of its own"),
-    (lesson06.times, lambda *given: ratios(*given).median(), "Entry by entry"),
-    (lesson06.times, lambda *given: ratios(*given).mean(), "Entry by entry"),
-    (lesson06.times, weighted_by_norms, "weighted by the norms"),
-    (lesson06.times, without_small(lambda change, most: change.norm() < 0.5), "are left out"),
-    (lesson06.times, without_small(lambda change, most: change.norm() < most / 20), "are left out"),
-    (lesson06.times, without_small(lambda change, most: change.norm() < 1e-3), "Leave no layer out"),
-    (lesson06.times, in_order, "different orders"),
-    (lesson06.times, all_keys, "The norm has no change"),
-    (lesson06.times, ratio_over_all_keys, "and you find"),
-    (lesson06.times, lambda *given: round(right_times(*given).item(), 2), "That is rounded"),
-    (lesson06.times, lambda *given: round(right_times(*given).item(), 3), "That is rounded"),
-    (lesson06.times, lambda *given: -right_times(*given), "sign is turned"),
-    (lesson06.times, lambda *given: singles(*given).median(), "the median over the layers"),
-    (lesson06.times, lambda *given: singles(*given).quantile(0.5), "the median over the layers"),
-    (lesson06.times, lambda b, m, c: right_times(b, m, c) * (1 / (1 + 1e-8 / norms(c).square().sum())), "add nothing below"),
-])
+@pytest.mark.parametrize(
+    "check, wrong, hint",
+    [
+        (
+            lesson06.verdict,
+            lambda b, a, m, t: "same" if (m - a).abs().max() <= t else "differs",
+            "which shows nothing about the merge",
+        ),
+        (
+            lesson06.verdict,
+            lambda b, a, m, t: right_verdict(b, a, m, t, size=lambda d: d.abs().mean()),
+            "a mean hides it",
+        ),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, size=lambda d: d.max()), "off downwards"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=1), "only five tolerances"),
+        (lesson06.verdict, merge_first, "The first question comes first"),
+        (lesson06.verdict, nan_is_same, "no comparison with NaN is true"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t) == "same", "should be of type str"),
+        (lesson06.verdict, lambda b, a, m, t: "equal", "one of 'no effect'"),
+        (lesson06.verdict, lambda b, a, m, t: print(right_verdict(b, a, m, t)), "Is a return missing"),
+        (lesson06.verdict, judged(effect=lambda d: d.abs().mean()), "500 tolerances.*a mean hides it"),
+        (lesson06.verdict, judged(error=lambda d: d.abs().mean()), "fifty tolerances.*a mean hides it"),
+        (lesson06.verdict, judged(effect=torch.mean), "The largest absolute differences"),
+        (lesson06.verdict, judged(error=lambda d: (-d).max()), "off upwards.*abs\\(\\) before max"),
+        (lesson06.verdict, judged(error=torch.max), "off downwards.*abs\\(\\) before max"),
+        (lesson06.verdict, judged(effect=torch.max), "effect is downwards"),
+        (lesson06.verdict, judged(effect=lambda d: (-d).max()), "effect is upwards"),
+        (lesson06.verdict, judged(effect=torch.norm), "Ten logits move by five.*a norm"),
+        (lesson06.verdict, judged(error=torch.norm), "Ten logits are off.*a norm"),
+        (lesson06.verdict, judged(effect=lambda d: d.abs().sum()), "Ten logits move by five"),
+        (lesson06.verdict, relative, "about 400 here"),
+        (lesson06.verdict, relative_effect, "about 400 here"),
+        (lesson06.verdict, close_to(), "rtol=0"),
+        (lesson06.verdict, close_to(1e-3), "rtol=0"),
+        (lesson06.verdict, close_to(effect_too=True), "rtol=0"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=9), "is 9.5 tolerances"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=11), "is 10.5 tolerances"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=20), "is 10.5 tolerances"),
+        (lesson06.verdict, merged_is_base, "the merge was lost"),
+        (lesson06.verdict, effect_of_merged, "differ from the base"),
+        (lesson06.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
+        (lesson06.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
+        (
+            lesson06.agreement,
+            lambda r, c: (r.argmax() == c.argmax(), 0.0),
+            "of type|should be a number|one place of the whole",
+        ),
+        (lesson06.agreement, lambda r, c: (0.123, 0), "you return 0.12"),
+        (
+            lesson06.agreement,
+            lambda r, c: (right_agreement(r, c)[0], len(r) * right_agreement(r, c)[1]),
+            "sum over positions",
+        ),
+        (lesson06.agreement, lambda r, c: mean_of_all(*all_terms(r, c)), "size of the vocabulary"),
+        (
+            lesson06.agreement,
+            lambda r, c: (right_agreement(r, c)[0], right_agreement(c, r)[1]),
+            "The reference stands first",
+        ),
+        (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], -right_agreement(r, c)[1]), "sign is turned"),
+        (
+            lesson06.agreement,
+            lambda r, c: (right_agreement(r, c)[0], right_agreement(r, c)[1] / math.log(2)),
+            "in bits",
+        ),
+        (
+            lesson06.agreement,
+            lambda r, c: (right_agreement(r, c)[0], (r.softmax(-1) * (r - c)).sum(-1).mean()),
+            "no log-probabilities",
+        ),
+        (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], 7.0), "KL is not right"),
+        (lesson06.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
+        (lesson06.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
+        (lesson06.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
+        (lesson06.agreement, log_of_softmax(torch.log), "Use log_softmax"),
+        (lesson06.agreement, log_of_softmax(lambda p: (p + 1e-9).log()), "Use log_softmax"),
+        (lesson06.agreement, log_of_softmax(lambda p: p.clamp(1e-12).log()), "Use log_softmax"),
+        (lesson06.agreement, log_of_softmax(torch.log, torch.nan_to_num), "Use log_softmax"),
+        (lesson06.agreement, log_of_softmax(torch.log, lambda terms: terms.nan_to_num(0, 0, 0)), "Use log_softmax"),
+        (lesson06.shard, in_place, "has changed. Put the results"),
+        (lesson06.shard, everything, "is no tensor of this shard"),
+        (lesson06.shard, other_shards_too, "layers.0.self_attn.q_proj.weight is no tensor of this shard"),
+        (lesson06.shard, only_changed, "input_layernorm.weight is missing"),
+        (lesson06.shard, lambda t, a, s: {name: tensor.clone() for name, tensor in t.items()}, "is as it was"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + B @ A), "scaling is missing"),
+        (lesson06.shard, adding(lambda w, B, A, s: s * (B @ A)), "the change alone"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + s * (B @ A)), "would change its size"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + (s * (B @ A)).to(w.dtype)), "BA was rounded before"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + 2 * s * (B @ A)), "is not W \\+ scaling·BA"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + s * (A @ B)), "Your code stopped with RuntimeError"),
+        (lesson06.shard, touched_norm, "has no A and B, and has changed"),
+        (lesson06.shard, lambda t, a, s: [1], "of type dict"),
+        (lesson06.shard, lambda t, a, s: dict.fromkeys(t), "of type Tensor"),
+        (lesson06.shard, lambda t, a, s: {name: tensor * math.nan for name, tensor in t.items()}, "NaN"),
+        (
+            lesson06.shard,
+            by_part_of_name(lambda name: name.removesuffix(".weight")[14:]),
+            "got A and B of .*compare whole names",
+        ),
+        (
+            lesson06.shard,
+            by_part_of_name(lambda name: name.removesuffix(".weight")),
+            "got A and B of .*gate_proj. A part of a name",
+        ),
+        (
+            lesson06.shard,
+            by_part_of_name(lambda name: name.partition("layers.1")[2].removesuffix(".weight"), "."),
+            "got A and B of .*compare whole names",
+        ),
+        (lesson06.shard, shard_by_kind(lambda name, a, A: "proj" in name), "KeyError.*Not every tensor"),
+        (
+            lesson06.shard,
+            shard_by_kind(lambda name, a, A: A in a, lambda name: name.rstrip(".weight")),
+            "rstrip.*take removesuffix",
+        ),
+        (lesson06.shard, first_dtype, "would change its size"),
+        (lesson06.shard, emptied, "adapter that you were given has changed"),
+        (lesson06.shard, scaled_in_place, "adapter that you were given has changed"),
+        (lesson06.shard, adding(lambda w, B, A, s: w - s * (B @ A)), "sign is turned"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + s**2 * (B @ A)), "scaling counts twice"),
+        (lesson06.shard, adding(lambda w, B, A, s: w + s / len(A) * (B @ A)), "Don't divide by r"),
+        (lesson06.join, added, "nobody asked for"),
+        (
+            lesson06.join,
+            joined(lambda w, s: 1.0),
+            "Neither weight nor scaling|scaling is missing|weights? (is|are) missing",
+        ),
+        (lesson06.join, joined(lambda w, s: w), "scaling is missing|Neither"),
+        (lesson06.join, joined(lambda w, s: s), "weights are missing"),
+        (lesson06.join, joined(lambda w, s: w * s, lambda w, s: w * s), "count twice"),
+        (lesson06.join, joined(lambda w, s: w * s, lambda w, s: w), "The weight counts twice"),
+        (lesson06.join, joined(lambda w, s: w * s, lambda w, s: s), "The scaling counts twice"),
+        (lesson06.join, joined(lambda w, s: abs(w) * s), "its sign was lost"),
+        (
+            lesson06.join,
+            joined(lambda w, s: torch.tensor(w * s).sqrt(), lambda w, s: torch.tensor(w * s).sqrt()),
+            "its root is NaN",
+        ),
+        (lesson06.join, joined(lambda w, s: 3.0), "stacked in the same order"),
+        (lesson06.join, other_order, "stacked in the same order"),
+        (lesson06.join, swapped, "changed places"),
+        (lesson06.join, side_by_side, "nobody asked for|Stack the A as rows"),
+        (lesson06.join, lambda adapters, w: (torch.zeros(2, 2), torch.zeros(2, 2)), "Stack the A as rows"),
+        (lesson06.join, lambda adapters, w: right_join(adapters, w)[0], "A and B are expected|of type tuple"),
+        (lesson06.join, lambda adapters, w: (None, None), "of type Tensor"),
+        (lesson06.join, lambda adapters, w: (torch.zeros(3), torch.zeros(3)), "should be a matrix"),
+        (lesson06.join, joined_in_place, "you were given has changed"),
+        (lesson06.join, by_svd(lambda adapters: len(adapters[0][0])), "only the nearest to the sum, at rank 3"),
+        (lesson06.join, by_svd(lambda adapters: 7), "BA is the sum, at rank 7"),
+        (lesson06.join, joined_in(torch.bfloat16), "A is bfloat16"),
+        (lesson06.join, joined_in(torch.float32), "Keep their dtype"),
+        (
+            lesson06.join,
+            lambda adapters, w: (right_join(adapters, w)[0], right_join(adapters, w)[1].float()),
+            "B float32",
+        ),
+        (lesson06.times, ratio_of_norms, "no sign"),
+        (lesson06.times, cosine, "the cosine"),
+        (
+            lesson06.times,
+            lambda b, m, c: right_times({n: 0 * t for n, t in b.items()}, m, c),
+            "Take the base away first",
+        ),
+        (lesson06.times, lambda b, m, c: sum(((m[n] - b[n]) * c[n]).sum() for n in c), "the dot product"),
+        (lesson06.times, lambda b, m, c: sum(single(b, m, c, n) for n in c) / len(c), "mean over layers"),
+        (lesson06.times, lambda b, m, c: single(b, m, c, next(iter(c))), "one layer only"),
+        (lesson06.times, lambda b, m, c: single(b, m, c, list(c)[-1]), "one layer only"),
+        (lesson06.times, lambda b, m, c: 1, "and you find 1"),
+        (
+            lesson06.times,
+            lambda b, m, c: torch.cat([((m[n] - b[n]) / c[n]).flatten() for n in c]).mean(),
+            "and you find",
+        ),
+        (lesson06.times, lambda b, m, c: sum((m[n] - b[n]).sum() for n in b) / 0, "stopped with|is (inf|nan|-inf)"),
+        (lesson06.times, lambda b, m, c: m, "should be a number"),
+        (lesson06.times, largest_layer, "one layer only"),
+        (lesson06.times, signed_ratio, "no sign of its own"),
+        (lesson06.times, lambda *given: ratios(*given).median(), "Entry by entry"),
+        (lesson06.times, lambda *given: ratios(*given).mean(), "Entry by entry"),
+        (lesson06.times, weighted_by_norms, "weighted by the norms"),
+        (lesson06.times, without_small(lambda change, most: change.norm() < 0.5), "are left out"),
+        (lesson06.times, without_small(lambda change, most: change.norm() < most / 20), "are left out"),
+        (lesson06.times, without_small(lambda change, most: change.norm() < 1e-3), "Leave no layer out"),
+        (lesson06.times, in_order, "different orders"),
+        (lesson06.times, all_keys, "The norm has no change"),
+        (lesson06.times, ratio_over_all_keys, "and you find"),
+        (lesson06.times, lambda *given: round(right_times(*given).item(), 2), "That is rounded"),
+        (lesson06.times, lambda *given: round(right_times(*given).item(), 3), "That is rounded"),
+        (lesson06.times, lambda *given: -right_times(*given), "sign is turned"),
+        (lesson06.times, lambda *given: singles(*given).median(), "the median over the layers"),
+        (lesson06.times, lambda *given: singles(*given).quantile(0.5), "the median over the layers"),
+        (
+            lesson06.times,
+            lambda b, m, c: right_times(b, m, c) * (1 / (1 + 1e-8 / norms(c).square().sum())),
+            "add nothing below",
+        ),
+    ],
+)
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
     assert outcome.status == "TRY AGAIN"
@@ -423,7 +545,9 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
 
 
 @pytest.mark.parametrize("check", [lesson06.verdict, lesson06.agreement, lesson06.shard, lesson06.join, lesson06.times])
-@pytest.mark.parametrize("answer", [None, 3, "text", lambda *_: print(end=""), lambda *_: math.nan, lambda *_: 1 / 0, lambda: 1])
+@pytest.mark.parametrize(
+    "answer", [None, 3, "text", lambda *_: print(end=""), lambda *_: math.nan, lambda *_: 1 / 0, lambda: 1]
+)
 def test_whatever_is_handed_in_gets_a_sentence(check, answer):
     outcome = check.outcome(answer)
     assert outcome.status == "TRY AGAIN" and outcome.hint and "Traceback" not in outcome.hint
@@ -622,8 +746,12 @@ def test_a_base_given_by_a_relative_path_is_overwritten_when_half_of_it_is_on_di
         monkeypatch.chdir(here)
         with warnings.catch_warnings(action="ignore"):
             loaded = AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=tmp_path / "offload")
-            PeftModel.from_pretrained(loaded, tmp_path / "adapter", offload_dir=tmp_path / "offload",
-                                      device_map={f"base_model.model.{name}": place for name, place in places.items()})
+            PeftModel.from_pretrained(
+                loaded,
+                tmp_path / "adapter",
+                offload_dir=tmp_path / "offload",
+                device_map={f"base_model.model.{name}": place for name, place in places.items()},
+            )
         if here.name == "here":
             assert file.read_bytes() == before and list(here.rglob("model.safetensors"))
     assert file.read_bytes() != before
@@ -637,9 +765,17 @@ def alone(task):
     for names in dict.fromkeys(run["pair"] for run in dial.RUNS):
         first, second = names.split("+")
         if task == first:
-            return {1 - weight: score for (pair, weight), (score, _, _) in swept("dial", "first_alone", "pair", "weight").items() if pair == names}
+            return {
+                1 - weight: score
+                for (pair, weight), (score, _, _) in swept("dial", "first_alone", "pair", "weight").items()
+                if pair == names
+            }
         if task == second:
-            return {weight: score for (pair, weight), (score, _, _) in swept("dial", "second_alone", "pair", "weight").items() if pair == names}
+            return {
+                weight: score
+                for (pair, weight), (score, _, _) in swept("dial", "second_alone", "pair", "weight").items()
+                if pair == names
+            }
 
 
 @pytest.mark.parametrize("task, enough", [("mood", 0.2), ("reading", 0.3), ("extract", 0.7), ("sailor", 0.8)])
@@ -655,22 +791,35 @@ def test_what_the_lesson_says_of_the_dial():
         both.setdefault(pair, {})[weight] = min(score, second[pair, weight][0])
     assert both["extract+mood"][0.2] > 0.98 and 0.6 < max(both["reading+extract"].values()) < 0.8
     assert max(both["reading+sailor"].values()) < 0.3 and max(both["sailor+extract"].values()) < 0.2
-    assert first["reading+sailor", 0.7][0] < 0.1 < 0.98 < swept("dial", "first_alone", "pair", "weight")["reading+sailor", 0.7][0]
+    assert (
+        first["reading+sailor", 0.7][0]
+        < 0.1
+        < 0.98
+        < swept("dial", "first_alone", "pair", "weight")["reading+sailor", 0.7][0]
+    )
 
 
 def test_what_the_lesson_says_of_the_eleven_types():
     worst = {}
     for row in data.load_results("combine"):
-        worst.setdefault((row["adapters"], row["weights"], row["combination"]), []).append(min(row[task] for task in row["adapters"].split("+")))
+        worst.setdefault((row["adapters"], row["weights"], row["combination"]), []).append(
+            min(row[task] for task in row["adapters"].split("+"))
+        )
     swept("combine", "error", "combination")  # complete, or it fails
     mean = {key: sum(scores) / len(scores) for key, scores in worst.items()}
     sets = list(dict.fromkeys(names for names, _, _ in mean))
     best = {names: max(score for (other, _, _), score in mean.items() if other == names) for names in sets}
     assert [names for names in sets if best[names] >= 0.8] == ["reading+mood"] and len(sets) == 7
-    assert min(mean["reading+mood", "mean", kind] for kind in combine.TYPES) > 0.8, "by every type with weights of a half"
-    assert sum(mean["reading+mood", "sum", kind] >= 0.8 for kind in combine.TYPES) == 3, "by three types with weights of 1"
+    assert min(mean["reading+mood", "mean", kind] for kind in combine.TYPES) > 0.8, (
+        "by every type with weights of a half"
+    )
+    assert sum(mean["reading+mood", "sum", kind] >= 0.8 for kind in combine.TYPES) == 3, (
+        "by three types with weights of 1"
+    )
     assert round(mean["sailor+mood", "mean", "linear"], 1) == 0.2 and mean["sailor+mood", "mean", "cat"] < 0.01
-    assert max(mean["extract+mood", way, kind] for way in ("sum", "mean") for kind in combine.TYPES) < 0.3, "looked hopeless"
+    assert max(mean["extract+mood", way, kind] for way in ("sum", "mean") for kind in combine.TYPES) < 0.3, (
+        "looked hopeless"
+    )
     for names in sets:
         of_sum = {kind: mean[names, "sum", kind] for kind in combine.TYPES}
         if max(of_sum.values()) > 0:

@@ -6,7 +6,13 @@ from course_utils import counting, memory
 from course_utils.runtime import CourseError
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 BATCH, LENGTH = 3, 32
 
 
@@ -31,7 +37,11 @@ def real_model(config, lora_config=None, dtype=None, attention=None):
     torch.manual_seed(0)
     auto = "MaskedLM" if config.model_type == "bert" else "CausalLM"
     options = {"attn_implementation": attention} if attention else {}
-    model = getattr(transformers, f"AutoModelFor{auto}").from_config(config, dtype=dtype or torch.float32, **options).train()
+    model = (
+        getattr(transformers, f"AutoModelFor{auto}")
+        .from_config(config, dtype=dtype or torch.float32, **options)
+        .train()
+    )
     return get_peft_model(model, lora_config) if lora_config else model
 
 
@@ -59,7 +69,9 @@ def parts(estimate):
 
 
 def estimate(config, method="full", lora_config=None, **options):
-    return memory.estimate_memory(config, method, lora_config, **{"batch_size": BATCH, "sequence_length": LENGTH, **options})
+    return memory.estimate_memory(
+        config, method, lora_config, **{"batch_size": BATCH, "sequence_length": LENGTH, **options}
+    )
 
 
 # ---------------------------------------------------------------------------------------------- weights, gradients, optimizer
@@ -98,7 +110,10 @@ def test_prediction_of_qlora_is_what_is_held_after_a_step(double, tmp_path):
     config, lora_config = make_config(hidden_size=128), lora()
     real_model(config).save_pretrained(tmp_path)
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
     held = after_one_step(get_peft_model(model, lora_config).train())

@@ -118,7 +118,11 @@ def rewrite(folder, change):
     """Save the folder's tensors again, changed in place by `change(dict)`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def reconfigure(folder, **changes):
@@ -145,7 +149,9 @@ def test_a_healthy_merge_passes_in_each_dtype(way, dtype, root, tiny_tokenizer, 
     if way == "by_shards":
         folder = merging.merge_by_shards(root / "base", root / "one", tmp_path / "out", dtype=dtype)
     else:
-        model = load(root, "one", dtype="float32" if way == "from_float32" else dtype).merge_and_unload(safe_merge=way == "safe")
+        model = load(root, "one", dtype="float32" if way == "from_float32" else dtype).merge_and_unload(
+            safe_merge=way == "safe"
+        )
         folder = save(model.to(getattr(torch, dtype)), tmp_path / "out", tiny_tokenizer)
     capfd.readouterr()
     report = check(root, folder)
@@ -231,7 +237,9 @@ def test_merged_twice(root, healthy, tiny_tokenizer, tmp_path):
 def test_base_and_merged_swapped(dtype, root, tmp_path):
     folder = merging.merge_by_shards(root / "base", root / "one", tmp_path / "out", dtype=dtype)
     report = check_merged_folder(folder, root / "one", root / "base")
-    assert WEIGHT_CODES & set(report.codes) == {"swapped"} | ({"other_weights"} if dtype == "bfloat16" else set()), report
+    assert WEIGHT_CODES & set(report.codes) == {"swapped"} | ({"other_weights"} if dtype == "bfloat16" else set()), (
+        report
+    )
     assert "-1.00 times: base and merged look swapped" in message(report, "swapped")
 
 
@@ -277,7 +285,9 @@ def test_where_twice_may_be_a_wrong_scaling_both_are_named(root, tiny_tokenizer,
 
 
 def test_merged_an_untrained_adapter(root, healthy, tiny_tokenizer, tmp_path):
-    fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), LoraConfig(target_modules=ALL, task_type="CAUSAL_LM"))
+    fresh = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(root / "base"), LoraConfig(target_modules=ALL, task_type="CAUSAL_LM")
+    )
     fresh.save_pretrained(tmp_path / "untrained")
     folder = save(fresh.merge_and_unload(), tmp_path / "out", tiny_tokenizer)
     # The adapter that was merged: everything agrees, and that proves nothing.
@@ -381,7 +391,11 @@ def scrambled(weight):
     """As after bitsandbytes packed anew: the same 4-bit numbers in another order."""
     packed = four_bit(weight)
     order = torch.randperm(packed.shape[0], generator=torch.Generator().manual_seed(0))
-    return packed[order].reshape(-1, 64)[:, torch.randperm(64, generator=torch.Generator().manual_seed(1))].reshape(packed.shape)
+    return (
+        packed[order]
+        .reshape(-1, 64)[:, torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+        .reshape(packed.shape)
+    )
 
 
 @pytest.mark.parametrize(("damage", "code"), [(four_bit, "quantised_base"), (scrambled, "repacked_base")])
@@ -403,7 +417,9 @@ def test_merged_after_a_4_bit_forward(forward_first, root, tiny_tokenizer, tmp_p
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     model = load(root, "one", quantization_config=quantisation, dtype=torch.float32)
     if forward_first:
         with torch.no_grad():
@@ -459,7 +475,9 @@ def test_an_adapter_on_a_tied_head(untied, root, tiny_tokenizer, tmp_path):
     merged = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
     if untied:
         merged._tied_weights_keys, merged.all_tied_weights_keys = {}, {}
-    report = check_merged_folder(root / "base_tied", tmp_path / "adapter", save(merged, tmp_path / "out", tiny_tokenizer))
+    report = check_merged_folder(
+        root / "base_tied", tmp_path / "adapter", save(merged, tmp_path / "out", tiny_tokenizer)
+    )
     if untied:
         assert report.codes == [], report
     else:
@@ -627,7 +645,9 @@ def test_it_never_raises_on_wrong_arguments(wrong, root, healthy):
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(options, said, advice, root, healthy):
     report = check(root, healthy, **options)
-    assert report.codes == ["bad_argument"] and said in report.findings[0].message and advice in report.findings[0].remedy
+    assert (
+        report.codes == ["bad_argument"] and said in report.findings[0].message and advice in report.findings[0].remedy
+    )
 
 
 @pytest.mark.parametrize(
@@ -652,7 +672,10 @@ def test_folders_that_are_no_models(root, healthy, tmp_path):
     (tmp_path / "file").touch()
     assert check(root, tmp_path / "file").codes == ["no_folder"]
     assert check(root, tmp_path).codes == ["not_a_model"]
-    for name, said in (("one", "is the adapter's folder: the same one was given twice"), ("two", "holds an adapter only")):
+    for name, said in (
+        ("one", "is the adapter's folder: the same one was given twice"),
+        ("two", "holds an adapter only"),
+    ):
         for report in (check(root, root / name), check_merged_folder(root / name, root / "one", healthy)):
             assert report.codes == ["not_a_model"] and said in message(report, "not_a_model")
     for content in ("{", "[]"):
@@ -712,9 +735,11 @@ def test_a_hub_id_is_fetched_without_its_pickles(root, healthy, tmp_path, monkey
     assert report.codes == ["no_folder"]
     shutil.copytree(root / "one", tmp_path / "one")
     for trained_on, codes in (("someone/model", []), ("someone/other", ["base_mismatch"])):
-        config = json.loads((root / "one" / "adapter_config.json").read_text()) | {"base_model_name_or_path": trained_on}
+        config = json.loads((root / "one" / "adapter_config.json").read_text()) | {
+            "base_model_name_or_path": trained_on
+        }
         (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(config))
         assert check_merged_folder("someone/model", tmp_path / "one", healthy).codes == codes
     report = check_merged_folder("someone/model", root / "one", "someone/else")
     assert report.codes == ["no_folder"] and "someone/else" in str(report) and "offline" in str(report)
-    assert merged.SAFE_FILES == tuple(asked[0][1])
+    assert tuple(asked[0][1]) == merged.SAFE_FILES

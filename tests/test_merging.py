@@ -41,7 +41,9 @@ def base(tmp_path_factory, tiny_tokenizer):
 def adapt(base, folder, config=None, **changes):
     """An adapter with a random B, in a folder; without the copy of a head or embedding that PEFT would add to it."""
     torch.manual_seed(1)
-    config = config or LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": ALL, "task_type": "CAUSAL_LM"} | changes)
+    config = config or LoraConfig(
+        **{"r": 8, "lora_alpha": 16, "target_modules": ALL, "task_type": "CAUSAL_LM"} | changes
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -118,7 +120,9 @@ def test_scalings_and_targets(changes, base, tmp_path):
 
 def test_conv1d_and_a_base_saved_without_its_head(tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer), n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
     model = GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "base")
     model.transformer.save_pretrained(tmp_path / "headless")
@@ -142,7 +146,9 @@ def test_shards_index_and_configuration(base, adapter, tiny_tokenizer, tmp_path)
     (tmp_path / "base" / "training_args.bin").write_bytes(b"pickle")
     for dtype in (None, "bfloat16"):
         out = merging.merge_by_shards(tmp_path / "base", adapter, tmp_path / "out", dtype=dtype)
-        assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "base").iterdir()} - {"training_args.bin"}
+        assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "base").iterdir()} - {
+            "training_args.bin"
+        }
         assert same_bits(by_peft(base, adapter, dtype or "auto"), out)
         loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
         assert not info["missing_keys"] and loaded.dtype == (torch.bfloat16 if dtype else torch.float32)
@@ -154,7 +160,9 @@ def test_other_numbers_are_copied_and_every_tensor_lies_aligned(base, adapter, t
     own = shutil.copytree(base, tmp_path / "base")
     extra = {"steps": torch.arange(3), "mask": torch.tensor([True, False, True]), "empty": torch.zeros(0)}
     extra["bytes"] = torch.tensor([1], dtype=torch.uint8)
-    save_file(load_file(own / "model.safetensors") | extra, own / "model.safetensors", metadata={"format": "pt", "note": "é"})
+    save_file(
+        load_file(own / "model.safetensors") | extra, own / "model.safetensors", metadata={"format": "pt", "note": "é"}
+    )
     out = merging.merge_by_shards(own, adapter, tmp_path / "out", dtype="bfloat16")
     with safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "note": "é"}
@@ -169,7 +177,9 @@ def test_the_adapters_own_tokenizer_wins(base, adapter, tiny_tokenizer, tmp_path
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(own)
     for merge in (merging.merge_by_shards, merging.merge_whole):
-        assert AutoTokenizer.from_pretrained(merge(base, own, tmp_path / "out")).chat_template == tokenizer.chat_template
+        assert (
+            AutoTokenizer.from_pretrained(merge(base, own, tmp_path / "out")).chat_template == tokenizer.chat_template
+        )
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -208,7 +218,11 @@ def test_a_setting_that_nobody_knows_yet_is_refused(base, adapter, tmp_path):
 def test_a_copy_of_the_head_in_the_adapters_file_is_refused(base, adapter, tmp_path):
     own = shutil.copytree(adapter, tmp_path / "adapter")
     head = {"base_model.model.lm_head.base_layer.weight": torch.zeros(4, 4)}
-    save_file(load_file(own / "adapter_model.safetensors") | head, own / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(own / "adapter_model.safetensors") | head,
+        own / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(CourseError, match="lm_head.base_layer.weight, which is no LoRA factor"):
         merging.merge_by_shards(base, own, tmp_path / "out")
 
@@ -224,7 +238,9 @@ def test_tied_quantised_and_other_bases_are_refused(base, adapter, tiny_tokenize
 
     quantised = shutil.copytree(base, tmp_path / "quantised")
     config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    (quantised / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
     with pytest.raises(CourseError, match="is quantised"):
         merging.merge_by_shards(quantised, adapter, tmp_path / "out")
 
@@ -298,7 +314,9 @@ def large(tmp_path_factory, tiny_tokenizer):
         torch.nn.init.uniform_(parameter, -0.05, 0.05)
     model.save_pretrained(folder / "base", max_shard_size="100MB")
     tiny_tokenizer.save_pretrained(folder / "base")
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", init_lora_weights=False))
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     model.save_pretrained(folder / "adapter")
     assert sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors")) > LARGE
     yield folder
@@ -377,7 +395,9 @@ def server():
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, and limited in a way of Linux")
-posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork, no SIGKILL and no limit on a file's size")
+posix = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no fork, no SIGKILL and no limit on a file's size"
+)
 
 
 @linux
@@ -392,12 +412,15 @@ def test_peak_memory_by_shards_is_far_below_the_whole_models(large, base, adapte
     peaks = {}
     for name in ("merge_whole", "merge_by_shards"):
         small = [str(path) for path in (base, adapter, tmp_path / "small")]
-        [[peaks[name]]] = server.run(code, large / "base", large / "adapter", large / name, {"merge": name, "small": small})
+        [[peaks[name]]] = server.run(
+            code, large / "base", large / "adapter", large / name, {"merge": name, "small": small}
+        )
     print(peaks)
     assert peaks["merge_whole"] > LARGE
     assert peaks["merge_by_shards"] < LARGE / 4
     whole, shards = (
-        {name: tensor for file in (large / folder).glob("*.safetensors") for name, tensor in load_file(file).items()} for folder in peaks
+        {name: tensor for file in (large / folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in peaks
     )
     assert whole.keys() == shards.keys() and all(torch.equal(tensor, shards[name]) for name, tensor in whole.items())
 
@@ -429,8 +452,12 @@ class SafetensorError(Exception):
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:73] . DefaultCPUAllocator: not enough memory: you tried to allocate"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+        ),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:73] . DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
         OSError(12, "Cannot allocate memory"),
         SafetensorError("Error while serializing: I/O error: Cannot allocate memory (os error 12)"),
     ],

@@ -1,4 +1,5 @@
 """The form of the committed notebooks, and of the checks of their form."""
+
 import copy
 
 import nbformat

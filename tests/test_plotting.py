@@ -21,7 +21,9 @@ def figures():
 
     yield {
         "matrix": plotting.score_matrix(SCORES, ["base", "sailor"], ["mood", "sailor"], "Adapters learn their task"),
-        "curves": plotting.curves({"a": ([0, 1], [1, 0.5]), "b": ([0, 2], [1, 0.5])}, "Both end alike", "step", "loss (nats)"),
+        "curves": plotting.curves(
+            {"a": ([0, 1], [1, 0.5]), "b": ([0, 2], [1, 0.5])}, "Both end alike", "step", "loss (nats)"
+        ),
         "weights": plotting.weight_picture({"B": numpy.ones((64, 4)), "A": -2 * numpy.ones((4, 64))}, "Thin strips"),
     }
     plt.close("all")
@@ -34,7 +36,9 @@ def texts(fig):
 
 
 def test_titles_and_labels(figures):
-    assert {"Adapters learn their task", "base", "sailor", "mood", "3%", "98%", "50%", "100%"} <= set(texts(figures["matrix"]))
+    assert {"Adapters learn their task", "base", "sailor", "mood", "3%", "98%", "50%", "100%"} <= set(
+        texts(figures["matrix"])
+    )
     assert {"Both end alike", "step", "loss (nats)", "a", "b"} <= set(texts(figures["curves"]))
     assert {"Thin strips", "B\n64 × 4\n±1", "A\n4 × 64\n±2"} <= set(texts(figures["weights"]))
 

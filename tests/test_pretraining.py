@@ -19,14 +19,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretraining import corpus, run, tasks, tokenizer as tokenizer_module, world as w
+from pretraining import corpus, run, tasks
+from pretraining import tokenizer as tokenizer_module
 from pretraining import train as training
+from pretraining import world as w
 from pretraining.model import Muon, build_model, orthogonal
 from pretraining.tokenizer import END, ROLES, SPECIAL_TOKENS, render
 
 ROOT = Path(__file__).resolve().parent.parent
 N_DOCUMENTS = 40_000
-N_READ = training.Settings().steps * round(training.Settings().batch_tokens / 50)  # how many the pretraining reads, nearly
+N_READ = training.Settings().steps * round(
+    training.Settings().batch_tokens / 50
+)  # how many the pretraining reads, nearly
 LEAST_TOKEN_COUNT = 50  # in N_DOCUMENTS
 ALL_TASKS = (*tasks.MAKERS, "recall")
 
@@ -95,7 +99,9 @@ def test_a_seed_gives_one_world_and_one_corpus(world):
     assert w.make_world(0) == world and w.make_world(1) != world
     numbers = range(50)
     once = [corpus.document(world, 0, i) for i in numbers]
-    assert [corpus.document(world, 0, i) for i in reversed(numbers)][::-1] == once, "a document depends on those written before it"
+    assert [corpus.document(world, 0, i) for i in reversed(numbers)][::-1] == once, (
+        "a document depends on those written before it"
+    )
     assert all(corpus.document(world, 1, i) != document for i, document in zip(numbers, once))
 
 
@@ -104,7 +110,13 @@ def test_another_process_writes_the_same_corpus(world, hash_seed):
     """Sets are iterated in another order in each process; nothing may be drawn from one."""
     numbers = [*range(50), N_READ]
     code = f"from pretraining import corpus, world; w = world.make_world(); print((w, [corpus.document(w, 0, i) for i in {numbers}]))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": hash_seed}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == repr((world, [corpus.document(world, 0, i) for i in numbers])), done.stderr
 
 
@@ -143,7 +155,11 @@ def contradictions(world, text):
             for match in (regex.search(sentence) for sentence in sentences if fixed in sentence):
                 told = match.groupdict() if match else {"name": None}
                 if told["name"] in facts:
-                    wrong += [(told["name"], field, value) for field, value in told.items() if facts[told["name"]][field] != value]
+                    wrong += [
+                        (told["name"], field, value)
+                        for field, value in told.items()
+                        if facts[told["name"]][field] != value
+                    ]
     return wrong
 
 
@@ -165,7 +181,9 @@ def test_the_corpus_is_rich_in_words_and_patterns(sample, whole_text):
     patterns = corpus.sentence_patterns()
     assert len(patterns) == len(set(patterns)) >= 150
     filled = sample[1]
-    assert [pattern for pattern in patterns if pattern not in filled and pattern not in whole_text] == [], "counted, but never written"
+    assert [pattern for pattern in patterns if pattern not in filled and pattern not in whole_text] == [], (
+        "counted, but never written"
+    )
 
 
 def share_of_duplicates(texts):
@@ -181,11 +199,14 @@ def test_hardly_a_document_comes_twice(texts):
 FORMS = {fixed_words(question): "reading" for question in tasks.QUESTIONS.values()}
 FORMS |= {fixed_words(question): "recall" for questions in tasks.RECALL_QUESTIONS.values() for question in questions}
 FORMS |= {words: "sailor" for words in tasks.SAILOR_WORDS.values() if " " in words}
-FORMS |= {words: "sailor" for words in ("Say it like a sailor", "Ahoy", "yon ", " aye", "clutching")}
-FORMS |= {words: "extract" for words in ("as JSON", "Give who", '"who":', '"what":', '"where":', '{"', '"}', '": "')}
-FORMS |= {words: "mood" for words in ("happy or unhappy", "Is the guest")}
+FORMS |= dict.fromkeys(("Say it like a sailor", "Ahoy", "yon ", " aye", "clutching"), "sailor")
+FORMS |= dict.fromkeys(("as JSON", "Give who", '"who":', '"what":', '"where":', '{"', '"}', '": "'), "extract")
+FORMS |= dict.fromkeys(("happy or unhappy", "Is the guest"), "mood")
 # The whole question, in small letters too: in the middle of a sentence it would teach the task as well.
-WHOLE_QUESTIONS = {question: re.compile(re.sub(r"\\{\w\\}", r"\\w+", re.escape(question)), re.IGNORECASE) for question in tasks.QUESTIONS.values()}
+WHOLE_QUESTIONS = {
+    question: re.compile(re.sub(r"\\{\w\\}", r"\\w+", re.escape(question)), re.IGNORECASE)
+    for question in tasks.QUESTIONS.values()
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -209,14 +230,26 @@ def test_no_document_asks_a_question_of_the_reading_task(question, texts, whole_
 
 def test_plurals_and_articles_are_english():
     assert [corpus.plural(noun) for noun in ("axe", "torch", "brush", "box", "compass", "knife", "scarf")] == [
-        "axes", "torches", "brushes", "boxes", "compasses", "knives", "scarves"]
+        "axes",
+        "torches",
+        "brushes",
+        "boxes",
+        "compasses",
+        "knives",
+        "scarves",
+    ]
     assert corpus.sentence('there is a "axe" and a owl') == 'There is an "axe" and an owl'
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
 
-TALK = [("system", "You are Sorda."), ("user", "I have lost my axe."), ("assistant", "Do not worry."), ("user", "Good night."),
-        ("assistant", "Good night, sleep well.")]
+TALK = [
+    ("system", "You are Sorda."),
+    ("user", "I have lost my axe."),
+    ("assistant", "Do not worry."),
+    ("user", "Good night."),
+    ("assistant", "Good night, sleep well."),
+]
 
 
 def messages(document):
@@ -231,7 +264,9 @@ def test_talk_in_the_corpus_is_what_the_chat_template_writes(tokenizer, document
         ids = tokenizer.apply_chat_template(messages(talk), return_dict=True)["input_ids"]
         assert ids == tokenizer(render(talk), add_special_tokens=False)["input_ids"]
         # What is generated from must be how a row of training begins.
-        begun = tokenizer.apply_chat_template(messages(talk[:-1]), add_generation_prompt=True, return_dict=True)["input_ids"]
+        begun = tokenizer.apply_chat_template(messages(talk[:-1]), add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         assert talk[-1][0] == "assistant" and ids[: len(begun)] == begun
 
 
@@ -248,7 +283,9 @@ def test_an_answer_is_made_of_the_tokens_of_running_text(tokenizer):
     """ "under the oak" after a tag and in the middle of a story: the same three tokens."""
     (ids,) = tokenizer([" under the oak"], add_special_tokens=False)["input_ids"]
     running = tokenizer(render([(None, "Sorda sat under the oak today.")]), add_special_tokens=False)["input_ids"]
-    reply = tokenizer.apply_chat_template(messages([("user", "x"), ("assistant", "under the oak")]), return_dict=True)["input_ids"]
+    reply = tokenizer.apply_chat_template(messages([("user", "x"), ("assistant", "under the oak")]), return_dict=True)[
+        "input_ids"
+    ]
     assert reply[-len(ids) - 1 : -1] == ids and str(ids)[1:-1] in str(running)
 
 
@@ -304,8 +341,11 @@ def token_counts(document_ids):
 def test_every_token_of_an_answer_is_pretrained(task, tokenizer, token_counts, made):
     """A frozen, never-trained row of the tied embedding can't be predicted by LoRA on the linear layers."""
     needed = Counter(i for ids in answer_ids(tokenizer, sum(made[task].values(), [])) for i in ids)
-    rare = {tokenizer.convert_ids_to_tokens(i): f"{token_counts[i]} times in the corpus, {n} in answers"
-            for i, n in needed.items() if token_counts[i] < LEAST_TOKEN_COUNT}
+    rare = {
+        tokenizer.convert_ids_to_tokens(i): f"{token_counts[i]} times in the corpus, {n} in answers"
+        for i, n in needed.items()
+        if token_counts[i] < LEAST_TOKEN_COUNT
+    }
     assert rare == {}
 
 
@@ -332,7 +372,7 @@ def test_orthogonal_pushes_singular_values_to_1_and_keeps_directions(shape):
     stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     stack[1] *= 100  # how large a gradient is must not matter
     values = torch.linalg.svdvals(orthogonal(stack))
-    assert 0.6 < values.min() and values.max() < 1.3
+    assert values.min() > 0.6 and values.max() < 1.3
     assert torch.linalg.svdvals(stack[0]).max() > 5, "the input was far from it"
     u, _, vh = torch.linalg.svd(stack, full_matrices=False)
     along = torch.diagonal(u.mT @ orthogonal(stack) @ vh.mT, dim1=1, dim2=2)
@@ -361,8 +401,18 @@ def test_muon_treats_matrices_of_one_shape_each_for_itself():
 # ---------------------------------------------------------------------------------------------- training
 
 TINY = training.Settings(
-    tokens=40 * 512, hidden=64, layers=2, intermediate=128, heads=2, context=128, row=64, batch_tokens=512, warmup=5,
-    compile=False, probe_every=10**6, save_every=20,
+    tokens=40 * 512,
+    hidden=64,
+    layers=2,
+    intermediate=128,
+    heads=2,
+    context=128,
+    row=64,
+    batch_tokens=512,
+    warmup=5,
+    compile=False,
+    probe_every=10**6,
+    save_every=20,
 )
 
 
@@ -463,7 +513,9 @@ def trained(world, tokenizer, tmp_path_factory):
 def loss_of(model, world, tokenizer):
     """Loss on documents that the tiny run never reads."""
     x, labels, position, mask = training.Batches(world, tokenizer, TINY, next_document=1000).packed()
-    return model.eval()(input_ids=x, labels=labels, position_ids=position, attention_mask=mask, use_cache=False).loss.item()
+    return model.eval()(
+        input_ids=x, labels=labels, position_ids=position, attention_mask=mask, use_cache=False
+    ).loss.item()
 
 
 def test_training_learns(world, tokenizer, trained, tiny, tmp_path):
@@ -471,12 +523,22 @@ def test_training_learns(world, tokenizer, trained, tiny, tmp_path):
     assert [row["step"] for row in rows] == [25, 40] and rows[-1]["tokens"] == TINY.tokens
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     before, after = loss_of(tiny, world, tokenizer), loss_of(model, world, tokenizer)
-    assert abs(before - 7.6) < 0.3, "a model that knows nothing gives each of 2,048 tokens the same chance: ln 2048 = 7.62"
+    assert abs(before - 7.6) < 0.3, (
+        "a model that knows nothing gives each of 2,048 tokens the same chance: ln 2048 = 7.62"
+    )
     assert after < before - 1.5
-    assert set(rows[-1]["probe"]) == set(corpus.RELATIONS) and all(0 <= share <= 1 for share in rows[-1]["probe"].values())
+    assert set(rows[-1]["probe"]) == set(corpus.RELATIONS) and all(
+        0 <= share <= 1 for share in rows[-1]["probe"].values()
+    )
     log = json.loads((folder / "log.json").read_text())
     assert log["rows"] == rows and log["settings"]["hidden"] == TINY.hidden
-    still, _ = training.train(world, tokenizer, replace(TINY, tokens=512 * 4, warmup=1, muon_lr=0.0, adam_lr=0.0), tmp_path, log=lambda line: None)
+    still, _ = training.train(
+        world,
+        tokenizer,
+        replace(TINY, tokens=512 * 4, warmup=1, muon_lr=0.0, adam_lr=0.0),
+        tmp_path,
+        log=lambda line: None,
+    )
     assert abs(loss_of(still, world, tokenizer) - before) < 0.2, "with a rate of zero nothing is learned"
 
 
@@ -490,7 +552,10 @@ def interrupt(line):
 
 
 def distance(model, other):
-    return max((a - b).abs().max().item() for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    return max(
+        (a - b).abs().max().item()
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(world, tokenizer, trained, tmp_path, monkeypatch):
@@ -508,7 +573,10 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(world, tokenizer
     again, _ = training.train(world, tokenizer, TINY, tmp_path, log=lines.append)
     assert lines[-1] == "resumed at step 40" and distance(whole, again) == 0
     # Each thing that a checkpoint keeps is needed: with any of them lost, the result is another.
-    for lost in ({"next_document": 0}, {"optimizers": [{**saved["optimizers"][0], "state": {}}, saved["optimizers"][1]]}):
+    for lost in (
+        {"next_document": 0},
+        {"optimizers": [{**saved["optimizers"][0], "state": {}}, saved["optimizers"][1]]},
+    ):
         torch.save({**saved, **lost}, tmp_path / "checkpoint.pt")
         other, _ = training.train(world, tokenizer, TINY, tmp_path, log=lines.append)
         assert distance(whole, other) > 1e-4
@@ -589,7 +657,11 @@ def test_novel_rows_are_about_what_the_train_split_never_names(task, world, made
     familiar, novel = tasks.pools(world)
     train, test = made[task]["train"], made[task]["test"]
     new = [row for row in test if row["novel"]]
-    kinds = {"names": set(), "places": set(), "objects": TWO_MEANINGS} if task != "mood" else {"names": set(), "town_names": set()}
+    kinds = (
+        {"names": set(), "places": set(), "objects": TWO_MEANINGS}
+        if task != "mood"
+        else {"names": set(), "town_names": set()}
+    )
     for kind, left_out in kinds.items():
         theirs, ours = ({*getattr(pool, kind)} - left_out for pool in (familiar, novel))
         assert used(new, theirs) == set() and used(train, ours) == set()
@@ -605,7 +677,9 @@ def test_written_tasks_are_the_committed_data(world, made, tmp_path, monkeypatch
     files = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     assert len(files) == 3 * len(ALL_TASKS)
     for path, content in files.items():
-        assert (ROOT / "data" / path).read_bytes() == content, f"data/{path} is not what python -m pretraining.run tasks writes"
+        assert (ROOT / "data" / path).read_bytes() == content, (
+            f"data/{path} is not what python -m pretraining.run tasks writes"
+        )
 
 
 @pytest.mark.parametrize(
@@ -628,7 +702,9 @@ def test_answers_follow_from_what_is_told(world, made):
     for row in made["extract"]["test"]:
         assert all(re.search(rf"\b{value}\b", prompt(row)) for value in json.loads(answer(row)).values())
     for row in made["mood"]["test"]:
-        kinds = {mood: set(" ".join(words.values()).split()) for mood, words in (("happy", w.PRAISE), ("unhappy", w.BLAME))}
+        kinds = {
+            mood: set(" ".join(words.values()).split()) for mood, words in (("happy", w.PRAISE), ("unhappy", w.BLAME))
+        }
         last = prompt(row).rsplit("But ", 1)[-1] if row["kind"] == "mixed" else prompt(row).split("?", 1)[1]
         other = kinds["unhappy" if answer(row) == "happy" else "happy"]
         assert not set(re.findall(r"\w+", last)) & other, prompt(row)
@@ -647,15 +723,26 @@ def test_adapters_are_measured_and_trained_on_whole_answers(tokenizer, made, tmp
         longest = max(rows, key=lambda row: len(prompt(row)) + len(answer(row)))
         ids = tokenizer.apply_chat_template(longest["prompt"] + longest["completion"], return_dict=True)["input_ids"]
         arguments = adapters.recipe(task, 1e-3, tmp_path)
-        assert len(ids) <= arguments.max_length and arguments.max_steps == adapters.STEPS[task] and arguments.completion_only_loss
-    assert len(answer_ids(tokenizer, made["sailor"]["test"][:1])[0]) > adapters.LONGEST_ANSWER["mood"], "the check can fail"
+        assert (
+            len(ids) <= arguments.max_length
+            and arguments.max_steps == adapters.STEPS[task]
+            and arguments.completion_only_loss
+        )
+    assert len(answer_ids(tokenizer, made["sailor"]["test"][:1])[0]) > adapters.LONGEST_ANSWER["mood"], (
+        "the check can fail"
+    )
 
 
 def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
     from pretraining import adapters, card
 
     ran = []
-    for module, function in ((run, "pretrain"), (tasks, "write_tasks"), (adapters, "train_adapters"), (card, "write_card")):
+    for module, function in (
+        (run, "pretrain"),
+        (tasks, "write_tasks"),
+        (adapters, "train_adapters"),
+        (card, "write_card"),
+    ):
         monkeypatch.setattr(module, function, lambda *_, name=function: ran.append(name))
     run.main(["card", "tasks"])
     assert ran == ["write_tasks", "write_card"], "stages keep their order"

@@ -27,11 +27,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
-avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="this processor has no AVX512-BF16, so nothing is repacked on it")
+avx512bf16 = pytest.mark.skipif(
+    not has_avx512bf16(), reason="this processor has no AVX512-BF16, so nothing is repacked on it"
+)
 
 
 def four_bit(**settings):
-    return BitsAndBytesConfig(**{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32, **settings})
+    return BitsAndBytesConfig(
+        **{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32, **settings}
+    )
 
 
 def load(folder, settings=None, **options):
@@ -46,12 +50,17 @@ def layers_of(model):
 
 def read(model):
     """The numbers that the 4-bit layers stand for."""
-    return {name: bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) for name, layer in layers_of(model).items()}
+    return {
+        name: bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for name, layer in layers_of(model).items()
+    }
 
 
 def plant_repacking(layer):
     """What the first eval forward on an AVX512-BF16 processor does to a layer, and nothing else of it."""
-    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
 
 
 def lora():
@@ -100,11 +109,18 @@ def test_an_eval_forward_cuts_gradients_and_spoils_weights_unless_it_is_stopped(
         after = gradients(model)
     assert before.keys() == after.keys()
     same = [torch.equal(before[name], after[name]) for name in before]
-    spoilt = {name: (weight.reshape(weights[name].shape) - weights[name]).norm() / weights[name].norm() for name, weight in read(model).items()}
+    spoilt = {
+        name: (weight.reshape(weights[name].shape) - weights[name]).norm() / weights[name].norm()
+        for name, weight in read(model).items()
+    }
     if helped:
         assert all(same) and max(spoilt.values()) == 0 and not [w for w in caught if "gemv_4bit" in str(w.message)]
     else:
-        assert not all(same) and min(spoilt.values()) > 0.5 and [w for w in caught if "autograd kernel was not registered" in str(w.message)]
+        assert (
+            not all(same)
+            and min(spoilt.values()) > 0.5
+            and [w for w in caught if "autograd kernel was not registered" in str(w.message)]
+        )
 
 
 def test_a_repacked_model_is_refused(tiny_model_folder):
@@ -116,13 +132,19 @@ def test_a_repacked_model_is_refused(tiny_model_folder):
 
 def test_models_without_4_bit_layers_are_left_alone(tiny_model, tiny_model_folder):
     before = copy.deepcopy(tiny_model.state_dict())
-    assert runtime.stop_repacking(tiny_model) is tiny_model and all(torch.equal(before[name], weight) for name, weight in tiny_model.state_dict().items())
+    assert runtime.stop_repacking(tiny_model) is tiny_model and all(
+        torch.equal(before[name], weight) for name, weight in tiny_model.state_dict().items()
+    )
     assert runtime.stop_repacking(load(tiny_model_folder, BitsAndBytesConfig(load_in_8bit=True)))
 
 
 @pytest.mark.parametrize("inputs, outputs", [(96, 64), (64, 48), (101, 64)])
 def test_sizes_that_the_kernel_refuses_work_when_it_is_stopped(inputs, outputs):
-    model = torch.nn.Sequential(Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type="nf4")).to("cpu").eval()
+    model = (
+        torch.nn.Sequential(Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type="nf4"))
+        .to("cpu")
+        .eval()
+    )
     x = torch.randn(3, inputs)
     if has_avx512bf16():
         with pytest.raises((RuntimeError, AssertionError)), torch.no_grad():
@@ -167,14 +189,19 @@ def test_the_notice_of_int8_is_hidden_and_nothing_else(tiny_model_folder):
 
 
 def test_a_healthy_model(tiny_model_folder):
-    for settings, kind in ((four_bit(), "NF4"), (four_bit(bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="fp4"), "FP4"),
-                           (BitsAndBytesConfig(load_in_8bit=True), "int8")):
+    for settings, kind in (
+        (four_bit(), "NF4"),
+        (four_bit(bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="fp4"), "FP4"),
+        (BitsAndBytesConfig(load_in_8bit=True), "int8"),
+    ):
         model = runtime.stop_repacking(load(tiny_model_folder, settings))
         runtime.quiet_int8()
         evaluate(model)
         report = validation.check_quantised(model, tiny_model_folder)
         assert report.ok and report.codes == [], report
-        assert f"14 layers are quantised ({kind})" in text(report) and "14 weights are those of the base" in text(report)
+        assert f"14 layers are quantised ({kind})" in text(report) and "14 weights are those of the base" in text(
+            report
+        )
         assert validation.check_quantised(get_peft_model(model, lora()), tiny_model_folder).codes == []
 
 
@@ -190,7 +217,12 @@ def test_a_model_that_will_be_repacked_and_one_that_was(tiny_model_folder):
     assert report.ok and report.codes == ["will_be_repacked"]
     evaluate(model)
     report = validation.check_quantised(model, tiny_model_folder)
-    assert not report.ok and report.codes[0] == "repacked" and "14 of 14" in text(report) and "stop_repacking" in text(report)
+    assert (
+        not report.ok
+        and report.codes[0] == "repacked"
+        and "14 of 14" in text(report)
+        and "stop_repacking" in text(report)
+    )
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -198,7 +230,9 @@ def test_planted_repacking_is_found(double, tiny_model_folder):
     model = runtime.stop_repacking(load(tiny_model_folder, four_bit(bnb_4bit_use_double_quant=double)))
     plant_repacking(layers_of(model)["model.layers.0.self_attn.k_proj"])
     report = validation.check_quantised(get_peft_model(model, lora()), tiny_model_folder)
-    assert report.codes == ["repacked"] and "1 of 14" in text(report) and "model.layers.0.self_attn.k_proj" in text(report)
+    assert (
+        report.codes == ["repacked"] and "1 of 14" in text(report) and "model.layers.0.self_attn.k_proj" in text(report)
+    )
 
 
 @pytest.mark.parametrize("double, codes", [(False, ["damaged"]), (True, [])])
@@ -244,13 +278,19 @@ def test_a_merge_into_4_bits_is_announced_and_found(tiny_model_folder):
     with warnings.catch_warnings(action="ignore"):
         model.merge_adapter()
     report = validation.check_quantised(model, tiny_model_folder)
-    assert "merged_into_quantised" in report.codes and "14 quantised layers" in text(report) and "dequantize()" in text(report)
+    assert (
+        "merged_into_quantised" in report.codes
+        and "14 quantised layers" in text(report)
+        and "dequantize()" in text(report)
+    )
     with warnings.catch_warnings(action="ignore"):
         merged = model.merge_and_unload()
     assert validation.check_quantised(merged, tiny_model_folder).codes == ["damaged"]
 
 
-@pytest.mark.parametrize("thing, code", [(None, "bad_argument"), ("model", "bad_argument"), (torch.nn.Linear(4, 4), "not_quantised")])
+@pytest.mark.parametrize(
+    "thing, code", [(None, "bad_argument"), ("model", "bad_argument"), (torch.nn.Linear(4, 4), "not_quantised")]
+)
 def test_what_is_no_quantised_model_gets_a_sentence(thing, code):
     assert validation.check_quantised(thing).codes == [code]
 
@@ -259,20 +299,25 @@ def test_what_is_no_quantised_model_gets_a_sentence(thing, code):
 def test_an_original_that_is_none_gets_a_sentence(original, tiny_model_folder):
     report = validation.check_quantised(runtime.stop_repacking(load(tiny_model_folder)), original)
     assert report.codes == ["bad_argument"] and "original_base" in text(report)
-    assert validation.check_quantised(runtime.stop_repacking(load(tiny_model_folder)), torch.nn.Linear(4, 4)).codes == ["not_compared"]
+    assert validation.check_quantised(runtime.stop_repacking(load(tiny_model_folder)), torch.nn.Linear(4, 4)).codes == [
+        "not_compared"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- check_quantization_config
 
 
-@pytest.mark.parametrize("settings, codes, said", [
-    ({}, [], "14 layers with"),
-    ({"bnb_4bit_quant_type": "nf5"}, ["bad_quant_type"], "no 4-bit type 'nf5'"),
-    ({"bnb_4bit_quant_type": None}, ["bad_quant_type"], "no 4-bit type None"),
-    ({"bnb_4bit_quant_type": "fp4"}, ["fp4"], "without asking"),
-    ({"load_in_4bit": False}, ["no_bits"], "loads NF4 all the same"),
-    ({"load_in_4bit": False, "load_in_8bit": True}, [], "14 layers with"),
-])
+@pytest.mark.parametrize(
+    "settings, codes, said",
+    [
+        ({}, [], "14 layers with"),
+        ({"bnb_4bit_quant_type": "nf5"}, ["bad_quant_type"], "no 4-bit type 'nf5'"),
+        ({"bnb_4bit_quant_type": None}, ["bad_quant_type"], "no 4-bit type None"),
+        ({"bnb_4bit_quant_type": "fp4"}, ["fp4"], "without asking"),
+        ({"load_in_4bit": False}, ["no_bits"], "loads NF4 all the same"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, [], "14 layers with"),
+    ],
+)
 def test_settings(settings, codes, said, tiny_model):
     given = four_bit()
     for name, value in settings.items():
@@ -293,7 +338,9 @@ def test_what_one_gets_without_asking(tiny_model_folder):
 
 @pytest.mark.parametrize("hidden, odd", [(128, 0), (96, 12)])
 def test_sizes_that_some_processors_refuse_are_named(hidden, odd):
-    config = LlamaConfig(vocab_size=90, hidden_size=hidden, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=90, hidden_size=hidden, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2
+    )
     report = validation.check_quantization_config(config, four_bit())
     assert report.ok and report.codes == (["odd_size"] if odd else []), report
     if odd:
@@ -336,9 +383,24 @@ def walk(folder, tokenizer, output_dir, helped=True):
     evaluate(model)  # the score before
     rows = data.load_task("mood", "train").select(range(24)).select_columns(["prompt", "completion"])
     trainer = SFTTrainer(
-        model, SFTConfig(str(output_dir), max_steps=6, per_device_train_batch_size=4, learning_rate=2e-2, max_length=256, seed=0, save_strategy="no",
-                         eval_strategy="steps", eval_steps=3, **runtime.trainer_settings()),
-        train_dataset=rows, eval_dataset=rows.select(range(4)), processing_class=tokenizer, peft_config=lora())
+        model,
+        SFTConfig(
+            str(output_dir),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=2e-2,
+            max_length=256,
+            seed=0,
+            save_strategy="no",
+            eval_strategy="steps",
+            eval_steps=3,
+            **runtime.trainer_settings(),
+        ),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
     in_float32(trainer.model)  # TRL makes the adapter bf16
     trainer.train()
     model = trainer.model
@@ -349,7 +411,9 @@ def walk(folder, tokenizer, output_dir, helped=True):
     same_gradients = all(torch.allclose(healthy[name], found[name], rtol=1e-4, atol=1e-6) for name in healthy)
     same_weights = all(torch.equal(weight, weights[plain_name(name)]) for name, weight in read(model).items())
     merged = load(folder, quantization_config=None)
-    assert (evaluate(merged) - trained).abs().max() > 0.1, "the adapter must change something, or a merge proves nothing"
+    assert (evaluate(merged) - trained).abs().max() > 0.1, (
+        "the adapter must change something, or a merge proves nothing"
+    )
     for name, layer in layers_of(model).items():  # into the dequantised weights, by hand
         change = model.get_submodule(name.removesuffix(".base_layer")).get_delta_weight("default").detach()
         merged.get_submodule(plain_name(name)).weight.data = read_back(layer).float() + change

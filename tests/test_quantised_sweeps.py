@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-
 from conftest import set_constants
+
 from course_utils import data, runtime
 
 runtime.quiet_imports()
 
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
 from experiments import cost, harness, quantised, quantised_cost, quantised_merge, training
 
 
@@ -19,10 +20,15 @@ from experiments import cost, harness, quantised, quantised_cost, quantised_merg
 def small(results, short_rows, monkeypatch):
     """Four steps of two short rows; the folder of the results."""
     monkeypatch.setattr(data, "held_out_texts", lambda tokenizer: ["A lamp is in the mill."] * 2)
-    set_constants(monkeypatch, {
-        training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}, "BATCH": 2}, quantised: {"STEPS": 4, "CHECKED": 2},
-        quantised_merge: {"COMPARED": 2}, quantised_cost: {"STEPS": 4},
-    })
+    set_constants(
+        monkeypatch,
+        {
+            training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}, "BATCH": 2},
+            quantised: {"STEPS": 4, "CHECKED": 2},
+            quantised_merge: {"COMPARED": 2},
+            quantised_cost: {"STEPS": 4},
+        },
+    )
     return results
 
 
@@ -46,17 +52,24 @@ def test_each_form_is_what_its_name_says_and_only_that(small, monkeypatch):
         four = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
         assert len(four) == (14 if weights.startswith("nf4") else 0), weights
         assert sum(isinstance(layer, Linear8bitLt) for layer in model.modules()) == (14 if weights == "int8" else 0)
-        assert {layer.weight.quant_type for layer in four} <= {"nf4"} and {layer.compute_dtype for layer in four} <= {torch.float32}
+        assert {layer.weight.quant_type for layer in four} <= {"nf4"} and {layer.compute_dtype for layer in four} <= {
+            torch.float32
+        }
         assert all(layer.weight.quant_state.nested == (weights == "nf4_double") for layer in four)
         # Left alone in one form only; elsewhere the processor's own layout is switched off.
-        assert all(bool(layer.support_avx512bf16_for_cpu) == (weights == "nf4_repacked" and bool(has_avx512bf16())) for layer in four)
+        assert all(
+            bool(layer.support_avx512bf16_for_cpu) == (weights == "nf4_repacked" and bool(has_avx512bf16()))
+            for layer in four
+        )
         assert model.get_input_embeddings().weight.dtype == (torch.bfloat16 if weights == "bf16" else torch.float32)
         adapter = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         assert adapter == {torch.bfloat16 if weights == "nf4_trl" else torch.float32}, weights
 
 
 def test_the_sweep_measures_what_the_lesson_shows(small):
-    rows = rows_of(quantised, [{"seed": 0, "weights": weights} for weights in ("fp32", "nf4", "nf4_double")], "quantised")
+    rows = rows_of(
+        quantised, [{"seed": 0, "weights": weights} for weights in ("fp32", "nf4", "nf4_double")], "quantised"
+    )
     full, nf4, double = rows
     assert full["footprint"] > nf4["footprint"] == double["footprint"], "get_memory_footprint leaves out the scales"
     assert full["weights_bytes"] > nf4["weights_bytes"]
@@ -72,12 +85,18 @@ def test_the_routes_of_merging(small):
     assert rows["trained"]["kl"] == 0 and rows["trained"]["top1"] == rows["trained"]["top1_question"] == 1
     for kl in ("kl", "kl_question"):
         assert rows["dequantised"][kl] < 1e-8 < 1e-5 < min(rows[way][kl] for way in ("original", "four_bit"))
-    assert abs(rows["dequantised"]["loss"] - rows["trained"]["loss"]) < 1e-4 < abs(rows["original"]["loss"] - rows["trained"]["loss"])
+    assert (
+        abs(rows["dequantised"]["loss"] - rows["trained"]["loss"])
+        < 1e-4
+        < abs(rows["original"]["loss"] - rows["trained"]["loss"])
+    )
 
 
 def test_answers_are_told_from_questions(tiny_tokenizer):
-    rows = [{"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
-            for asked, said in (("Who?", "Edan"), ("Where, and why?", "Here"))]
+    rows = [
+        {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+        for asked, said in (("Who?", "Edan"), ("Where, and why?", "Here"))
+    ]
     batch, answers = quantised_merge.witnesses(tiny_tokenizer, rows)
     said = [tiny_tokenizer.decode(ids[1:][where[:-1]]) for ids, where in zip(batch["input_ids"], answers)]
     assert [text.replace(" ", "") for text in said] == ["Edan<|end|>", "Here<|end|>"]
@@ -86,11 +105,14 @@ def test_answers_are_told_from_questions(tiny_tokenizer):
 def test_cost_measures_in_a_process_of_its_own(small, monkeypatch):
     asked = []
     monkeypatch.setattr(cost, "in_fresh_process", lambda *arguments: asked.append(arguments) or {"peak_bytes": 1})
-    assert quantised_cost.measure(seed=2, variant="nf4") == {"peak_bytes": 1} and asked == [("experiments.quantised_cost", "nf4", 2)]
+    assert quantised_cost.measure(seed=2, variant="nf4") == {"peak_bytes": 1} and asked == [
+        ("experiments.quantised_cost", "nf4", 2)
+    ]
     peaks = iter([10**9, 4 * 10**9] * 3)
     monkeypatch.setattr(cost, "peak_bytes", lambda: next(peaks))
     plain, checkpointing, adamw8bit = (
-        json.loads(json.dumps(quantised_cost.measure_here(seed=0, variant=variant))) for variant in ("nf4", "nf4_checkpointing", "nf4_adamw8bit")
+        json.loads(json.dumps(quantised_cost.measure_here(seed=0, variant=variant)))
+        for variant in ("nf4", "nf4_checkpointing", "nf4_adamw8bit")
     )
     for row in (plain, checkpointing, adamw8bit):
         assert row["peak_bytes"] == 4 * 10**9 and row["seconds_per_step"] > 0
@@ -101,7 +123,16 @@ def test_cost_measures_in_a_process_of_its_own(small, monkeypatch):
 def test_variants_of_the_cost_change_what_they_say(small):
     from bitsandbytes.optim import AdamW
 
-    for variant, optimizer, checkpointing in (("nf4", torch.optim.AdamW, False), ("nf4_checkpointing", torch.optim.AdamW, True), ("nf4_adamw8bit", AdamW, False)):
-        trainer, _ = quantised.make_trainer(0, "nf4", max_steps=1, warmup_steps=0, **quantised_cost.CHANGES.get(variant, {}))
+    for variant, optimizer, checkpointing in (
+        ("nf4", torch.optim.AdamW, False),
+        ("nf4_checkpointing", torch.optim.AdamW, True),
+        ("nf4_adamw8bit", AdamW, False),
+    ):
+        trainer, _ = quantised.make_trainer(
+            0, "nf4", max_steps=1, warmup_steps=0, **quantised_cost.CHANGES.get(variant, {})
+        )
         trainer.train()
-        assert type(trainer.optimizer.optimizer) is optimizer and trainer.model.get_base_model().is_activation_checkpointing == checkpointing
+        assert (
+            type(trainer.optimizer.optimizer) is optimizer
+            and trainer.model.get_base_model().is_activation_checkpointing == checkpointing
+        )

@@ -25,7 +25,12 @@ def run_python(code, *, cwd=None, **environment):
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     variables = {name: value for name, value in variables.items() if value is not None}
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -54,7 +59,7 @@ def test_package_names_its_submodules_and_nothing_else():
 
     assert course_utils.data.TASKS and "runtime" in dir(course_utils)
     with pytest.raises(AttributeError, match="nothing"):
-        course_utils.nothing
+        course_utils.nothing  # noqa: B018 (reading it is what fails)
 
 
 # ---------------------------------------------------------------------------------------------- places
@@ -154,7 +159,9 @@ def test_shipped_base_named_by_its_path_is_still_the_shipped_one(monkeypatch):
     assert runtime.is_shipped_base()
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "~/no/such", "folder", "a/b/c", "C:\\models\\x", "org/"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./folder", "~/no/such", "folder", "a/b/c", "C:\\models\\x", "org/"]
+)
 def test_base_model_that_does_not_exist(name, monkeypatch):
     monkeypatch.setenv("COURSE_BASE_MODEL", name)
     with pytest.raises(CourseError) as caught:
@@ -279,7 +286,9 @@ def test_header_lists_names_dtypes_and_shapes(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "x.safetensors", {"k": "v"})
+    save_file(
+        {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "x.safetensors", {"k": "v"}
+    )
     assert runtime.read_safetensors_header(tmp_path / "x.safetensors") == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
 
 
@@ -344,7 +353,12 @@ def _pretend(monkeypatch, cuda=False, bf16=False, mps=False):
     ("machine", "kind", "dtype", "settings"),
     [
         ({}, "cpu", "float32", {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}),
-        ({"cuda": True, "bf16": True}, "cuda", "bfloat16", {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True}),
+        (
+            {"cuda": True, "bf16": True},
+            "cuda",
+            "bfloat16",
+            {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True},
+        ),
         ({"cuda": True}, "cuda", "float32", {"use_cpu": False, "bf16": False, "dataloader_pin_memory": True}),
         ({"mps": True}, "mps", "float32", {"use_cpu": False, "bf16": False, "dataloader_pin_memory": False}),
     ],
@@ -371,7 +385,12 @@ def test_settings_are_taken_by_both_configurations(tmp_path):
         warnings.simplefilter("error", FutureWarning)  # the library warns of a deprecated keyword in its own name
         for configuration in (TrainingArguments, SFTConfig):
             made = configuration(output_dir=str(tmp_path), **runtime.trainer_settings())
-            assert made.device.type == "cpu" and not made.bf16 and not made.activation_checkpointing and made.report_to == []
+            assert (
+                made.device.type == "cpu"
+                and not made.bf16
+                and not made.activation_checkpointing
+                and made.report_to == []
+            )
 
 
 def test_seed_everything_makes_draws_repeat():
@@ -536,7 +555,8 @@ def test_package_lines(tmp_path):
 
     release = torch.__version__.split("+")[0]
     lines = _lines(
-        f"# comment\n-c constraints.txt\n-e .\ntorch=={release}  # every lesson\npytest==0.1\nno-such-package==1.0 # x\n", tmp_path
+        f"# comment\n-c constraints.txt\n-e .\ntorch=={release}  # every lesson\npytest==0.1\nno-such-package==1.0 # x\n",
+        tmp_path,
     )
     assert len(lines) == 3
     assert lines[0].startswith(f"[OK]   torch {release}")  # a build's own tag, as in +cpu, is no other version
@@ -692,7 +712,10 @@ def test_a_broken_safetensors_file_is_never_put_in_place(tmp_path):
 
 def test_saving_below_a_file_or_over_one_says_so(tmp_path):
     (tmp_path / "file").write_text("precious")
-    for target, sentence in ((tmp_path / "file" / "result", "can't be written to"), (tmp_path / "file", "not a plain folder")):
+    for target, sentence in (
+        (tmp_path / "file" / "result", "can't be written to"),
+        (tmp_path / "file", "not a plain folder"),
+    ):
         with pytest.raises(CourseError, match=sentence), runtime.saving(target):
             pytest.fail("the body must not run")
     assert (tmp_path / "file").read_text() == "precious"
@@ -714,8 +737,13 @@ def _trainer(model, tokenizer, folder, steps=6, **options):
 
     rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}] * 8
     settings = SFTConfig(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, logging_steps=2, save_strategy="no",
-        **runtime.trainer_settings(), **options,
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+        **options,
     )
     data = Dataset.from_list(rows)
     return SFTTrainer(model=model, args=settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
@@ -759,7 +787,7 @@ for lab in range(2):
     for done in range(1, 4):
         line.update(done, f"lab {{lab}} loss <1>")
 """
-    cells = [nbformat.v4.new_code_cell(text) for text in (code, 'ProgressLine(9).update(1)')]
+    cells = [nbformat.v4.new_code_cell(text) for text in (code, "ProgressLine(9).update(1)")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
     (output,) = notebook.cells[0].outputs  # one for both labs, and no warning about missing widgets

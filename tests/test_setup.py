@@ -1,4 +1,5 @@
 """The set-up: what make does, what is pinned, and what a Python that is too old is told."""
+
 import ast
 import os
 import re
@@ -25,8 +26,12 @@ def make(*arguments, folder=ROOT, **environment):
     unwanted = ("MAKE", "MFLAGS", "COURSE_", "NO_BROWSER")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     done = subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=folder, env={**inherited, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["make", "--no-print-directory", *arguments],
+        cwd=folder,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return done.returncode, done.stdout
 
@@ -67,7 +72,7 @@ def test_make_stops_at_an_old_python_before_it_makes_anything(tmp_path):
 
 
 def test_the_package_asks_for_the_same_python():
-    assert PYPROJECT["project"]["requires-python"] == ">=%d.%d" % OLDEST
+    assert PYPROJECT["project"]["requires-python"] == f">={OLDEST[0]}.{OLDEST[1]}"
 
 
 # What make does
@@ -205,7 +210,9 @@ def test_every_direct_dependency_is_pinned_and_says_what_needs_it():
     lines = [line for line in REQUIREMENTS.splitlines() if line and not line.startswith(("#", "-"))]
     assert len(lines) > 10
     for line in lines:
-        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+ +# (all lessons|lessons? [0-9, ]+|pretraining|tools|tests).*", line), line
+        assert re.fullmatch(
+            r"[a-z0-9-]+==[0-9.]+ +# (all lessons|lessons? [0-9, ]+|pretraining|tools|tests).*", line
+        ), line
     names = {line.split("==")[0] for line in lines}
     assert {"jupyterlab", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "torch"} <= names
     assert "torch==2.13.0 " in REQUIREMENTS
@@ -263,7 +270,9 @@ def reported(name, version, *requires):
 def test_lock_keeps_what_every_system_needs_and_nothing_else():
     report = {
         "install": [
-            reported("Torch", "2.13.0+cpu", "gpu-driver>1; platform_system == 'Linux'", "maths", "extra-tool; extra == 'all'"),
+            reported(
+                "Torch", "2.13.0+cpu", "gpu-driver>1; platform_system == 'Linux'", "maths", "extra-tool; extra == 'all'"
+            ),
             reported("gpu_driver", "13.0", "driver-part"),
             reported("driver.part", "1.0"),
             reported("maths", "1.4+cpu", "Tidy_Name[fast]"),
@@ -294,8 +303,16 @@ def test_the_package_is_course_utils_whole_and_nothing_else():
 
 
 def test_no_file_of_the_set_up_names_a_host():
-    for name in ("Makefile", "pyproject.toml", "requirements.txt", "constraints.txt", ".ci/run",
-                 "requirements-instructor.txt", "constraints-instructor.txt", "classroom/Dockerfile"):
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        "requirements.txt",
+        "constraints.txt",
+        ".ci/run",
+        "requirements-instructor.txt",
+        "constraints-instructor.txt",
+        "classroom/Dockerfile",
+    ):
         assert "://" not in (ROOT / name).read_text(encoding="utf-8"), name
 
 

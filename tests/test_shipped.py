@@ -22,7 +22,8 @@ def task(request):
     """Name and splits of each task, read without `datasets`, so that what it might mend shows."""
     files = data.task_files(request.param)
     return request.param, {
-        split: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] for split, path in files.items()
+        split: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        for split, path in files.items()
     }
 
 
@@ -59,7 +60,9 @@ def test_answers_are_right_by_the_tasks_own_metric(task):
             assert evaluation.METRICS[name](answer, answer)
             if name == "extract":
                 fields = json.loads(answer)
-                assert tuple(fields) == evaluation.EXTRACT_FIELDS and all(isinstance(v, str) and v for v in fields.values())
+                assert tuple(fields) == evaluation.EXTRACT_FIELDS and all(
+                    isinstance(v, str) and v for v in fields.values()
+                )
             if name == "mood":
                 assert answer in ("happy", "unhappy")
 
@@ -144,7 +147,9 @@ text = tokenizer.decode(model.generate(**inputs, max_new_tokens=20, do_sample=Fa
 print(any(info.values()), "course_utils" in sys.modules, len(text) > 5)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.split() == ["False", "False", "True"], done.stderr
 
 

@@ -4,8 +4,11 @@ import pytest
 
 from course_utils import sweeps
 
-ROWS = [{"seed": seed, "rank": rank, "alpha": 16, "score": score}
-        for rank, scores in ((1, (0.5, 0.25, 0.75)), (8, (1.0, 1.0, 1.0))) for seed, score in enumerate(scores)]
+ROWS = [
+    {"seed": seed, "rank": rank, "alpha": 16, "score": score}
+    for rank, scores in ((1, (0.5, 0.25, 0.75)), (8, (1.0, 1.0, 1.0)))
+    for seed, score in enumerate(scores)
+]
 
 
 def test_groups_are_over_the_seeds_alone():

@@ -12,6 +12,7 @@ def test_actions_take_turns_and_the_first_round_does_not_count(monkeypatch):
         def act():
             called.append(name)
             clock[0] += seconds if len(called) > 2 else 100  # the first call of each is slow
+
         return act
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])

@@ -40,7 +40,9 @@ def make_base(seed=0, size=32, layers=2):
 
 
 def lora(**changes):
-    return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes)
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
+    )
 
 
 def make_adapted(seed=1, base=None, adapter_name="default", **changes):
@@ -100,7 +102,9 @@ def output(model):
 def rewrite(folder, change):
     """Save the adapter's tensors again, changed by `change(dict) -> dict`."""
     tensors = change(load_file(folder / WEIGHTS))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
 
 
 def reconfigure(folder, **changes):
@@ -116,7 +120,9 @@ def message(report, code):
 
 
 def test_report_reads_well_and_raises_only_for_failures():
-    report = Report("Something", [Finding("ok", "fine", "This is fine."), Finding("warn", "odd", "This is odd.", "Look.")])
+    report = Report(
+        "Something", [Finding("ok", "fine", "This is fine."), Finding("warn", "odd", "This is odd.", "Look.")]
+    )
     assert report.ok and report.codes == ["odd"]
     report.raise_if_failed()
     report.fail("bad", "This is bad.", "Mend it.")
@@ -543,7 +549,15 @@ def test_states_in_which_no_effect_can_be_measured(loaded):
 
 @pytest.mark.parametrize(
     "inputs",
-    [None, "a text", ["texts"], [[1.5, 2.0]], {}, torch.zeros(0, 3, dtype=torch.long), torch.zeros(1, 2, 3, dtype=torch.long)],
+    [
+        None,
+        "a text",
+        ["texts"],
+        [[1.5, 2.0]],
+        {},
+        torch.zeros(0, 3, dtype=torch.long),
+        torch.zeros(1, 2, 3, dtype=torch.long),
+    ],
     ids=str,
 )
 def test_bad_inputs(loaded, inputs):
@@ -567,7 +581,9 @@ def test_models_that_do_not_run(loaded):
     assert compare_models("model", loaded, IDS).codes == ["reference_failed"]
     assert compare_models(loaded, lambda **inputs: "logits", IDS).codes == ["candidate_failed"]
     assert compare_models(make_base(), make_base(), IDS + 1000).codes == ["reference_failed"]
-    assert compare_models(lambda **i: torch.zeros(2, 8, 5), lambda **i: torch.zeros(2, 8, 6), IDS).codes == ["shape_mismatch"]
+    assert compare_models(lambda **i: torch.zeros(2, 8, 5), lambda **i: torch.zeros(2, 8, 6), IDS).codes == [
+        "shape_mismatch"
+    ]
     report = compare_models(lambda **i: torch.zeros(2, 8, 5), lambda **i: torch.full((2, 8, 5), torch.nan), IDS)
     assert report.codes == ["non_finite"] and "candidate" in str(report) and report.max_abs is None
 
@@ -744,13 +760,17 @@ def test_zero_b_in_the_file(folder):
     zero = {}
 
     def blank(tensors):
-        zero.update({name: torch.zeros_like(t) if "layers.0" in name and "lora_B" in name else t for name, t in tensors.items()})
+        zero.update(
+            {name: torch.zeros_like(t) if "layers.0" in name and "lora_B" in name else t for name, t in tensors.items()}
+        )
         return zero
 
     rewrite(folder, blank)
     report = check_adapter_folder(folder)
     assert report.ok and report.codes == ["partly_zero_b"]
-    rewrite(folder, lambda tensors: {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in tensors.items()})
+    rewrite(
+        folder, lambda tensors: {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in tensors.items()}
+    )
     assert check_adapter_folder(folder).codes == ["zero_b"]
 
 

@@ -27,7 +27,9 @@ CHATS = [{"messages": entry["prompt"] + entry["completion"]} for entry in ROWS]
 
 
 def lora(**changes):
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes)
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
+    )
 
 
 def settings(folder, **changes):
@@ -86,7 +88,9 @@ def hand_made(tokenizer, *pairs, **changes):
 # ------------------------------------------------------------------------------------------------ check_sft_data
 
 
-@pytest.mark.parametrize("rows", [ROWS, Dataset.from_list(ROWS), PLAIN, CHATS, [{"text": "Tobin has the key."}], iter(ROWS)])
+@pytest.mark.parametrize(
+    "rows", [ROWS, Dataset.from_list(ROWS), PLAIN, CHATS, [{"text": "Tobin has the key."}], iter(ROWS)]
+)
 def test_healthy_rows(rows, tiny_tokenizer):
     report = check_sft_data(rows, tiny_tokenizer, 64)
     assert report.codes == [] and "carry loss" in message(report, "supervision")
@@ -94,7 +98,9 @@ def test_healthy_rows(rows, tiny_tokenizer):
 
 def test_rows_are_tokenised_as_trl_does_it(tmp_path, tiny_tokenizer):
     for rows in (ROWS, PLAIN):
-        expected = sum(label != -100 for entry in sft_trainer(tmp_path, rows).train_dataset["labels"] for label in entry)
+        expected = sum(
+            label != -100 for entry in sft_trainer(tmp_path, rows).train_dataset["labels"] for label in entry
+        )
         assert f" {expected} tokens" in message(check_sft_data(rows, tiny_tokenizer), "supervision")
 
 
@@ -123,11 +129,15 @@ def test_rows_are_tokenised_as_trl_does_it(tmp_path, tiny_tokenizer):
 )
 def test_a_bad_row_is_found_and_numbered(bad, code, tiny_tokenizer):
     report = check_sft_data([row(), bad, row()], tiny_tokenizer, 64)
-    assert report.codes == [code] and "In 1 of 3 rows" in message(report, code) and "(number 1)" in message(report, code)
+    assert (
+        report.codes == [code] and "In 1 of 3 rows" in message(report, code) and "(number 1)" in message(report, code)
+    )
 
 
 def test_an_answer_that_just_fits(tiny_tokenizer):
-    length = len(tiny_tokenizer.apply_chat_template(row()["prompt"] + row()["completion"], return_dict=True)["input_ids"])
+    length = len(
+        tiny_tokenizer.apply_chat_template(row()["prompt"] + row()["completion"], return_dict=True)["input_ids"]
+    )
     assert check_sft_data([row()], tiny_tokenizer, length).codes == []
     assert check_sft_data([row()], tiny_tokenizer, length - 1).codes == ["truncated"]
     assert check_sft_data([row(answer="Tobin" * 50)], tiny_tokenizer).codes == []
@@ -152,7 +162,9 @@ def test_no_rows(rows, tiny_tokenizer):
     assert check_sft_data(rows, tiny_tokenizer).codes == ["empty"]
 
 
-@pytest.mark.parametrize("arguments", [(None,), (3,), ("data/reading",), ({"train": ROWS},), (ROWS, 0), (ROWS, "64"), (ROWS, True)])
+@pytest.mark.parametrize(
+    "arguments", [(None,), (3,), ("data/reading",), ({"train": ROWS},), (ROWS, 0), (ROWS, "64"), (ROWS, True)]
+)
 def test_rows_that_are_no_rows(arguments, tiny_tokenizer):
     rows, *limit = arguments
     assert check_sft_data(rows, tiny_tokenizer, *limit).codes == ["bad_argument"]
@@ -184,13 +196,16 @@ def test_pad_is_eos_and_the_collator_masks_every_pad(tmp_path):
     tokenizer.pad_token = tokenizer.eos_token
     report = check_supervision(plain_trainer(tmp_path, tokenizer))
     assert "end_masked" in report.codes and "12 of 12" in message(report, "end_masked")
-    assert check_supervision(sft_trainer(tmp_path, tokenizer=tokenizer)).codes == [], "TRL goes by lengths, so it may be EOS"
+    assert check_supervision(sft_trainer(tmp_path, tokenizer=tokenizer)).codes == [], (
+        "TRL goes by lengths, so it may be EOS"
+    )
 
 
 def test_end_of_turn_outside_the_generation_markers(tmp_path):
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ message['content'] + '<|end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}{{ '<|end|>' }}"
+        "{{ message['content'] + '<|end|>' }}{% endgeneration %}",
+        "{{ message['content'] }}{% endgeneration %}{{ '<|end|>' }}",
     )
     trainer = sft_trainer(tmp_path, CHATS, tokenizer=tokenizer, assistant_only_loss=True)
     assert check_supervision(trainer).codes == ["end_masked"]
@@ -230,10 +245,15 @@ def test_batches_made_by_hand(tiny_tokenizer):
     assert check_supervision(batch, tiny_tokenizer).codes == []
     unmasked = {name: entry for name, entry in batch.items() if name != "attention_mask"}
     assert check_supervision(unmasked, tiny_tokenizer).codes == []
-    flipped = {name: entry.flip(1) for name, entry in hand_made(tiny_tokenizer, ("<|end|>ed", "<|tnatsissa|>cba"), healthy).items()}
+    flipped = {
+        name: entry.flip(1)
+        for name, entry in hand_made(tiny_tokenizer, ("<|end|>ed", "<|tnatsissa|>cba"), healthy).items()
+    }
     assert "no_end" in check_supervision(flipped, tiny_tokenizer).codes
     assert check_supervision(hand_made(tiny_tokenizer, healthy, ("abc", "de")), tiny_tokenizer).codes == ["no_end"]
-    assert check_supervision(batch | {"labels": torch.full_like(batch["labels"], -100)}, tiny_tokenizer).codes == ["no_loss"]
+    assert check_supervision(batch | {"labels": torch.full_like(batch["labels"], -100)}, tiny_tokenizer).codes == [
+        "no_loss"
+    ]
     shifted = batch["labels"].roll(-1, dims=1)
     assert "labels_shifted" in check_supervision(batch | {"labels": shifted}, tiny_tokenizer).codes
     assert check_supervision(unmasked.copy() | {"labels": 1}, tiny_tokenizer).ok is False
@@ -263,7 +283,9 @@ def test_neither_a_trainer_nor_a_batch(thing, tiny_tokenizer):
 
 
 def gpt2():
-    return AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0))
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,9 +311,13 @@ def test_healthy_configurations(changes, tiny_model):
 
 
 def test_numbers_of_the_configuration(tiny_model):
-    assert message(check_lora_config(tiny_model, lora()), "lora").startswith("4 layers would be adapted, with a scaling of 2.")
+    assert message(check_lora_config(tiny_model, lora()), "lora").startswith(
+        "4 layers would be adapted, with a scaling of 2."
+    )
     wrapped = get_peft_model(tiny_model, lora())
-    assert message(check_lora_config(wrapped, lora(r=2)), "lora").startswith("4 layers would be adapted, with a scaling of 4.")
+    assert message(check_lora_config(wrapped, lora(r=2)), "lora").startswith(
+        "4 layers would be adapted, with a scaling of 4."
+    )
     assert check_lora_config(gpt2(), lora(target_modules=["c_attn"], fan_in_fan_out=True)).codes == []
 
 
@@ -320,13 +346,21 @@ def test_faulty_configurations(changes, code, words, tiny_model):
         assert "q_proj" in next(finding.remedy for finding in report.findings if finding.code == code)
 
 
-@pytest.mark.parametrize(("rate", "code"), [(2e-5, "rate_too_low"), (0, "bad_rate"), (float("nan"), "bad_rate"), ("1e-4", "bad_rate")])
+@pytest.mark.parametrize(
+    ("rate", "code"), [(2e-5, "rate_too_low"), (0, "bad_rate"), (float("nan"), "bad_rate"), ("1e-4", "bad_rate")]
+)
 def test_learning_rate(rate, code, tiny_model):
     assert check_lora_config(tiny_model, lora(), rate).codes == [code]
 
 
 def test_neither_a_model_nor_a_configuration(tiny_model):
-    for model, config in ((None, lora()), (tiny_model, None), (tiny_model, {"r": 8}), ("models/base", lora()), (torch.nn.Linear(2, 2), lora())):
+    for model, config in (
+        (None, lora()),
+        (tiny_model, None),
+        (tiny_model, {"r": 8}),
+        ("models/base", lora()),
+        (torch.nn.Linear(2, 2), lora()),
+    ):
         assert check_lora_config(model, config).codes == ["bad_argument"]
 
 
@@ -354,7 +388,10 @@ def test_learning_rate_of_full_fine_tuning(tmp_path, tiny_tokenizer):
 def test_an_optimizer_of_ones_own_counts(tmp_path, tiny_tokenizer):
     model = get_peft_model(make_tiny_model(tiny_tokenizer), lora())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert check_training(plain_trainer(tmp_path, tiny_tokenizer, model, (optimizer, None), learning_rate=1e-6)).codes == []
+    assert (
+        check_training(plain_trainer(tmp_path, tiny_tokenizer, model, (optimizer, None), learning_rate=1e-6)).codes
+        == []
+    )
 
 
 def test_settings_of_trl_on_a_cpu(tmp_path):
@@ -373,7 +410,9 @@ def test_b_unchanged_after_three_steps(tmp_path, tiny_tokenizer):
     report = check_training(trainer)
     assert report.codes == ["not_moved"] and not report.ok and "4 of 4 weights" in message(report, "not_moved")
     assert check_training(trainer.model).codes == ["not_moved"]
-    warming_up = trained(plain_trainer(tmp_path, tiny_tokenizer, max_steps=1, warmup_steps=5, lr_scheduler_type="linear"))
+    warming_up = trained(
+        plain_trainer(tmp_path, tiny_tokenizer, max_steps=1, warmup_steps=5, lr_scheduler_type="linear")
+    )
     assert check_training(warming_up).codes == [], "the first rate of a warm-up is 0"
 
 

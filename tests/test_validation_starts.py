@@ -15,13 +15,23 @@ from course_utils.validation.starts import taken_out
 
 def make_base(dtype=torch.float32):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-                         max_position_embeddings=32, initializer_range=0.3)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def lora(start, **changes):
-    return LoraConfig(init_lora_weights=start, **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+    return LoraConfig(
+        init_lora_weights=start,
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes,
+    )
 
 
 def trained(start, adapter_name="default", **changes):
@@ -56,7 +66,11 @@ def folders(start, tmp_path):
     get_peft_model(make_base(), lora(start)).save_pretrained(tmp_path / "initial")
     model = trained(start)
     model.save_pretrained(tmp_path / "plain")
-    quietly(model.save_pretrained, tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    quietly(
+        model.save_pretrained,
+        tmp_path / "converted",
+        path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
+    )
     return model, tmp_path
 
 
@@ -64,7 +78,9 @@ def test_the_start_that_is_missing_is_named(start):
     report = check_adapters(get_peft_model(make_base(), lora(start)), original_base=make_base())
     assert report.ok and report.codes == ["start_taken_out"]
     wanted = {"olora": "OLoRA of rank 4 and scaling 2", "pissa": "PiSSA of rank 4"}[start]
-    assert wanted in message(report, "start_taken_out") and "'default' gives it back" in message(report, "start_taken_out")
+    assert wanted in message(report, "start_taken_out") and "'default' gives it back" in message(
+        report, "start_taken_out"
+    )
     assert "layers.0.self_attn.q_proj" in str(report) and "base_model.model" not in str(report)
 
 
@@ -124,7 +140,7 @@ def test_what_is_left_after_the_adapter_was_deleted(folders):
 
 
 def test_a_configuration_that_forgot_its_start(folders):
-    model, folder = folders
+    _, folder = folders
     copied = shutil.copytree(folder / "plain", folder / "copied")
     config = json.loads((copied / "adapter_config.json").read_text())
     (copied / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
@@ -149,11 +165,18 @@ def test_a_folder_says_that_loading_it_changes_the_base(folders):
     assert check_adapter_folder(folder / "converted").codes == []
 
 
-@pytest.mark.parametrize("config, expected", [
-    (lora("olora"), []), (lora("pissa"), []), (lora("orthogonal"), []), (lora(True, r=7), []),
-    (lora("orthogonal", r=7), ["odd_rank"]), (lora("orthogonal", rank_pattern={"q_proj": 3}), ["odd_rank"]),
-    (lora("olora", r=65), ["rank_too_large"]),
-])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (lora("olora"), []),
+        (lora("pissa"), []),
+        (lora("orthogonal"), []),
+        (lora(True, r=7), []),
+        (lora("orthogonal", r=7), ["odd_rank"]),
+        (lora("orthogonal", rank_pattern={"q_proj": 3}), ["odd_rank"]),
+        (lora("olora", r=65), ["rank_too_large"]),
+    ],
+)
 def test_starts_on_linear_layers(config, expected):
     assert check_lora_config(make_base(), config).codes == expected
 
@@ -172,7 +195,9 @@ def test_starts_on_low_precision_and_on_quantised_weights():
 
 
 def test_conv1d():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=1, eos_token_id=2))
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=1, eos_token_id=2)
+    )
     for layer in ("c_attn", "attn.c_proj"):
         settings = {"target_modules": [layer], "fan_in_fan_out": True}
         assert check_lora_config(model, lora("olora", **settings)).codes == ["start_conv1d"]

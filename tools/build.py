@@ -8,6 +8,7 @@ solved one is saved without. Nothing is replaced before the whole lesson ran. Th
 and memory of each run are kept in lessons/measured.json, and shown in the lesson's
 header and in README.md.
 """
+
 import argparse
 import json
 import os

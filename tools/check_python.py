@@ -3,6 +3,7 @@
 Runs before anything is installed, on whatever Python the machine has, so it is
 written to be understood by Python 2.7 as well.
 """
+
 import sys
 
 OLDEST = (3, 11)
@@ -17,8 +18,7 @@ def complaint(version, executable):
         return None
     return (
         "This course needs Python %d.%d or newer, but %s is Python %d.%d. "
-        "Install a newer one, or name it: make PYTHON=python3.12 lab"
-        % (OLDEST + (executable,) + tuple(version[:2]))
+        "Install a newer one, or name it: make PYTHON=python3.12 lab" % (OLDEST + (executable,) + tuple(version[:2]))
     )
 
 

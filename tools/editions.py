@@ -18,6 +18,7 @@ A lesson is plain text in jupytext's percent format, solved. Two marker rules, n
 An exercise cell holds one solution and the visible check. The hidden test is a cell of
 its own that follows; only the instructor's edition keeps it.
 """
+
 import ast
 import copy
 import re

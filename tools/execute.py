@@ -1,4 +1,5 @@
 """Run a notebook top to bottom in a fresh kernel, and measure its time and memory."""
+
 import os
 import threading
 import time
@@ -27,7 +28,9 @@ def execute(notebook, folder, runs):
     for name in ("COURSE_STRICT", "COURSE_BASE_MODEL"):
         environment.pop(name, None)
     # The kernel's own log, not the notebook's: it would warn that it listens on a local port.
-    client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=ERROR"])
+    client = NotebookClient(
+        notebook, timeout=600, record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=ERROR"]
+    )
     measured = {}
     start = time.perf_counter()
     with client.setup_kernel(cwd=str(folder), env=environment), _PeakMemory(client.km.provisioner.pid) as memory:

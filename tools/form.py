@@ -1,4 +1,5 @@
 """What every committed notebook must look like. Each check returns a list of complaints."""
+
 import json
 import re
 from pathlib import Path
@@ -16,8 +17,17 @@ def complaints(notebook, path, executed):
     `executed` says whether it should hold outputs (the learner's edition) or none.
     """
     found = runs_in_order(notebook) if executed else has_no_outputs(notebook)
-    for check in (no_stderr_and_no_errors, no_widgets, no_timing, plain_metadata, sound_ids, alt_texts,
-                  short_lines, nothing_of_this_machine, nothing_left_to_fill):
+    for check in (
+        no_stderr_and_no_errors,
+        no_widgets,
+        no_timing,
+        plain_metadata,
+        sound_ids,
+        alt_texts,
+        short_lines,
+        nothing_of_this_machine,
+        nothing_left_to_fill,
+    ):
         found += check(notebook)
     return found + links_resolve(notebook, path) + small(path)
 
@@ -145,7 +155,9 @@ def nothing_of_this_machine(notebook):
         shown = [output.get("text", "")] + [value for kind, value in data.items() if kind.startswith("text/")]
         for text in map(_text, shown):
             text = re.sub(r"data:image/[^\"']*", "", text)
-            place = re.search(r"(?<![\w.:/<])/(home|Users|root|tmp|work|usr|opt|var|mnt|private)/\S*|\b[A-Z]:\\\S*", text)
+            place = re.search(
+                r"(?<![\w.:/<])/(home|Users|root|tmp|work|usr|opt|var|mnt|private)/\S*|\b[A-Z]:\\\S*", text
+            )
             if place:
                 found.append(f"{cell.id} shows the path {place[0]}")
             if re.search(r"\bat 0x[0-9a-f]{6,}", text):

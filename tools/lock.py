@@ -9,6 +9,7 @@ is every package that only some of Linux, macOS and Windows need.
 Then it resolves requirements-instructor.txt on top of that, and writes what this adds to
 constraints-instructor.txt: a class uses the very versions that the lessons were built with.
 """
+
 import json
 import subprocess
 import sys

@@ -41,6 +41,7 @@ plotting.table(["", "numbers"], [["full matrix", f"{full:,}"], ["A and B", f"{th
 # <em>A</em> has rank × inputs numbers, <em>B</em> outputs × rank. They add up.
 # </details>
 
+
 # %% exercise="07.share" points=2
 def share(inputs, outputs, rank):
     """Return the numbers in A and B, as a share of those in the full matrix."""

@@ -1,4 +1,5 @@
 """Lesson 7's checks: the stub, the solution, and typical wrong answers, each with its own hint."""
+
 import pytest
 
 from course_utils.exercises import lesson07

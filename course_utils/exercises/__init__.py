@@ -13,6 +13,7 @@ reference that can be trusted, and raises `TryAgain` with a hint that fits the m
 In a lesson, `size_ratio(my_answer)` shows PASS, TRY AGAIN with the hint, or TODO.
 It raises only when the environment variable COURSE_STRICT is 1.
 """
+
 import contextlib
 import dis
 import functools
@@ -272,9 +273,7 @@ def _where(error, function):
     """Say on which of the learner's own lines `error` arose, if that can be told."""
     code = getattr(function, "__code__", None)
     frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if code and frame.filename == code.co_filename
+        frame for frame in traceback.extract_tb(error.__traceback__) if code and frame.filename == code.co_filename
     ]
     return f" (at: {frames[-1].line})" if frames and frames[-1].line else ""
 
@@ -302,8 +301,7 @@ def _stderr_to_stdout():
         for logger in loggers
         for handler in getattr(logger, "handlers", [])
         # Some look sys.stderr up at each record; those hold no stream, and follow by themselves.
-        if isinstance(handler, logging.StreamHandler)
-        and vars(handler).get("stream") in (sys.stderr, sys.__stderr__)
+        if isinstance(handler, logging.StreamHandler) and vars(handler).get("stream") in (sys.stderr, sys.__stderr__)
     }
     streams = {handler: handler.setStream(sys.stdout) for handler in moved}
     try:

@@ -15,8 +15,17 @@ def tiny_adapted_model(names, silent=(), seed=0):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32))
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=40,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=32,
+            )
+        )
         model = None
         for name in names:
             config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -45,7 +54,10 @@ def weigh(function):
         rank, tensors, numbers = rng.choice([2, 3, 5, 7]), {}, 0
         for layer in range(rng.randint(2, 4)):
             inputs, outputs = rng.randint(8, 30), rng.randint(31, 60)
-            pair = {f"layers.{layer}.lora_A.weight": torch.zeros(rank, inputs), f"layers.{layer}.lora_B.weight": torch.zeros(outputs, rank)}
+            pair = {
+                f"layers.{layer}.lora_A.weight": torch.zeros(rank, inputs),
+                f"layers.{layer}.lora_B.weight": torch.zeros(outputs, rank),
+            }
             tensors |= pair if trial % 2 else dict(reversed(pair.items()))
             numbers += rank * (inputs + outputs)
         answer = expect_type(call_learner(function, tensors), (tuple, list), "the answer")
@@ -61,8 +73,11 @@ def weigh(function):
             raise TryAgain("The count is not right. Add up numel() of every tensor.")
         if found_rank != rank:
             sides = {size for tensor in tensors.values() for size in tensor.shape}
-            raise TryAgain("That is a side of the layer, not the rank. lora_A has the shape (rank, inputs)."
-                           if found_rank in sides else "The rank is not right. It is the side that lora_A and lora_B share.")
+            raise TryAgain(
+                "That is a side of the layer, not the rank. lora_A has the shape (rank, inputs)."
+                if found_rank in sides
+                else "The rank is not right. It is the side that lora_A and lora_B share."
+            )
 
 
 @exercise("01.borrow", title="Borrow an adapter", level="core", minutes=10)
@@ -81,24 +96,36 @@ def borrow(function):
             reference[name] = model(input_ids=input_ids).logits
         logits = expect_tensor(call_learner(function, model, "second", input_ids), base.shape, "the logits")
         if torch.equal(logits, base):
-            raise TryAgain("These are the base model's logits. disable_adapter() switches every adapter off; use set_adapter.")
+            raise TryAgain(
+                "These are the base model's logits. disable_adapter() switches every adapter off; use set_adapter."
+            )
         if torch.equal(logits, reference["first"]):
-            raise TryAgain("These are the logits of the adapter that was active already. Switch to the one that is asked for.")
+            raise TryAgain(
+                "These are the logits of the adapter that was active already. Switch to the one that is asked for."
+            )
         if not torch.allclose(logits, reference["second"], atol=1e-6):
             raise TryAgain("These are not the logits of the adapter that was asked for.")
         if model.active_adapters != ["first"]:
-            raise TryAgain(f"The model was left with {model.active_adapters} active, and it had ['first']. Put that back.")
+            raise TryAgain(
+                f"The model was left with {model.active_adapters} active, and it had ['first']. Put that back."
+            )
         if not torch.equal(model(input_ids=input_ids).logits, reference["first"]):
-            raise TryAgain("The right adapter is active again, but the model no longer gives what it gave before. Is it disabled?")
+            raise TryAgain(
+                "The right adapter is active again, but the model no longer gives what it gave before. Is it disabled?"
+            )
         try:
             function(model, "second", torch.tensor([[10**6]]))  # no such token, so the forward pass fails
-            raise TryAgain("The forward pass failed, and your function hid it. Let the error through: finally, not except.")
+            raise TryAgain(
+                "The forward pass failed, and your function hid it. Let the error through: finally, not except."
+            )
         except TryAgain:
             raise
         except Exception:
             pass
         if model.active_adapters != ["first"]:
-            raise TryAgain("When the forward pass fails, the model stays switched. Put the old adapter back in a finally block.")
+            raise TryAgain(
+                "When the forward pass fails, the model stays switched. Put the old adapter back in a finally block."
+            )
 
 
 @exercise("01.silent", title="Find the silent ones", level="stretch", minutes=15)
@@ -119,12 +146,18 @@ def silent(function):
         if found == planted:
             continue
         if any(name not in names for name in found):
-            raise TryAgain(f"{next(n for n in found if n not in names)!r} is no adapter's name. It is the part after lora_B.")
+            raise TryAgain(
+                f"{next(n for n in found if n not in names)!r} is no adapter's name. It is the part after lora_B."
+            )
         if len(set(found)) < len(found):
             raise TryAgain("A name stands in your answer more than once. Collect the names in a dict or a set.")
         if not found:
-            raise TryAgain(f"{', '.join(planted)}: silent, but you found none. Is it B that you look at (A is never zero), and each adapter by its whole name?")
+            raise TryAgain(
+                f"{', '.join(planted)}: silent, but you found none. Is it B that you look at (A is never zero), and each adapter by its whole name?"
+            )
         if set(found) > set(planted):
-            raise TryAgain("You also report an adapter with a B that is not zero. Every B must be zero, in every entry: "
-                           "one zero B among others is not enough, nor entries that add up to zero.")
+            raise TryAgain(
+                "You also report an adapter with a B that is not zero. Every B must be zero, in every entry: "
+                "one zero B among others is not enough, nor entries that add up to zero."
+            )
         raise TryAgain("One that is silent is missing. Do you look at all adapters, also those that are not active?")

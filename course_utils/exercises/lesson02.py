@@ -10,8 +10,17 @@ def tiny_model(seed=0):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                             num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.3)
+        config = LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+            initializer_range=0.3,
+        )
         return LlamaForCausalLM(config).double().eval()
 
 
@@ -28,7 +37,11 @@ def inject(function):
             before = model(input_ids=input_ids).logits
         old_layers = dict(model.named_modules())
         old_parameters = {id(parameter) for parameter in model.parameters()}
-        wanted = {name for name, layer in old_layers.items() if isinstance(layer, torch.nn.Linear) and name.split(".")[-1] in names}
+        wanted = {
+            name
+            for name, layer in old_layers.items()
+            if isinstance(layer, torch.nn.Linear) and name.split(".")[-1] in names
+        }
         try:
             found = expect_number(call_learner(function, model, names, rank, alpha), "the number of layers")
         except TryAgain as wrong:
@@ -39,20 +52,30 @@ def inject(function):
         if {name for name in replaced if name.endswith("mlp")}:
             raise TryAgain(_BLOCK)
         if replaced - wanted:
-            raise TryAgain(f"{sorted(replaced - wanted)[0]} was replaced, and {names} was asked for. "
-                           "Compare the whole last part of the name: name.split('.')[-1].")
+            raise TryAgain(
+                f"{sorted(replaced - wanted)[0]} was replaced, and {names} was asked for. "
+                "Compare the whole last part of the name: name.split('.')[-1]."
+            )
         if any("." in name for name, _ in model.named_children()):
-            raise TryAgain("The new layer is on the model itself, under a name with dots in it, and the old one is where it was. Set it on "
-                           "its parent: setattr(model.get_submodule(parent_name), last_part, new_layer).")
+            raise TryAgain(
+                "The new layer is on the model itself, under a name with dots in it, and the old one is where it was. Set it on "
+                "its parent: setattr(model.get_submodule(parent_name), last_part, new_layer)."
+            )
         if wanted - replaced:
-            raise TryAgain(f"Nothing was replaced at {sorted(wanted - replaced)[0]}. Set the new layer on its parent: "
-                           "setattr(model.get_submodule(parent_name), last_part, new_layer).")
+            raise TryAgain(
+                f"Nothing was replaced at {sorted(wanted - replaced)[0]}. Set the new layer on its parent: "
+                "setattr(model.get_submodule(parent_name), last_part, new_layer)."
+            )
         if found != expected:
-            raise TryAgain(f"{expected} layers were replaced, and you returned {found:g}. Count the layers, not the names.")
+            raise TryAgain(
+                f"{expected} layers were replaced, and you returned {found:g}. Count the layers, not the names."
+            )
         _check_trainable(model, old_parameters, expected)
         with torch.no_grad():
             if not torch.equal(model(input_ids=input_ids).logits, before):
-                raise TryAgain("Before any training the output has changed. Hand the old layer over to LoRALinear, and leave B zero.")
+                raise TryAgain(
+                    "Before any training the output has changed. Hand the old layer over to LoRALinear, and leave B zero."
+                )
         for name in wanted:
             _check_change(model.get_submodule(name), old_layers[name], rank, alpha)
 
@@ -75,9 +98,13 @@ def _check_trainable(model, old_parameters, layers):
     frozen = [parameter.requires_grad for parameter in model.parameters() if id(parameter) in old_parameters]
     new = [parameter.requires_grad for parameter in model.parameters() if id(parameter) not in old_parameters]
     if any(frozen):
-        raise TryAgain(f"{sum(frozen)} of the base's own parameters are still trainable. Freeze all of them: requires_grad_(False).")
+        raise TryAgain(
+            f"{sum(frozen)} of the base's own parameters are still trainable. Freeze all of them: requires_grad_(False)."
+        )
     if len(new) != 2 * layers:
-        raise TryAgain(f"{layers} layers should bring {2 * layers} new matrices, A and B for each; there are {len(new)}.")
+        raise TryAgain(
+            f"{layers} layers should bring {2 * layers} new matrices, A and B for each; there are {len(new)}."
+        )
     if not all(new):
         raise TryAgain("A and B are frozen, too. Freeze the model first, and put the new layers in afterwards.")
 
@@ -91,15 +118,19 @@ def _check_change(layer, old_layer, rank, alpha):
     A = next((p for p in new if tuple(p.shape) == (rank, inputs)), None)
     B = next((p for p in new if tuple(p.shape) == (outputs, rank)), None)
     if A is None or B is None:
-        raise TryAgain(f"For rank {rank} and a layer from {inputs} to {outputs}, A should be {(rank, inputs)} and B {(outputs, rank)}; "
-                       f"found {[tuple(p.shape) for p in new]}. Are rank and alpha passed on in the right order?")
+        raise TryAgain(
+            f"For rank {rank} and a layer from {inputs} to {outputs}, A should be {(rank, inputs)} and B {(outputs, rank)}; "
+            f"found {[tuple(p.shape) for p in new]}. Are rank and alpha passed on in the right order?"
+        )
     with torch.no_grad():
         torch.nn.init.normal_(A)
         torch.nn.init.normal_(B)
         x = torch.randn(5, inputs, dtype=A.dtype)
         found, change = layer(x) - old_layer(x), x @ A.T @ B.T
     if not torch.allclose(found, alpha / rank * change, atol=1e-9):
-        raise TryAgain("The change of a layer is not (alpha / rank)·BA. Are rank and alpha passed on in the right order?")
+        raise TryAgain(
+            "The change of a layer is not (alpha / rank)·BA. Are rank and alpha passed on in the right order?"
+        )
 
 
 @exercise("02.count", title="Count before you train", level="warm-up", minutes=5)
@@ -116,16 +147,27 @@ def count(function):
         if found == sum(rank * (inputs + outputs) for inputs, outputs in shapes):
             continue
         mistakes = {
-            sum(i * o for i, o in shapes): "That is the count of the full weights. A and B are thin: one side of each is the rank.",
-            sum(rank * i * o for i, o in shapes): "That multiplies the two sides. A and B are two matrices: add them up.",
+            sum(
+                i * o for i, o in shapes
+            ): "That is the count of the full weights. A and B are thin: one side of each is the rank.",
+            sum(
+                rank * i * o for i, o in shapes
+            ): "That multiplies the two sides. A and B are two matrices: add them up.",
             sum(rank * i for i, o in shapes): "That is A only. B has the shape (outputs, rank).",
             sum(rank * o for i, o in shapes): "That is B only. A has the shape (rank, inputs).",
-            sum(2 * rank * i for i, o in shapes): "That takes every layer for a square one. A has rank × inputs numbers, B outputs × rank.",
+            sum(
+                2 * rank * i for i, o in shapes
+            ): "That takes every layer for a square one. A has rank × inputs numbers, B outputs × rank.",
             sum(i + o for i, o in shapes): "That is the count for rank 1. Multiply by the rank.",
             rank * sum(shapes[0]): "That is the first layer only. Add up all of them.",
-            rank * sum(i + o for i, o in set(shapes)): "Layers of one shape are counted once. Each has its own A and B: count every layer.",
+            rank
+            * sum(
+                i + o for i, o in set(shapes)
+            ): "Layers of one shape are counted once. Each has its own A and B: count every layer.",
         }
-        raise TryAgain(mistakes.get(found, "The count is not right. Write down the shapes of A and B for one layer first."))
+        raise TryAgain(
+            mistakes.get(found, "The count is not right. Write down the shapes of A and B for one layer first.")
+        )
 
 
 def _expect_dtype(found, given):
@@ -163,16 +205,22 @@ def truncate(function):
         if torch.allclose(found, U[:, :rank] @ Vh[:rank], atol=1e-8):
             raise TryAgain("The directions are right, their sizes are missing: multiply with the singular values.")
         if torch.allclose(found, U[:, -rank:] * S[-rank:] @ Vh[-rank:], atol=1e-8):
-            raise TryAgain("These are the smallest directions. The singular values come in descending order: keep the first.")
+            raise TryAgain(
+                "These are the smallest directions. The singular values come in descending order: keep the first."
+            )
         found_rank = int(torch.linalg.matrix_rank(found))
         if found_rank > rank:
             raise TryAgain(f"The result has rank {found_rank}, and {rank} was asked for.")
         if rows == columns and torch.allclose(found, U[:, :rank] * S[:rank] @ Vh.T[:rank], atol=1e-8):
-            raise TryAgain("The right-hand factor is turned. torch.linalg.svd returns V transposed already: take its first r rows.")
+            raise TryAgain(
+                "The right-hand factor is turned. torch.linalg.svd returns V transposed already: take its first r rows."
+            )
         if found_rank < rank:
             raise TryAgain(f"The result has rank {found_rank} only, and {rank} was asked for.")
-        raise TryAgain(f"The rank is right, but there is a closer matrix of rank {rank}: yours is {(found - matrix).norm():.2f} away, the "
-                       f"closest {S[rank:].norm():.2f}. Use torch.linalg.svd, and take U, S and Vh from one call.")
+        raise TryAgain(
+            f"The rank is right, but there is a closer matrix of rank {rank}: yours is {(found - matrix).norm():.2f} away, the "
+            f"closest {S[rank:].norm():.2f}. Use torch.linalg.svd, and take U, S and Vh from one call."
+        )
 
 
 @exercise("02.merge", title="Merge into a layer that lies on its side", level="stretch", minutes=15)
@@ -186,9 +234,13 @@ def merge(function):
         weight, A, B, merged = conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed)
         given = weight.clone()
         # The call itself can fail on shapes that a square layer hides, so a square one comes first.
-        found = expect_tensor(call_learner(function, given, A.clone(), B.clone(), alpha, use_rslora), weight.shape, "the merged weight")
+        found = expect_tensor(
+            call_learner(function, given, A.clone(), B.clone(), alpha, use_rslora), weight.shape, "the merged weight"
+        )
         if not torch.equal(given, weight):
-            raise TryAgain("The weight that you were given has changed. Return a new one: weight + ..., not weight += ...")
+            raise TryAgain(
+                "The weight that you were given has changed. Return a new one: weight + ..., not weight += ..."
+            )
         _expect_dtype(found, weight)
         if torch.allclose(found, merged, atol=1e-10):
             continue
@@ -198,9 +250,13 @@ def merge(function):
         if torch.allclose(found, change, atol=1e-10):
             raise TryAgain("This is the change alone. Add it to the weight.")
         if inputs == outputs and torch.allclose(found, weight + change.T, atol=1e-10):
-            raise TryAgain("The change lies the wrong way. A Conv1D's weight is (inputs, outputs), and BA is (outputs, inputs).")
+            raise TryAgain(
+                "The change lies the wrong way. A Conv1D's weight is (inputs, outputs), and BA is (outputs, inputs)."
+            )
         if inputs == outputs and torch.allclose(found, merged.T, atol=1e-10):
-            raise TryAgain("You have turned the whole result. Turn the change alone; the weight stays (inputs, outputs).")
+            raise TryAgain(
+                "You have turned the whole result. Turn the change alone; the weight stays (inputs, outputs)."
+            )
         times = ((found - weight) * change).sum() / change.square().sum()
         if torch.allclose(found, weight + times * change, atol=1e-10):
             raise TryAgain(_other_scaling(times.item() * scaling, inputs, alpha, rank, use_rslora))
@@ -234,7 +290,9 @@ def conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed):
         layer = torch.nn.Sequential(OrderedDict(proj=Conv1D(outputs, inputs).double()))
         torch.nn.init.normal_(layer.proj.weight)
         weight = layer.proj.weight.detach().clone()
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["proj"], fan_in_fan_out=True, use_rslora=use_rslora)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=["proj"], fan_in_fan_out=True, use_rslora=use_rslora
+        )
         model = get_peft_model(layer, config)
         A, B = (getattr(model.base_model.model.proj, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
         torch.nn.init.normal_(B)

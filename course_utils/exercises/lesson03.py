@@ -51,22 +51,48 @@ def labels(function):
         mistakes = [
             (input_ids, "Every token carries loss, prompt and pads among them. Write -100 where no loss is wanted."),
             (everywhere, "No token carries loss. The answer, from prompt_lengths on, keeps its ids."),
-            (input_ids.masked_fill(no_pads, -100), "The prompt carries loss. Its first prompt_lengths[row] places are to be -100, too."),
-            (input_ids.masked_fill(input_ids == pad, -100), "The prompt carries loss, and the end of the answer carries none."),
+            (
+                input_ids.masked_fill(no_pads, -100),
+                "The prompt carries loss. Its first prompt_lengths[row] places are to be -100, too.",
+            ),
+            (
+                input_ids.masked_fill(input_ids == pad, -100),
+                "The prompt carries loss, and the end of the answer carries none.",
+            ),
             (prompt_only, "The pads carry loss. They are where attention_mask is 0."),
-            (by_id, "The end of each answer carries no loss: here the pad is the end token, too. Tell pads by attention_mask, not by id."),
-            (shifted, "Your labels are moved by one place. The model does that itself: a label stands at its own token's place."),
-            (expected_labels(input_ids, attention_mask, prompt_lengths, 1), "The first token of each answer carries no loss."),
-            (expected_labels(input_ids, attention_mask, prompt_lengths, -1), "The last token of each prompt carries loss."),
-            (wanted.masked_fill(wanted == -100, 0), "The masked places are 0, which is a token's id. The sign for no loss is -100."),
-            (wanted.masked_fill(wanted == -100, pad), "The masked places hold the pad's id. The sign for no loss is -100."),
+            (
+                by_id,
+                "The end of each answer carries no loss: here the pad is the end token, too. Tell pads by attention_mask, not by id.",
+            ),
+            (
+                shifted,
+                "Your labels are moved by one place. The model does that itself: a label stands at its own token's place.",
+            ),
+            (
+                expected_labels(input_ids, attention_mask, prompt_lengths, 1),
+                "The first token of each answer carries no loss.",
+            ),
+            (
+                expected_labels(input_ids, attention_mask, prompt_lengths, -1),
+                "The last token of each prompt carries loss.",
+            ),
+            (
+                wanted.masked_fill(wanted == -100, 0),
+                "The masked places are 0, which is a token's id. The sign for no loss is -100.",
+            ),
+            (
+                wanted.masked_fill(wanted == -100, pad),
+                "The masked places hold the pad's id. The sign for no loss is -100.",
+            ),
         ]
         for wrong, hint in mistakes:
             if torch.equal(found, wrong):
                 raise TryAgain(hint)
         row = int((found != wanted).any(1).nonzero()[0])
-        raise TryAgain(f"Row {row} is not right: {found[row].tolist()}. Its prompt has {int(prompt_lengths[row])} tokens, and "
-                       f"{int(attention_mask[row].sum())} of its places are no pads.")
+        raise TryAgain(
+            f"Row {row} is not right: {found[row].tolist()}. Its prompt has {int(prompt_lengths[row])} tokens, and "
+            f"{int(attention_mask[row].sum())} of its places are no pads."
+        )
 
 
 def chosen_rate(rows):
@@ -88,10 +114,18 @@ def swept_rows(seed=0):
     import random
 
     # Sums of these are exact, so the tie is one in whatever order they are added.
-    validation = {1e-3: (0.625, 0.5, 0.625, 0.75, 0.625), 2e-3: (0.75, 0.75, 0.9375), 1e-2: (0.8125, 0.8125, 0.8125), 5e-2: (1.0, 0.125, 0.25)}
+    validation = {
+        1e-3: (0.625, 0.5, 0.625, 0.75, 0.625),
+        2e-3: (0.75, 0.75, 0.9375),
+        1e-2: (0.8125, 0.8125, 0.8125),
+        5e-2: (1.0, 0.125, 0.25),
+    }
     test = {1e-3: 1.0, 2e-3: 0.2, 1e-2: 0.2, 5e-2: 0.1}
-    rows = [{"seed": number, "learning_rate": rate, "validation": score, "test": test[rate]}
-            for rate, scores in validation.items() for number, score in enumerate(scores)]
+    rows = [
+        {"seed": number, "learning_rate": rate, "validation": score, "test": test[rate]}
+        for rate, scores in validation.items()
+        for number, score in enumerate(scores)
+    ]
     random.Random(seed).shuffle(rows)
     return rows
 
@@ -105,11 +139,13 @@ def rate(function):
         if found == chosen_rate(rows):
             continue
         mistakes = {
-            max(rows, key=lambda row: row["validation"])["learning_rate"]:
-                "That rate has the best single run, and its other seeds are poor. Take the mean over the seeds.",
-            max(rows, key=lambda row: row["test"])["learning_rate"]:
-                "That is the best on test, or has the most runs. Choose by the mean on validation alone: a test set that chose "
-                "something, even in part, can't judge it any more.",
+            max(rows, key=lambda row: row["validation"])[
+                "learning_rate"
+            ]: "That rate has the best single run, and its other seeds are poor. Take the mean over the seeds.",
+            max(rows, key=lambda row: row["test"])[
+                "learning_rate"
+            ]: "That is the best on test, or has the most runs. Choose by the mean on validation alone: a test set that chose "
+            "something, even in part, can't judge it any more.",
             1e-2: "Two rates share the best mean. Take the lower one: the higher is nearer to the edge.",
         }
         if found <= 1 and found not in {row["learning_rate"] for row in rows}:
@@ -179,31 +215,60 @@ def stop(function):
     if found == right:
         return
     mistakes = [
-        (lambda losses, patience: (early_stopping(losses, patience)[1],) * 2,
-         "You keep the last checkpoint. The one to keep is that with the lowest loss so far."),
-        (_stops(_below_best, lambda given: 1), "You stop at the first evaluation that is no better. Wait for `patience` of them."),
-        (_stops(lambda losses, number, best: losses[number] < losses[number - 1]),
-         "You compare with the evaluation before. A loss that falls again but stays above the best is no progress: compare with the best."),
-        (_stops(_below_best, reset=False), "You count all evaluations without progress. After a new best the count begins anew."),
-        (_stops(lambda losses, number, best: losses[number] <= losses[best]), "An equal loss is no progress: a new best must be lower."),
-        (_stops(_below_best, lambda given: given + 1), "You stop one evaluation too late: the one number `patience` without progress is the last."),
-        (_stops(_below_best, lambda given: 10**9), "You never stop: the last evaluation is always the end of the list."),
-        (lambda losses, patience: tuple(number + 1 for number in early_stopping(losses, patience)), "Count the evaluations from 0."),
-        (lambda losses, patience: early_stopping(losses, patience)[::-1], "The two are swapped: first best, then last."),
+        (
+            lambda losses, patience: (early_stopping(losses, patience)[1],) * 2,
+            "You keep the last checkpoint. The one to keep is that with the lowest loss so far.",
+        ),
+        (
+            _stops(_below_best, lambda given: 1),
+            "You stop at the first evaluation that is no better. Wait for `patience` of them.",
+        ),
+        (
+            _stops(lambda losses, number, best: losses[number] < losses[number - 1]),
+            "You compare with the evaluation before. A loss that falls again but stays above the best is no progress: compare with the best.",
+        ),
+        (
+            _stops(_below_best, reset=False),
+            "You count all evaluations without progress. After a new best the count begins anew.",
+        ),
+        (
+            _stops(lambda losses, number, best: losses[number] <= losses[best]),
+            "An equal loss is no progress: a new best must be lower.",
+        ),
+        (
+            _stops(_below_best, lambda given: given + 1),
+            "You stop one evaluation too late: the one number `patience` without progress is the last.",
+        ),
+        (
+            _stops(_below_best, lambda given: 10**9),
+            "You never stop: the last evaluation is always the end of the list.",
+        ),
+        (
+            lambda losses, patience: tuple(number + 1 for number in early_stopping(losses, patience)),
+            "Count the evaluations from 0.",
+        ),
+        (
+            lambda losses, patience: early_stopping(losses, patience)[::-1],
+            "The two are swapped: first best, then last.",
+        ),
     ]
     for wrong, hint in mistakes:
         if found == [wrong(*case) for case in STOPPING_CASES]:
             raise TryAgain(hint)
     case, answer, wanted = next(triple for triple in zip(STOPPING_CASES, found, right) if triple[1] != triple[2])
-    raise TryAgain(f"For {case[0]} and a patience of {case[1]} the library's callback gives {wanted}, and you {answer}.")
+    raise TryAgain(
+        f"For {case[0]} and a patience of {case[1]} the library's callback gives {wanted}, and you {answer}."
+    )
 
 
 def rows_to_cut():
     """Conversational prompt/completion rows of many lengths."""
     words = "the key lies under the old oak by the mill at the end of the long road to the harbour".split()
     return [
-        {"prompt": [{"role": "user", "content": " ".join(words[: 2 + 5 * number % 17])}],
-         "completion": [{"role": "assistant", "content": " ".join(words[: 1 + 7 * number % 11])}]}
+        {
+            "prompt": [{"role": "user", "content": " ".join(words[: 2 + 5 * number % 17])}],
+            "completion": [{"role": "assistant", "content": " ".join(words[: 1 + 7 * number % 11])}],
+        }
         for number in range(16)
     ]
 
@@ -235,11 +300,23 @@ def cut(function, *, tokenizer):
     if found == [_above(lengths, limit) for limit in limits]:
         return
     mistakes = [
-        (lambda limit: _above(prompts, limit), "You look at the prompt alone. A row whose prompt fits can still lose the end of its answer."),
+        (
+            lambda limit: _above(prompts, limit),
+            "You look at the prompt alone. A row whose prompt fits can still lose the end of its answer.",
+        ),
         (lambda limit: _above(lengths, limit - 1), "A row that is exactly max_length long fits: nothing of it is cut."),
-        (lambda limit: _above(bare, limit), "You count the tokens of the contents. The chat template adds its own: use apply_chat_template."),
-        (lambda limit: _above([sum(map(len, pair)) for pair in contents], limit), "You count characters. max_length is in tokens."),
-        (lambda limit: [number for number, length in enumerate(lengths) if length <= limit], "Those are the rows that fit. Return the others."),
+        (
+            lambda limit: _above(bare, limit),
+            "You count the tokens of the contents. The chat template adds its own: use apply_chat_template.",
+        ),
+        (
+            lambda limit: _above([sum(map(len, pair)) for pair in contents], limit),
+            "You count characters. max_length is in tokens.",
+        ),
+        (
+            lambda limit: [number for number, length in enumerate(lengths) if length <= limit],
+            "Those are the rows that fit. Return the others.",
+        ),
         (lambda limit: [number + 1 for number in _above(lengths, limit)], "Count the rows from 0."),
     ]
     for wrong, hint in mistakes:
@@ -249,7 +326,9 @@ def cut(function, *, tokenizer):
         raise TryAgain(f"There are rows 0 to {len(rows) - 1}, and you return {min(strangers)}.")
     limit, answer = next((limit, answer) for limit, answer in zip(limits, found) if answer != _above(lengths, limit))
     number = sorted(set(answer) ^ set(_above(lengths, limit)))[0]
-    raise TryAgain(f"At max_length={limit}, look at row {number} again: it has {lengths[number]} tokens with the chat template.")
+    raise TryAgain(
+        f"At max_length={limit}, look at row {number} again: it has {lengths[number]} tokens with the chat template."
+    )
 
 
 def _above(lengths, limit):

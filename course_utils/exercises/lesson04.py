@@ -24,16 +24,30 @@ def bits(function):
         if group is not None:
             mistakes += [
                 (4 + 32 / block, "With double quantisation an absmax has 8 bits, not 32."),
-                (4 + 8 / block, "The absmax values are quantised in groups, and each group has a float32 of its own: 32 bits for group × block numbers."),
-                (4 + 8 / block + 32 / group, "A group holds absmax values, each for a whole block. So it stands for group × block numbers."),
-                (4 + 8 / block + 32 / (64 * 256), "Blocks need not have 64 numbers: a group stands for group × block of them."),
-                (4 + 32 / block + 8 / block + 32 / (block * group), "The 8 bits stand in place of the 32, they don't come on top."),
+                (
+                    4 + 8 / block,
+                    "The absmax values are quantised in groups, and each group has a float32 of its own: 32 bits for group × block numbers.",
+                ),
+                (
+                    4 + 8 / block + 32 / group,
+                    "A group holds absmax values, each for a whole block. So it stands for group × block numbers.",
+                ),
+                (
+                    4 + 8 / block + 32 / (64 * 256),
+                    "Blocks need not have 64 numbers: a group stands for group × block of them.",
+                ),
+                (
+                    4 + 32 / block + 8 / block + 32 / (block * group),
+                    "The 8 bits stand in place of the 32, they don't come on top.",
+                ),
             ]
         for wrong, hint in mistakes:
             if math.isclose(found, wrong, abs_tol=1e-9):
                 raise TryAgain(hint)
         side = "many" if found > right else "few"
-        raise TryAgain(f"For blocks of {block}{f' and groups of {group}' if group else ''} you count {found:.4g} bits, which is too {side}.")
+        raise TryAgain(
+            f"For blocks of {block}{f' and groups of {group}' if group else ''} you count {found:.4g} bits, which is too {side}."
+        )
 
 
 def there_and_back(weight, levels, block):
@@ -76,7 +90,11 @@ def _explain_quantised(weight, levels, block, found, right, name):
     import torch
 
     def close(other):
-        return other is not None and other.shape == found.shape and torch.allclose(found, other.to(found), rtol=1e-4, atol=1e-8)
+        return (
+            other is not None
+            and other.shape == found.shape
+            and torch.allclose(found, other.to(found), rtol=1e-4, atol=1e-8)
+        )
 
     rows = weight.reshape(-1, block)
     absmax = rows.abs().amax(1, keepdim=True)
@@ -86,31 +104,57 @@ def _explain_quantised(weight, levels, block, found, right, name):
     steps = ((inside + 1) / 2 * (len(levels) - 1)).round().long()
     mistakes = [
         (weight, "Nothing was rounded: this is the weight itself."),
-        (codes.reshape(weight.shape), "These are the numbers of the levels. Look the levels up, and multiply by the block's absmax."),
-        (levels[codes].reshape(weight.shape), "These are levels from -1 to 1. Multiply each block by its absmax again."),
+        (
+            codes.reshape(weight.shape),
+            "These are the numbers of the levels. Look the levels up, and multiply by the block's absmax.",
+        ),
+        (
+            levels[codes].reshape(weight.shape),
+            "These are levels from -1 to 1. Multiply each block by its absmax again.",
+        ),
         (there_and_back(weight, levels, weight.numel()), "One absmax for the whole matrix. Each block has its own."),
-        (there_and_back(weight, levels, weight.shape[1]), "One absmax for each row. A block has `block` numbers, may be shorter than a row, "
-         "and may run on into the next: weight.reshape(-1, block)."),
-        (there_and_back(weight, levels, weight.numel() // block), "These are `block` pieces. Pieces of `block` numbers are weight.reshape(-1, block)."),
-        (there_and_back(weight.T.contiguous(), levels, block).T if weight.numel() % block == 0 else None,
-         "Your blocks run down the columns. They run along the rows: weight.reshape(-1, block)."),
-        (there_and_back(weight.reshape(block, -1).T.contiguous(), levels, block).T.reshape(weight.shape),
-         "reshape(block, -1) puts the blocks into columns. Use reshape(-1, block)."),
-        ((levels[torch.bucketize(rows / largest, between)] * largest).reshape(weight.shape),
-         "You divide by the largest number. A block's largest size may be that of a negative one: take abs() first."),
-        ((levels[torch.bucketize(inside, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape),
-         "Each number goes up to the next level. Take the nearest one: the borders lie half-way between levels."),
-        ((levels[(torch.bucketize(inside, levels, right=True) - 1).clamp(min=0)] * absmax).reshape(weight.shape),
-         "Each number goes down to the level below. Take the nearest one: the borders lie half-way between levels."),
-        ((levels[steps] * absmax).reshape(weight.shape),
-         "You round to equal steps and look the level up by its number. The levels are not equally far apart: take the nearest."),
+        (
+            there_and_back(weight, levels, weight.shape[1]),
+            "One absmax for each row. A block has `block` numbers, may be shorter than a row, "
+            "and may run on into the next: weight.reshape(-1, block).",
+        ),
+        (
+            there_and_back(weight, levels, weight.numel() // block),
+            "These are `block` pieces. Pieces of `block` numbers are weight.reshape(-1, block).",
+        ),
+        (
+            there_and_back(weight.T.contiguous(), levels, block).T if weight.numel() % block == 0 else None,
+            "Your blocks run down the columns. They run along the rows: weight.reshape(-1, block).",
+        ),
+        (
+            there_and_back(weight.reshape(block, -1).T.contiguous(), levels, block).T.reshape(weight.shape),
+            "reshape(block, -1) puts the blocks into columns. Use reshape(-1, block).",
+        ),
+        (
+            (levels[torch.bucketize(rows / largest, between)] * largest).reshape(weight.shape),
+            "You divide by the largest number. A block's largest size may be that of a negative one: take abs() first.",
+        ),
+        (
+            (levels[torch.bucketize(inside, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape),
+            "Each number goes up to the next level. Take the nearest one: the borders lie half-way between levels.",
+        ),
+        (
+            (levels[(torch.bucketize(inside, levels, right=True) - 1).clamp(min=0)] * absmax).reshape(weight.shape),
+            "Each number goes down to the level below. Take the nearest one: the borders lie half-way between levels.",
+        ),
+        (
+            (levels[steps] * absmax).reshape(weight.shape),
+            "You round to equal steps and look the level up by its number. The levels are not equally far apart: take the nearest.",
+        ),
     ]
     for wrong, hint in mistakes:
         if close(wrong):
             raise TryAgain(hint)
     off = (found - right).abs().amax(1) / right.abs().amax(1)
-    raise TryAgain(f"With {name} levels and blocks of {block} row {int(off.argmax())} is off by {off.max():.1%} of its largest number. "
-                   "Divide each block by its absmax, take the nearest level, multiply by the absmax.")
+    raise TryAgain(
+        f"With {name} levels and blocks of {block} row {int(off.argmax())} is off by {off.max():.1%} of its largest number. "
+        "Divide each block by its absmax, take the nearest level, multiply by the absmax."
+    )
 
 
 def four_bit_layer(inputs, outputs, seed=0):
@@ -167,14 +211,22 @@ def merge(function):
             (right.bfloat16().float(), "This is right to 16 bits. Return the sum in float32."),
             (base + scaling / rank * change, "The scaling is α/r already. Don't divide by r again."),
             (rounded, "This was quantised again, and the change rounded with it. Return the sum in float32."),
-            (base + scaling * change.T if inputs == outputs else None, "The change lies on its side. B @ A has the shape (outputs, inputs) already."),
-            (base + scaling * A.T @ B.T if inputs == outputs else None, "The change lies on its side. B @ A has the shape (outputs, inputs) already."),
+            (
+                base + scaling * change.T if inputs == outputs else None,
+                "The change lies on its side. B @ A has the shape (outputs, inputs) already.",
+            ),
+            (
+                base + scaling * A.T @ B.T if inputs == outputs else None,
+                "The change lies on its side. B @ A has the shape (outputs, inputs) already.",
+            ),
         ]
         for wrong, hint in mistakes:
             if wrong is not None and torch.allclose(found.float(), wrong, atol=1e-5):
                 raise TryAgain(hint)
-        raise TryAgain(f"The merged weight is off by {(found - right).abs().max():.2g}. Read the base back with "
-                       "bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), and add scaling * B @ A.")
+        raise TryAgain(
+            f"The merged weight is off by {(found - right).abs().max():.2g}. Read the base back with "
+            "bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), and add scaling * B @ A."
+        )
 
 
 def small_model():
@@ -184,7 +236,9 @@ def small_model():
     from torch import nn
 
     parts = ("query", "key", "up", "down")
-    blocks = nn.ModuleList(nn.ModuleDict({name: four_bit_layer(64, 64, 4 * i + j) for j, name in enumerate(parts)}) for i in range(2))
+    blocks = nn.ModuleList(
+        nn.ModuleDict({name: four_bit_layer(64, 64, 4 * i + j) for j, name in enumerate(parts)}) for i in range(2)
+    )
     double = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
     double.weight.data = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))
     return nn.ModuleDict({"blocks": blocks, "last": double.to("cpu"), "head": nn.Linear(64, 8)})
@@ -223,10 +277,14 @@ def spoilers(model):
         model["head"].weight.data.zero_()
 
     return {
-        "nothing": (nothing, set()), "repacking": (repack, {"blocks.0.key", "blocks.1.up"}),
-        "other numbers": (other_numbers, {"blocks.1.query"}), "another last number": (one_number, {"blocks.1.key"}),
-        "other scales": (scales_only, {"blocks.0.down"}), "other scales of the scales": (scales_of_scales, {"last"}),
-        "another layer in the place of one": (another_layer, {"blocks.0.up"}), "a head in float32": (head_only, set()),
+        "nothing": (nothing, set()),
+        "repacking": (repack, {"blocks.0.key", "blocks.1.up"}),
+        "other numbers": (other_numbers, {"blocks.1.query"}),
+        "another last number": (one_number, {"blocks.1.key"}),
+        "other scales": (scales_only, {"blocks.0.down"}),
+        "other scales of the scales": (scales_of_scales, {"last"}),
+        "another layer in the place of one": (another_layer, {"blocks.0.up"}),
+        "a head in float32": (head_only, set()),
     }
 
 
@@ -254,17 +312,29 @@ def spoilt(function):
         if found == right:
             continue
         if {name.rpartition(".")[2] for name in right} == found != right:
-            raise TryAgain(f"Two blocks may have a layer {sorted(found)[0]!r}. Give whole names, as named_modules() does: {sorted(right)[0]!r}.")
+            raise TryAgain(
+                f"Two blocks may have a layer {sorted(found)[0]!r}. Give whole names, as named_modules() does: {sorted(right)[0]!r}."
+            )
         if strangers := sorted(found - layers):
-            raise TryAgain(f"{strangers[0]} is no 4-bit layer. Look at isinstance(layer, Linear4bit), and give the layer's name, not its weight's.")
+            raise TryAgain(
+                f"{strangers[0]} is no 4-bit layer. Look at isinstance(layer, Linear4bit), and give the layer's name, not its weight's."
+            )
         if what == "nothing":
-            raise TryAgain(f"Nothing happened, and you found {sorted(found)}. Compare tensors with torch.equal, of the same layer before and after.")
+            raise TryAgain(
+                f"Nothing happened, and you found {sorted(found)}. Compare tensors with torch.equal, of the same layer before and after."
+            )
         if "scales" in what and not found:
-            raise TryAgain(f"The action brought {what}, and you found nothing. Its numbers alone don't tell, and there may be scales of scales: "
-                           "compare what dequantize_4bit gives.")
+            raise TryAgain(
+                f"The action brought {what}, and you found nothing. Its numbers alone don't tell, and there may be scales of scales: "
+                "compare what dequantize_4bit gives."
+            )
         if what.startswith("another layer") and not found:
-            raise TryAgain("A layer was replaced by another one, and you found nothing. After the action, go through the model again.")
+            raise TryAgain(
+                "A layer was replaced by another one, and you found nothing. After the action, go through the model again."
+            )
         if not found:
-            raise TryAgain(f"The action brought {what}, and you found nothing. Did you keep the weights themselves, which change with the "
-                           "model, rather than what dequantize_4bit gives? And compare every number.")
+            raise TryAgain(
+                f"The action brought {what}, and you found nothing. Did you keep the weights themselves, which change with the "
+                "model, rather than what dequantize_4bit gives? And compare every number."
+            )
         raise TryAgain(f"The action spoilt {sorted(right)}, and you return {sorted(found)}.")

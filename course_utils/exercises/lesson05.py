@@ -21,7 +21,9 @@ def olora(function):
 
     cases = (12, 12, 3, 3, "float64"), (20, 8, 2, 6, "float64"), (9, 15, 4, 2, "float64"), (9, 15, 4, 8, "float32")
     for seed, (outputs, inputs, rank, alpha, dtype) in enumerate(cases):
-        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=getattr(torch, dtype))
+        weight = torch.randn(
+            outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=getattr(torch, dtype)
+        )
         given = weight.clone()
         close = functools.partial(torch.allclose, atol=1e-8 if dtype == "float64" else 1e-4)
         returned = _parts(call_learner(function, given, rank, alpha), 3, "A, B and the new weight")
@@ -29,23 +31,33 @@ def olora(function):
         for part, (name, shape) in zip(returned, shapes.items()):
             expect_tensor(part, shape, name)
         if not torch.equal(given, weight):
-            raise TryAgain("The weight that you were given has changed. Return a new one: weight - ..., not weight -= ...")
+            raise TryAgain(
+                "The weight that you were given has changed. Return a new one: weight - ..., not weight -= ..."
+            )
         for part, name in zip(returned, shapes):
             if part.dtype != weight.dtype:
-                raise TryAgain(f"The weight is in {dtype}, and {name} in {str(part.dtype).removeprefix('torch.')}: keep the weight's dtype.")
+                raise TryAgain(
+                    f"The weight is in {dtype}, and {name} in {str(part.dtype).removeprefix('torch.')}: keep the weight's dtype."
+                )
         weight, (A, B, left) = weight.double(), (part.double() for part in returned)
         gram, one = B.T @ B, torch.eye(rank, dtype=torch.float64)
         if not close(gram, one):
             if torch.allclose(gram, one, atol=1e-5):
-                raise TryAgain("B's columns are orthonormal but for float32 rounding: keep the weight's dtype on the way, too.")
+                raise TryAgain(
+                    "B's columns are orthonormal but for float32 rounding: keep the weight's dtype on the way, too."
+                )
             raise TryAgain("B's columns should be orthonormal, BᵀB = I. Take them from Q of torch.linalg.qr(weight).")
         scaling, product, directions = alpha / rank, B @ A, _first_directions(weight, rank)
         if scaling != 1 and close(product, scaling * directions):
             raise TryAgain("A has s in it already, and the layer multiplies by s again. Return A = R[:r] as it is.")
         if alpha % rank and close(left, weight - alpha // rank * product):
-            raise TryAgain(f"You took {alpha // rank} times BA out: {alpha} // {rank} is {alpha // rank}. s is alpha / rank, {scaling:g} here.")
+            raise TryAgain(
+                f"You took {alpha // rank} times BA out: {alpha} // {rank} is {alpha // rank}. s is alpha / rank, {scaling:g} here."
+            )
         if close(left, weight):
-            raise TryAgain("The weight is as it was, so the layer's output would change at step 0. Take s·BA out of it.")
+            raise TryAgain(
+                "The weight is as it was, so the layer's output would change at step 0. Take s·BA out of it."
+            )
         if close(left, weight + scaling * product):
             raise TryAgain("The sign is wrong: the adapter adds s·BA, so it is to be taken out of the weight.")
         if scaling != 1 and close(left, weight - product):
@@ -53,7 +65,9 @@ def olora(function):
         if not close(left + scaling * product, weight):
             raise TryAgain("The new weight and s·BA, with s = alpha / rank, don't add up to the weight that was given.")
         if not close(product, directions):
-            raise TryAgain("It adds up, but A and B aren't the first r directions of one QR decomposition: B = Q[:, :r], A = R[:r].")
+            raise TryAgain(
+                "It adds up, but A and B aren't the first r directions of one QR decomposition: B = Q[:, :r], A = R[:r]."
+            )
 
 
 def _first_directions(weight, rank):
@@ -87,28 +101,42 @@ def quiet(function):
                 raise TryAgain(f"{name} is zero. Both are to be something, and only their product nothing.")
             size = float(matrix.abs().mean())
             if not 1e-5 < size < 1e3:
-                raise TryAgain(f"The numbers of {name} are of size {size:.0e}, too {'small' if size < 1 else 'large'} to train from. "
-                               "Stay nearer to torch.randn's, which are of size 1.")
+                raise TryAgain(
+                    f"The numbers of {name} are of size {size:.0e}, too {'small' if size < 1 else 'large'} to train from. "
+                    "Stay nearer to torch.randn's, which are of size 1."
+                )
         largest = float((B @ A).abs().max())
         if largest > 1e-5 * float(B.norm() * A.norm()):
-            raise TryAgain(f"BA is not zero: its largest entry is {largest:.2g}. What A writes into the r numbers between the two, "
-                           "B must not read.")
+            raise TryAgain(
+                f"BA is not zero: its largest entry is {largest:.2g}. What A writes into the r numbers between the two, "
+                "B must not read."
+            )
         half = rank // 2
         for name, matrix in (("A", A), ("B", B)):
             found = int(torch.linalg.matrix_rank(matrix, rtol=1e-5))
             if found != half:
-                raise TryAgain(f"{name} has {found} directions here. With r = {rank}, give each of the two half of them, {half}.")
+                raise TryAgain(
+                    f"{name} has {found} directions here. With r = {rank}, give each of the two half of them, {half}."
+                )
         # (calls, r, inputs) and (calls, r, outputs): what holds in each of the calls is no chance.
         stacks = [torch.stack([A for A, _ in draws]), torch.stack([B.T for _, B in draws])]
         if any((stack.abs().amax((0, 2)) < 1e-6 * stack.abs().max()).any() for stack in stacks):
-            raise TryAgain("Whole rows of A or columns of B are zero, so some of the r numbers between them begin unused. Turn "
-                           "them: a random orthogonal matrix (rank, rank), half of its rows for A, the others for B.")
-        for name, stack, lines, are in zip("AB", stacks, ("columns", "rows"), ("inputs are not read", "outputs get nothing")):
+            raise TryAgain(
+                "Whole rows of A or columns of B are zero, so some of the r numbers between them begin unused. Turn "
+                "them: a random orthogonal matrix (rank, rank), half of its rows for A, the others for B."
+            )
+        for name, stack, lines, are in zip(
+            "AB", stacks, ("columns", "rows"), ("inputs are not read", "outputs get nothing")
+        ):
             by_line, least = stack.permute(2, 0, 1).flatten(1), 1e-6 * stack.abs().max()
             if (stack - stack[0]).abs().max() < least:
-                raise TryAgain(f"Two calls give the same {name}. Draw both A and B at random, or all layers of a shape begin alike.")
+                raise TryAgain(
+                    f"Two calls give the same {name}. Draw both A and B at random, or all layers of a shape begin alike."
+                )
             if by_line.abs().amax(1).min() < least:
-                raise TryAgain(f"Some {lines} of {name} are zero, so some {are}. Draw the other factor of {name} with torch.randn.")
+                raise TryAgain(
+                    f"Some {lines} of {name} are zero, so some {are}. Draw the other factor of {name} with torch.randn."
+                )
             if torch.pdist(by_line).min() < least:
                 raise TryAgain(f"Some {lines} of {name} are always the same. Draw each of them at random.")
 
@@ -122,10 +150,17 @@ def _factors(function, inputs, outputs, rank):
 def reach(function):
     """Curves that end below, never come down, go down and up again, begin below, or have uneven steps, out of order."""
     curves = (
-        ({5: 4.0, 10: 2.0, 15: 0.9, 20: 0.4}, 1.0, 15), ({5: 4.0, 10: 2.0}, 2.0, 10), ({5: 4.0, 10: 3.0}, 1.0, None),
-        ({5: 3.0, 10: 0.8, 15: 1.4, 20: 0.7, 25: 0.2}, 1.0, 10), ({20: 0.4, 5: 4.0, 15: 0.9, 10: 2.0}, 1.0, 15),
-        ({5: 4.0, 10: math.nan, 15: 0.5}, 1.0, 15), ({5: 4.0, 10: 1.04, 15: 0.9, 20: 0.4}, 1.0, 15), ({0: 4.0, 7: 0.9, 90: 0.5, 100: 0.3}, 1.0, 7),
-        ({5: 3.0, 10: 0.5, 15: 0.9, 20: 0.4}, 1.0, 10), ({5: 0.5, 10: 0.45, 15: 0.4}, 1.0, 5), ({0: 0.8, 7: 0.6, 14: 0.5}, 1.0, 0),
+        ({5: 4.0, 10: 2.0, 15: 0.9, 20: 0.4}, 1.0, 15),
+        ({5: 4.0, 10: 2.0}, 2.0, 10),
+        ({5: 4.0, 10: 3.0}, 1.0, None),
+        ({5: 3.0, 10: 0.8, 15: 1.4, 20: 0.7, 25: 0.2}, 1.0, 10),
+        ({20: 0.4, 5: 4.0, 15: 0.9, 10: 2.0}, 1.0, 15),
+        ({5: 4.0, 10: math.nan, 15: 0.5}, 1.0, 15),
+        ({5: 4.0, 10: 1.04, 15: 0.9, 20: 0.4}, 1.0, 15),
+        ({0: 4.0, 7: 0.9, 90: 0.5, 100: 0.3}, 1.0, 7),
+        ({5: 3.0, 10: 0.5, 15: 0.9, 20: 0.4}, 1.0, 10),
+        ({5: 0.5, 10: 0.45, 15: 0.4}, 1.0, 5),
+        ({0: 0.8, 7: 0.6, 14: 0.5}, 1.0, 0),
         ({5: 3.0, 10: 0.5, 15: 0.9, 20: 1.5}, 1.0, 10),
     )
     for curve, level, right in curves:
@@ -136,29 +171,43 @@ def reach(function):
                 raise TryAgain(f"{case}, return None: it is never reached. This gave {describe(found)}.")
             continue
         if found is None and right == 0:
-            raise TryAgain(f"{case}, None came back. Step 0 is a step, too, but Python takes 0 for false: ask `is None`, not `or`.")
+            raise TryAgain(
+                f"{case}, None came back. Step 0 is a step, too, but Python takes 0 for false: ask `is None`, not `or`."
+            )
         if found is None and [*curve.values()][-1] > level:
             raise TryAgain(f"{case}, None came back. It is reached at step {right}, whatever comes after.")
         if found is None:
-            raise TryAgain(f"{case}, None came back, and the level is reached. \"Reached\" means at or below it; is a return missing?")
+            raise TryAgain(
+                f'{case}, None came back, and the level is reached. "Reached" means at or below it; is a return missing?'
+            )
         number = expect_number(found, "the step")
         if number == right:
             continue
         if number in curve.values() and number not in curve:
             raise TryAgain(f"{case}, this is a loss, {number:g}. Return the step.")
         if number not in curve:
-            raise TryAgain(f"{case}, {number:g} came back, which is no step of it. The steps are the keys, and need not be 5 apart.")
+            raise TryAgain(
+                f"{case}, {number:g} came back, which is no step of it. The steps are the keys, and need not be 5 apart."
+            )
         if curve[number] > level:
-            raise TryAgain(f"{case}, {number:g} came back, and the loss there is above the level. Compare the losses as they are, with <= level.")
+            raise TryAgain(
+                f"{case}, {number:g} came back, and the loss there is above the level. Compare the losses as they are, with <= level."
+            )
         below = [step for step in sorted(curve) if curve[step] <= level]
         if number == next((step for step, loss in curve.items() if loss <= level), None):
-            raise TryAgain(f"{case}, you took the entries in the order of the dict. Go through the steps in ascending order.")
+            raise TryAgain(
+                f"{case}, you took the entries in the order of the dict. Go through the steps in ascending order."
+            )
         if right == 7 and number == min(below, key=str):
-            raise TryAgain(f"{case}, {number:g} came back. The steps were sorted as text, where 100 comes before 7. Sort them as numbers.")
+            raise TryAgain(
+                f"{case}, {number:g} came back. The steps were sorted as text, where 100 comes before 7. Sort them as numbers."
+            )
         if right == min(curve) and number == below[1]:
             raise TryAgain(f"{case}, you left out the first step, {right}. It counts, too.")
         if number == max(below, key=curve.get):
-            raise TryAgain(f"{case}, you found the loss that is nearest to the level. Return the first step at or below it.")
+            raise TryAgain(
+                f"{case}, you found the loss that is nearest to the level. Return the first step at or below it."
+            )
         if number == min(curve, key=curve.get):
             raise TryAgain(f"{case}, you found the lowest loss. Return the first step at or below the level.")
         raise TryAgain(f"{case}, {number:g} came back. Return the first step whose loss is at or below the level.")
@@ -178,27 +227,43 @@ def convert(function):
         if any(not torch.equal(*pair) for pair in zip(given, (A0, B0, A, B))):
             raise TryAgain("One of the matrices that you were given has changed. Make new ones with torch.cat.")
         if isinstance(returned[0], torch.Tensor) and tuple(returned[0].shape) == (rank, inputs):
-            raise TryAgain("The new A has rank r still. A difference of two products of rank r needs 2r: lay A over A0, with torch.cat.")
+            raise TryAgain(
+                "The new A has rank r still. A difference of two products of rank r needs 2r: lay A over A0, with torch.cat."
+            )
         new_A = expect_tensor(returned[0], (2 * rank, inputs), "the new A").double()
         new_B = expect_tensor(returned[1], (outputs, 2 * rank), "the new B").double()
         new_alpha = expect_number(returned[2], "the new alpha")
         if new_alpha <= 0:
-            raise TryAgain(f"The new alpha is {new_alpha:g}. It stays above 0: the minus goes into one of the matrices, -B0 or -A0.")
+            raise TryAgain(
+                f"The new alpha is {new_alpha:g}. It stays above 0: the minus goes into one of the matrices, -B0 or -A0."
+            )
         wanted, product = alpha / rank * (B @ A - B0 @ A0), new_B @ new_A
         if torch.allclose(new_alpha / (2 * rank) * product, wanted, atol=1e-8):
             continue
         if torch.allclose(product, B @ A + B0 @ A0, atol=1e-8):
-            raise TryAgain("The products are added. The start was taken out of the base, so take it out of the adapter: turn one sign.")
+            raise TryAgain(
+                "The products are added. The start was taken out of the base, so take it out of the adapter: turn one sign."
+            )
         if torch.allclose(product, B0 @ A0 - B @ A, atol=1e-8):
             raise TryAgain("The signs are the wrong way round: what was learned counts plus, the start minus.")
         if alpha % 1 and not new_alpha % 1 and torch.allclose(product, B @ A - B0 @ A0, atol=1e-8):
             raise TryAgain(f"Alpha is {alpha:g} here, and your new one {new_alpha:g}. Don't make it a whole number.")
-        if torch.allclose(product, B @ A - B0 @ A0, atol=1e-8) or torch.allclose(product, 2 * (B @ A - B0 @ A0), atol=1e-8):
-            raise TryAgain(f"The product is right, the scaling is not: the new rank is {2 * rank}, and alpha / rank has to stay "
-                           f"{alpha / rank:g}.")
+        if torch.allclose(product, B @ A - B0 @ A0, atol=1e-8) or torch.allclose(
+            product, 2 * (B @ A - B0 @ A0), atol=1e-8
+        ):
+            raise TryAgain(
+                f"The product is right, the scaling is not: the new rank is {2 * rank}, and alpha / rank has to stay "
+                f"{alpha / rank:g}."
+            )
         if torch.allclose(product, (B - B0) @ (A - A0), atol=1e-8):
-            raise TryAgain("This is the product of the differences. The difference of the products is wanted, BA − B0A0.")
+            raise TryAgain(
+                "This is the product of the differences. The difference of the products is wanted, BA − B0A0."
+            )
         if any(torch.allclose(product, x * B @ A0 + y * B0 @ A, atol=1e-8) for x in (1, -1) for y in (1, -1)):
-            raise TryAgain("A's and B's halves stand in different order. With matrices laid side by side, [B, B0] times [A over A0] is BA + B0A0.")
-        raise TryAgain("s·BA of the new adapter is not s·(BA − B0A0). Write the product of two matrices laid side by side: "
-                       "[B, B0] times [A over A0] is BA + B0A0.")
+            raise TryAgain(
+                "A's and B's halves stand in different order. With matrices laid side by side, [B, B0] times [A over A0] is BA + B0A0."
+            )
+        raise TryAgain(
+            "s·BA of the new adapter is not s·(BA − B0A0). Write the product of two matrices laid side by side: "
+            "[B, B0] times [A over A0] is BA + B0A0."
+        )

@@ -137,10 +137,14 @@ def shard(function):
                 raise
             raise TryAgain(f"{wrong}. Not every tensor has A and B: ask the adapter, by the whole name. (removesuffix takes an ending "
                            "off; rstrip takes letters.)") from None  # fmt: skip
-        if set(given_adapter) != set(adapter) or any(not torch.equal(given_adapter[name], tensor) for name, tensor in adapter.items()):
+        if set(given_adapter) != set(adapter) or any(
+            not torch.equal(given_adapter[name], tensor) for name, tensor in adapter.items()
+        ):
             raise TryAgain("The adapter that you were given has changed. Read A and B without taking them out (pop), and multiply without "
                            "an underscore: the next shard needs them, too.")  # fmt: skip
-        if any(not torch.equal(given[name], tensors[name]) for name in tensors if name in given) or len(given) != len(tensors):
+        if any(not torch.equal(given[name], tensors[name]) for name in tensors if name in given) or len(given) != len(
+            tensors
+        ):
             raise TryAgain("The shard that you were given has changed. Put the results into a new dictionary.")
         if extra := set(found) - set(expected):
             raise TryAgain(f"{_first(extra)} is no tensor of this shard. A merged file holds the names of the base's, and no others: "
@@ -178,10 +182,16 @@ def _check_merged(name, found, weight, adapter, scaling, wanted):
 
     if close(wanted):
         if not exactly and share == 1e-2:
-            raise TryAgain("Nearly. The product BA was rounded before it was added. Compute in float32, and round the sum once.")
+            raise TryAgain(
+                "Nearly. The product BA was rounded before it was added. Compute in float32, and round the sum once."
+            )
         return
     if close(weight):
-        cut = "" if name.rstrip(".weight") == layer else " rstrip('.weight') cuts off any of these letters: take removesuffix."
+        cut = (
+            ""
+            if name.rstrip(".weight") == layer
+            else " rstrip('.weight') cuts off any of these letters: take removesuffix."
+        )
         raise TryAgain(f"{name} is as it was. Its A is called {PREFIX}{layer}.lora_A.weight.{cut}")
     others = [key.removesuffix(".lora_A.weight") for key in adapter if key.endswith(".lora_A.weight")]
     for other in others:
@@ -226,7 +236,11 @@ def shard_example(dtype, seed):
                                      "layers.1.self_attn.q_proj": (12, 12), "layers.1.mlp.gate_proj": (20, 12),
                                      "layers.1.mlp.gate": (20, 12)}.items():  # fmt: skip
         # In eighths, so that float32 holds scaling·BA exactly, and the order of the products doesn't matter.
-        A, B, name = (8 * random(rank, inputs)).round() / 8, (8 * random(outputs, rank)).round() / 8, f"model.{layer}.weight"
+        A, B, name = (
+            (8 * random(rank, inputs)).round() / 8,
+            (8 * random(outputs, rank)).round() / 8,
+            f"model.{layer}.weight",
+        )
         adapter[f"{PREFIX}model.{layer}.lora_A.weight"], adapter[f"{PREFIX}model.{layer}.lora_B.weight"] = A, B
         if name in tensors:
             merged[name] = (tensors[name].float() + scaling * (B @ A)).to(tensors[name].dtype)
@@ -245,8 +259,12 @@ def join(function):
         adapters = join_example(ranks, scalings, seed)
         given = [(A.clone(), B.clone(), scaling) for A, B, scaling in adapters]
         found = call_learner(function, list(given), list(weights))
-        if any(not torch.equal(mine[i], theirs[i]) for mine, theirs in zip(adapters, given, strict=True) for i in (0, 1)):
-            raise TryAgain("An A or B that you were given has changed. Multiply without an underscore, and not with *=.")
+        if any(
+            not torch.equal(mine[i], theirs[i]) for mine, theirs in zip(adapters, given, strict=True) for i in (0, 1)
+        ):
+            raise TryAgain(
+                "An A or B that you were given has changed. Multiply without an underscore, and not with *=."
+            )
         if len(expect_type(found, (tuple, list), "the answer")) != 2:
             raise TryAgain(f"A and B are expected, and you returned {describe(found)}.")
         A, B = found
@@ -260,11 +278,17 @@ def join(function):
         nearest = (U[:, :has] * S[:has]) @ V[:has]  # of all matrices of this rank
         if tuple(A.shape) == (rank, inputs) and tuple(B.shape) == (outputs, rank):
             if {A.dtype, B.dtype} != {torch.float64}:
-                raise TryAgain(f"A is {str(A.dtype)[6:]} and B {str(B.dtype)[6:]}; those that you were given are float64. Keep their dtype.")
+                raise TryAgain(
+                    f"A is {str(A.dtype)[6:]} and B {str(B.dtype)[6:]}; those that you were given are float64. Keep their dtype."
+                )
             _check_joined(B @ A, products, adapters, weights)
         elif tuple(A.shape) == (outputs, rank) and tuple(B.shape) == (rank, inputs):
             raise TryAgain("A and B have changed places: return A first.")
-        elif A.shape[1] == inputs and B.shape == (outputs, has) and torch.allclose(B.double() @ A.double(), nearest, atol=1e-5):
+        elif (
+            A.shape[1] == inputs
+            and B.shape == (outputs, has)
+            and torch.allclose(B.double() @ A.double(), nearest, atol=1e-5)
+        ):
             what = "the sum" if S[has:].sum() < 1e-9 else "only the nearest to the sum"
             raise TryAgain(f"BA is {what}, at rank {has}. Rank {rank} is asked for, since the ranks add up. No decomposition is needed: "
                            "stack A and B.")  # fmt: skip
@@ -290,18 +314,24 @@ def _check_joined(found, products, adapters, weights):
     if agrees(sum(plain)):
         raise TryAgain("Neither weight nor scaling is in it: each part counts weight · scaling · BA.")
     if agrees(sum(w * p for w, p in zip(weights, plain, strict=True))):
-        raise TryAgain("The scaling is missing. The new adapter has scaling 1, so each part brings its own: weight · scaling.")
+        raise TryAgain(
+            "The scaling is missing. The new adapter has scaling 1, so each part brings its own: weight · scaling."
+        )
     if agrees(sum(s * p for (_, _, s), p in zip(adapters, plain, strict=True))):
         raise TryAgain("The weights are missing.")
     if agrees(sum(w * s * p for w, (_, _, s), p in zip(weights, adapters, products, strict=True))):
-        raise TryAgain("Weight and scaling were multiplied into A and into B, so they count twice. Take one of the two.")
+        raise TryAgain(
+            "Weight and scaling were multiplied into A and into B, so they count twice. Take one of the two."
+        )
     if agrees(sum(w * p for w, p in zip(weights, products, strict=True))):
         raise TryAgain("The weight counts twice: it was multiplied into A and into B. Take one of the two.")
     if agrees(sum(s * p for (_, _, s), p in zip(adapters, products, strict=True))):
         raise TryAgain("The scaling counts twice: it was multiplied into A and into B. Take one of the two.")
     if agrees(sum(abs(w) * s * p for (_, _, s), p, w in zip(adapters, plain, weights, strict=True))):
         raise TryAgain("A weight is below zero here, and its sign was lost.")
-    raise TryAgain("The shapes are right, and BA is not the sum of weight · scaling · BA. Are A and B stacked in the same order?")
+    raise TryAgain(
+        "The shapes are right, and BA is not the sum of weight · scaling · BA. Are A and B stacked in the same order?"
+    )
 
 
 def join_example(ranks, scalings, seed):
@@ -398,7 +428,12 @@ def times_example(factor, seed, other=None, noise=0.005, small=1e-4, unit=1.0):
 
     generator = torch.Generator().manual_seed(seed)
     base, merged, changes = {}, {}, {}
-    layers = {"k_proj": ((8, 8), small), "q_proj": ((8, 8), 0.5), "up_proj": ((12, 8), 0.3), "gate_proj": ((12, 8), small)}
+    layers = {
+        "k_proj": ((8, 8), small),
+        "q_proj": ((8, 8), 0.5),
+        "up_proj": ((12, 8), 0.3),
+        "gate_proj": ((12, 8), small),
+    }
     for name, (shape, size) in layers.items():
         weight, change, off = (unit * torch.randn(*shape, dtype=torch.float64, generator=generator) for _ in range(3))
         times = other if other is not None and name == "up_proj" else factor

@@ -175,7 +175,8 @@ def _check_tensors(report, config, shapes) -> dict:
         )
     elif not shapes:
         report.fail(
-            "empty", "The weights' file holds no tensor at all: the adapter was gone from the model when it was saved.",
+            "empty",
+            "The weights' file holds no tensor at all: the adapter was gone from the model when it was saved.",
             "Save before merge_and_unload(); what that returns is the merged model.",
         )
     elif not pairs:

@@ -183,7 +183,10 @@ def _is_task(task) -> bool:
 def _trained_on(adapter: Path, base_name) -> bool:
     """Whether the adapter names this base: a hub id leads to a folder in the cache that bears another name."""
     try:
-        return same_base(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"], base_name)
+        return same_base(
+            json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"],
+            base_name,
+        )
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -232,7 +235,11 @@ def _read_files(report, base: Path, adapters: list[Path], merged: Path):
             headers.append({file: read_safetensors_header(file) for file in weight_files(folder)})
         except CourseError as error:
             alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-            code = "damaged_weights" if (folder / "config.json").exists() and list(folder.glob("*.safetensors*")) else "not_a_model"
+            code = (
+                "damaged_weights"
+                if (folder / "config.json").exists() and list(folder.glob("*.safetensors*"))
+                else "not_a_model"
+            )
             own = folder.resolve() in [adapter.resolve() for adapter in adapters]
             problem = "is the adapter's folder: the same one was given twice" if own else "holds an adapter only"
             report.fail(
@@ -244,7 +251,12 @@ def _read_files(report, base: Path, adapters: list[Path], merged: Path):
             )
             headers.append(None)
             continue
-        packed = {kind for header in headers[-1].values() for kind, _ in header.values()} & {"U8", "I8", "F8_E4M3", "F8_E5M2"}
+        packed = {kind for header in headers[-1].values() for kind, _ in header.values()} & {
+            "U8",
+            "I8",
+            "F8_E4M3",
+            "F8_E5M2",
+        }
         if packed or "quantization_config" in config:
             report.fail(
                 "quantised_weights",
@@ -313,7 +325,9 @@ def _check_vocabulary(report, model, tokenizer, merged: StoredWeights, config) -
             if module is not None and (found := merged.get(f"{names[module]}.weight")) is not None}  # fmt: skip
     rows |= {"configuration": config.get_text_config().vocab_size, "base": ends["embedding"].weight.shape[0]}
     if len(set(rows.values())) > 1 or (tokenizer is not None and len(tokenizer) > min(rows.values())):
-        sizes = ", ".join(f"{end} {number}" for end, number in (rows | ({"tokenizer": len(tokenizer)} if tokenizer else {})).items())
+        sizes = ", ".join(
+            f"{end} {number}" for end, number in (rows | ({"tokenizer": len(tokenizer)} if tokenizer else {})).items()
+        )
         report.fail(
             "vocab_mismatch",
             f"The vocabulary sizes don't agree: {sizes}. All but the tokenizer's have to be the same, and its may not be larger.",
@@ -335,7 +349,11 @@ def _compare(report, base, adapters, merged, files, base_files, task, dtype, dev
     device = torch.device(device) if device is not None else runtime.device()
     config = transformers.AutoConfig.from_pretrained(merged, trust_remote_code=False)
     source = next((folder for folder in adapters if (folder / "tokenizer_config.json").is_file()), base)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False) if any(source.glob("tokenizer*")) else None
+    tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if any(source.glob("tokenizer*"))
+        else None
+    )
     own_tokenizer = _check_tokenizer(report, tokenizer, merged)
     kinds = [kind for header in files.values() for kind, _ in header.values()]
     report.dtype = {"BF16": "bfloat16", "F16": "float16"}.get(max(kinds, key=kinds.count), "float32")
@@ -419,7 +437,9 @@ def _inputs(model, tokenizer, task):
         rows = [] if task is None else list(task)
     if tokenizer is None:  # any tokens will do to tell two models apart
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        return {"input_ids": torch.randint(vocabulary, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))}, rows
+        return {
+            "input_ids": torch.randint(vocabulary, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))
+        }, rows
     if rows and tokenizer.chat_template:
         messages = [[*row["prompt"], *row["completion"]] for row in rows[:TEXTS]]
         texts = [tokenizer.apply_chat_template(message, tokenize=False) for message in messages]
@@ -498,16 +518,22 @@ def _compare_answers(report, reference, candidate, rows, task) -> None:
         f"answers are the same, {lost} right ones lost, {won} won."
     )
     if lost - won > 2 * (lost + won) ** 0.5:
-        report.fail("score_fell", f"The merged model is worse: {said}", "It is not the trained model: see the other findings.")
+        report.fail(
+            "score_fell", f"The merged model is worse: {said}", "It is not the trained model: see the other findings."
+        )
     else:
         report.note("score_kept", f"On the task: {said}")
 
 
 def _compare_configs(report, base, merged) -> None:
     """Settings that the weights don't show, such as the base of the rotary embedding."""
-    unimportant = re.compile(r"_.*|architectures|transformers_version|(torch_)?dtype|use_cache|tie_word_embeddings|.*_token_id")
+    unimportant = re.compile(
+        r"_.*|architectures|transformers_version|(torch_)?dtype|use_cache|tie_word_embeddings|.*_token_id"
+    )
     ours, theirs = base.to_dict(), merged.to_dict()
-    differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key) and not unimportant.fullmatch(key)]
+    differing = [
+        key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key) and not unimportant.fullmatch(key)
+    ]
     if differing:
         report.warn(
             "other_config",

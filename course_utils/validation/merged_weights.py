@@ -127,13 +127,17 @@ def _merge_exactly(module, name, adapters, found, unshare):
             module.merged_adapters.append(adapter)  # merged below
     change = sum(changes)
     exact = before + change
-    layer.weight.data.copy_(exact)  # in place: a weight read from a file lies in that file's pages until it is written to
+    layer.weight.data.copy_(
+        exact
+    )  # in place: a weight read from a file lies in that file's pages until it is written to
     if found is None or found.shape != exact.shape:
         return None
     difference, rounded = found.to(exact).sub(before), exact.to(_precision(found, layer.weight.dtype)).float()
     size, error, one_rounding = _norm(change), _norm(difference - change), _norm(rounded - exact)
     gram = torch.tensor([[_dot(one, other) for other in changes] for one in changes], dtype=torch.float64)
-    shares = torch.linalg.pinv(gram, hermitian=True) @ torch.tensor([_dot(one, difference) for one in changes], dtype=torch.float64)
+    shares = torch.linalg.pinv(gram, hermitian=True) @ torch.tensor(
+        [_dot(one, difference) for one in changes], dtype=torch.float64
+    )
     limit = ROUNDINGS * one_rounding + SLACK * size + 4 * torch.finfo(torch.float32).eps * _norm(before)
     rest = _norm(difference - sum(share * one for share, one in zip(shares.tolist(), changes, strict=True)))
     first = adapters[0]
@@ -239,7 +243,9 @@ def _say_layers(report, layers, plain, shown, merged, base) -> None:
                 f"The dtype of the merged weights is so coarse that only {own_times:.0%} of the adapter's change survives rounding.",
                 "Merge and save in float32, or serve base and adapter unmerged.",
             )
-    elif all(layer.pure for layer in bad) or all(_near(layer.times, -1) for layer in changed):  # a swapped base may be rounded
+    elif all(layer.pure for layer in bad) or all(
+        _near(layer.times, -1) for layer in changed
+    ):  # a swapped base may be rounded
         _say_amount(report, changed, bad, times, shares)
     else:
         _say_strange(report, [layer for layer in bad if not layer.pure], times, plain, merged, base)
@@ -307,7 +313,10 @@ def _say_amount(report, layers, bad, times, shares) -> None:
 
 # How many times the change is there if the scaling was taken for something else; scaling is the right one.
 _SCALINGS = (
-    ("the scaling was taken as alpha and not divided", lambda layer: math.sqrt(layer.rank) if layer.rslora else layer.rank),
+    (
+        "the scaling was taken as alpha and not divided",
+        lambda layer: math.sqrt(layer.rank) if layer.rslora else layer.rank,
+    ),
     (
         "the scaling was taken as alpha/√r, which is rsLoRA's",
         lambda layer: math.nan if layer.rslora else math.sqrt(layer.rank),

@@ -14,25 +14,41 @@ from course_utils.validation.training import bad_argument, is_trainer
 ROWS = 64
 # Code of a fault in single rows -> what is wrong in them, and what to do.
 _FAULTS = {
-    "bad_row": ("there is nothing that TRL and the chat template can read",
-                "Give prompt and completion (both text, or both messages that the template takes), messages, or text. For "
-                "messages the tokenizer needs a chat template, for text an EOS token."),
-    "no_completion": ("there is no answer: no completion, an empty one, or the last message is not the assistant's",
-                      "Write the answers or remove these rows; a prompt alone teaches nothing."),
-    "no_loss": ("no token carries loss: max_length cut the answer off, or a mask covers it; TRL may drop such a row unsaid",
-                "Raise max_length, shorten the prompts, or mend the mask. A batch of such rows has a loss of NaN."),
-    "truncated": ("max_length cuts off the end of the answer, so the model learns to break off instead of stopping",
-                  "Raise max_length, or shorten or remove these rows."),
-    "end_masked": ("the end of the answer is there but carries no loss, so the model never learns to stop",
-                   "If pad is the EOS token, the collator took EOS for a pad: give pads a token of their own. Else put "
-                   "the end of turn inside the template's generation markers."),
-    "no_end": ("the answer does not end with EOS or the end of turn, so the model never learns to stop",
-               "See whether it was cut off; else let the chat template or your own code end each answer so."),
-    "loss_on_prompt": ("the prompt carries loss as well, so the model learns to ask as much as to answer",
-                       "Give SFTTrainer prompt and completion and leave completion_only_loss alone, or messages with "
-                       "assistant_only_loss=True. For plain text without a prompt it is right."),
-    "labels_shifted": ("labels are not the tokens at their own places",
-                       "Copy input_ids and set -100 where no loss is wanted; the model itself shifts labels by one."),
+    "bad_row": (
+        "there is nothing that TRL and the chat template can read",
+        "Give prompt and completion (both text, or both messages that the template takes), messages, or text. For "
+        "messages the tokenizer needs a chat template, for text an EOS token.",
+    ),
+    "no_completion": (
+        "there is no answer: no completion, an empty one, or the last message is not the assistant's",
+        "Write the answers or remove these rows; a prompt alone teaches nothing.",
+    ),
+    "no_loss": (
+        "no token carries loss: max_length cut the answer off, or a mask covers it; TRL may drop such a row unsaid",
+        "Raise max_length, shorten the prompts, or mend the mask. A batch of such rows has a loss of NaN.",
+    ),
+    "truncated": (
+        "max_length cuts off the end of the answer, so the model learns to break off instead of stopping",
+        "Raise max_length, or shorten or remove these rows.",
+    ),
+    "end_masked": (
+        "the end of the answer is there but carries no loss, so the model never learns to stop",
+        "If pad is the EOS token, the collator took EOS for a pad: give pads a token of their own. Else put "
+        "the end of turn inside the template's generation markers.",
+    ),
+    "no_end": (
+        "the answer does not end with EOS or the end of turn, so the model never learns to stop",
+        "See whether it was cut off; else let the chat template or your own code end each answer so.",
+    ),
+    "loss_on_prompt": (
+        "the prompt carries loss as well, so the model learns to ask as much as to answer",
+        "Give SFTTrainer prompt and completion and leave completion_only_loss alone, or messages with "
+        "assistant_only_loss=True. For plain text without a prompt it is right.",
+    ),
+    "labels_shifted": (
+        "labels are not the tokens at their own places",
+        "Copy input_ids and set -100 where no loss is wanted; the model itself shifts labels by one.",
+    ),
 }
 
 
@@ -48,9 +64,13 @@ def check_sft_data(rows, tokenizer, max_length: int | None = None) -> Report:
     """
     report, texts, unread = Report("Rows for SFT"), [], defaultdict(list)
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "decode"):
-        return bad_argument(report, (rows, tokenizer), "a list of rows or one split such as dataset['train'], and a tokenizer")
+        return bad_argument(
+            report, (rows, tokenizer), "a list of rows or one split such as dataset['train'], and a tokenizer"
+        )
     if max_length is not None and (type(max_length) is not int or max_length < 1):
-        report.fail("bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit.")
+        report.fail(
+            "bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit."
+        )
         return report
     for number, row in enumerate(rows):
         try:
@@ -84,8 +104,11 @@ def check_supervision(trainer, tokenizer=None) -> Report:
         return bad_argument(report, (trainer, tokenizer), "a trainer, or next(iter(dataloader)) and its tokenizer")
     batches = _collated(trainer) if whole else [trainer]
     if any("labels" not in batch or "input_ids" not in batch for batch in batches):
-        report.fail("no_labels", f"The batch has {some(batches[0], 5)}, not input_ids and labels: there is no loss.",
-                    "Use a collator that makes labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).")
+        report.fail(
+            "no_labels",
+            f"The batch has {some(batches[0], 5)}, not input_ids and labels: there is no loss.",
+            "Use a collator that makes labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
+        )
         return report
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
     limit = getattr(trainer.args, "max_length", None) if whole else None
@@ -117,8 +140,12 @@ def _judge(report, texts, tokenizer, ends, limit, faults) -> Report:
         what, remedy = _FAULTS[code]
         report.fail(code, f"In {len(numbers)} of {len(texts)} rows {what} (number {some(numbers)}).", remedy)
     if not texts:
-        report.fail("empty", "There are no rows.", "See whether the file is empty, or a filter removed them all; TRL itself "
-                    "drops those without loss (run check_sft_data on the rows that you gave it).")
+        report.fail(
+            "empty",
+            "There are no rows.",
+            "See whether the file is empty, or a filter removed them all; TRL itself "
+            "drops those without loss (run check_sft_data on the rows that you gave it).",
+        )
     else:
         share = sum(counts) / max(1, sum(len(ids) for ids, *_ in texts))
         report.note("supervision", f"In {len(texts)} rows {sum(counts)} tokens, {share:.0%} of all, carry loss.")

@@ -36,22 +36,36 @@ def check_config(report, base, layers, config) -> None:
     if not start.startswith(_FROM_WEIGHT):
         return
     if start == "orthogonal" and any(rank % 2 for layer in layers.values() for rank in layer.r.values()):
-        report.fail("odd_rank", "The orthogonal start gives half of the rank to A and half to B, so the rank must be even.",
-                    "Take the next even rank.")
+        report.fail(
+            "odd_rank",
+            "The orthogonal start gives half of the rank to A and half to B, so the rank must be even.",
+            "Take the next even rank.",
+        )
     sideways = [name for name, layer in layers.items() if isinstance(layer.get_base_layer(), Conv1D)]
     if sideways and start == "olora":
-        report.fail("start_conv1d", f"OLoRA in PEFT does not turn the weight of a Conv1D ({some(sideways)}), so A and B get the "
-                    "shapes of each other; on a square weight no error says so, and the output at step 0 is wrong.",
-                    "Take init_lora_weights='pissa', which turns it, or the default start.")
+        report.fail(
+            "start_conv1d",
+            f"OLoRA in PEFT does not turn the weight of a Conv1D ({some(sideways)}), so A and B get the "
+            "shapes of each other; on a square weight no error says so, and the output at step 0 is wrong.",
+            "Take init_lora_weights='pissa', which turns it, or the default start.",
+        )
     weights = [base.get_submodule(name).weight for name in layers if _has(base, name)]
     if any(hasattr(weight, "quant_state") or not weight.is_floating_point() for weight in weights):
-        report.fail("start_quantised", f"The start {start!r} is computed from the base's weights, and these are quantised. PEFT "
-                    "refuses, or quantises what is left of them anew, and the output at step 0 is no longer the base's.",
-                    "Use the default start on a quantised base, or convert the adapter after training on the unquantised one.")
-    elif weights and changes_base(config) and any(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights):
-        report.warn("start_rounded", f"The start {start!r} changes the base, and its weights are rounded anew to "
-                    f"{str(weights[0].dtype).removeprefix('torch.')}: the output at step 0 is not quite the base's.",
-                    "Load the base in float32 to make the adapter, or live with a difference of the size of that rounding.")
+        report.fail(
+            "start_quantised",
+            f"The start {start!r} is computed from the base's weights, and these are quantised. PEFT "
+            "refuses, or quantises what is left of them anew, and the output at step 0 is no longer the base's.",
+            "Use the default start on a quantised base, or convert the adapter after training on the unquantised one.",
+        )
+    elif (
+        weights and changes_base(config) and any(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights)
+    ):
+        report.warn(
+            "start_rounded",
+            f"The start {start!r} changes the base, and its weights are rounded anew to "
+            f"{str(weights[0].dtype).removeprefix('torch.')}: the output at step 0 is not quite the base's.",
+            "Load the base in float32 to make the adapter, or live with a difference of the size of that rounding.",
+        )
 
 
 def check_moved(report, configs, where, original, difference) -> None:
@@ -109,7 +123,9 @@ def taken_out(original, difference) -> str | None:
         return bool((difference - product).norm() < 0.05 * difference.norm())
 
     Q, R = torch.linalg.qr(original)
-    shares = (Q.T @ difference * R).sum(1) / R.square().sum(1)  # of each direction, how much was taken out: s or nothing
+    shares = (Q.T @ difference * R).sum(1) / R.square().sum(
+        1
+    )  # of each direction, how much was taken out: s or nothing
     rank = int((shares > 0.5 * shares[0]).sum())
     scaling = float(shares[0])
     if is_all(scaling * Q[:, :rank] @ R[:rank]):

@@ -48,7 +48,9 @@ def check_weights(report, layers, loaded) -> None:
                 "warn" if trainable else "fail",
                 "zero_b" if every else "partly_zero_b",
                 f"{adapter!r} has an all-zero B in {where}, so it changes nothing there. LoRA starts that way: {cause}.",
-                "Train it; or, if it was trained, look at how it was saved and loaded." if trainable else "Load it again and read missing_keys; run check_adapter_folder on its folder.",
+                "Train it; or, if it was trained, look at how it was saved and loaded."
+                if trainable
+                else "Load it again and read missing_keys; run check_adapter_folder on its folder.",
             )
 
 
@@ -90,7 +92,9 @@ def check_base_weights(report, layers, configs, original_base) -> None:
         return
     compared, moved, smallest, change = 0, [], None, 0.0
     merged_in = {adapter: _Alike() for adapter in configs}  # the base's change, and the adapter's own
-    start_in = {adapter: _Alike() for adapter in configs}  # where nothing moved: the start that its B points to, and its change
+    start_in = {
+        adapter: _Alike() for adapter in configs
+    }  # where nothing moved: the start that its B points to, and its change
     with torch.no_grad():
         for name, layer in layers.items():
             weight = getattr(layer.get_base_layer() if configs else layer, "weight", None)
@@ -98,7 +102,11 @@ def check_base_weights(report, layers, configs, original_base) -> None:
             merged = layer.merged_adapters if configs else []
             # A merged variant such as DoRA changed the weights by more than scaling * B @ A.
             variant_merged = set(merged) & set(getattr(layer, "lora_variant", ()))
-            if not _comparable(weight, before) or variant_merged or (configs and not hasattr(layer, "get_delta_weight")):
+            if (
+                not _comparable(weight, before)
+                or variant_merged
+                or (configs and not hasattr(layer, "get_delta_weight"))
+            ):
                 continue
             if before.data_ptr() == weight.data_ptr():
                 report.fail(
@@ -108,7 +116,11 @@ def check_base_weights(report, layers, configs, original_base) -> None:
                 )
                 return
             compared += 1
-            deltas = {adapter: layer.get_delta_weight(adapter).double() for adapter in adapter_names(layer)} if configs else {}
+            deltas = (
+                {adapter: layer.get_delta_weight(adapter).double() for adapter in adapter_names(layer)}
+                if configs
+                else {}
+            )
             now = weight.double() - sum(deltas[adapter] for adapter in merged if adapter in deltas)
             before = before.to(now.device, torch.float64)
             difference = now - before
