@@ -40,12 +40,12 @@ def main(arguments=None):
     if chosen.command == "grade" and not chosen.source:
         return "Say where the submissions are: make grade SUBMISSIONS=folder-or-zip."
     try:
+        from adapter_checks.errors import InputError
         from classroom import report
         from classroom.course import DEFAULT_ROOT, Course
         from classroom.grade import grade
         from classroom.stage import stage
         from classroom.watch import Limits
-        from course_utils.runtime import CourseError
         from tools.editions import BuildError
     except ModuleNotFoundError as error:
         return f"{error.name.partition('.')[0]} {MISSING}"
@@ -64,7 +64,7 @@ def main(arguments=None):
             pages, complaints = report.feedback(course)
             print(f"{pages} pages in {course.root / 'feedback'}")
             return complaints or 0
-    except (CourseError, BuildError, OSError, zipfile.BadZipFile) as error:
+    except (InputError, BuildError, OSError, zipfile.BadZipFile) as error:
         return str(error)
     except KeyboardInterrupt:
         return "Stopped. What was not done is marked so; run the same command again."

@@ -18,7 +18,7 @@ from nbgrader.api import Gradebook
 from nbgrader.coursedir import CourseDirectory
 from traitlets.config.loader import PyFileConfigLoader
 
-from course_utils.runtime import CourseError
+from adapter_checks.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ROOT = HERE / "staging"
@@ -57,10 +57,10 @@ class Course:
         return self.root / step / learner / lesson / f"{lesson}.ipynb"
 
     def lessons(self):
-        """Return the names of the lessons that were handed out, in order. Raises `CourseError` when there is none."""
+        """Return the names of the lessons that were handed out, in order. Raises `InputError` when there is none."""
         found = sorted(path.stem for path in self.root.glob("release/*/*.ipynb") if path.stem == path.parent.name)
         if not found:
-            raise CourseError("No lesson is staged yet: run `make classroom` first.")
+            raise InputError("No lesson is staged yet: run `make classroom` first.")
         return found
 
     def exercises(self, lesson):

@@ -14,9 +14,9 @@ import nbformat
 import psutil
 from nbgrader.api import MissingEntry
 
+from adapter_checks.errors import InputError
 from classroom import watch
 from classroom.collect import collect
-from course_utils.runtime import CourseError
 from tools.build import ROOT, save_text
 
 ATTEMPTS = 3  # A cell that brings the kernel down is left out, and the rest graded; so often at most.
@@ -27,7 +27,7 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
 
     `jobs` run at a time: as many as there are cores, or as memory allows with each at its limit. `only` and `learner`
     choose lessons (by the beginning of the name) and one learner. A complaint names a file that is no submission.
-    Raises `CourseError` if there is no submission.
+    Raises `InputError` if there is no submission.
     """
     lessons, record, stop = (
         {name: _marks(course, name) for name in course.lessons()},
@@ -37,7 +37,7 @@ def grade(course, source, limits=watch.Limits(), jobs=None, only="", learner="",
     submissions, complaints = collect(source, lessons, names, known=record)
     submissions = [one for one in submissions if one.lesson.startswith(only) and learner in ("", one.learner)]
     if not submissions:
-        raise CourseError("\n".join([f"There is no notebook of a staged lesson in {source}.", *complaints]))
+        raise InputError("\n".join([f"There is no notebook of a staged lesson in {source}.", *complaints]))
     jobs = jobs or default_jobs(limits)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     say(f"{len(submissions)} submissions, {jobs} at a time")

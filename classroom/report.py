@@ -12,7 +12,7 @@ import nbformat
 from nbgrader.converters import GenerateFeedback
 from nbgrader.utils import capture_log
 
-from course_utils.runtime import CourseError
+from adapter_checks.errors import InputError
 from tools import build
 
 COLUMNS = ["learner", "lesson", "exercise", "score", "max_score", "status", "note"]
@@ -22,7 +22,7 @@ def rows(course):
     """Return one dict of `COLUMNS` for each learner, lesson and exercise, from the gradebook and grading.json.
 
     `status` is passed, partly, failed, not attempted, not graded or not submitted. The last two have no score: they
-    are for a person to settle, and no 0. Raises `CourseError` if nothing is graded yet.
+    are for a person to settle, and no 0. Raises `InputError` if nothing is graded yet.
     """
     record, found = _record(course), []
     handed_in = sorted({lesson for lessons in record.values() for lesson in lessons})
@@ -44,10 +44,10 @@ def rows(course):
 
 
 def _record(course):
-    """What was graded so far. Raises `CourseError` if that is nothing."""
+    """What was graded so far. Raises `InputError` if that is nothing."""
     record = course.record()
     if not record:
-        raise CourseError("Nothing is graded yet: run `make grade SUBMISSIONS=folder-or-zip` first.")
+        raise InputError("Nothing is graded yet: run `make grade SUBMISSIONS=folder-or-zip` first.")
     return record
 
 

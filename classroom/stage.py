@@ -7,7 +7,7 @@ import nbformat
 from nbgrader.converters import GenerateAssignment
 from nbgrader.utils import capture_log
 
-from course_utils.runtime import CourseError
+from adapter_checks.errors import InputError
 from tools import build
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +31,7 @@ HANDED_OUT = (
 def stage(course, root=build.ROOT, only=""):
     """Stage the lessons of the checkout `root` whose name begins with `only`, and pack the hand-out; return its path.
 
-    Raises `CourseError` with nbgrader's own words where it refuses, and `BuildError` for a faulty lesson.
+    Raises `InputError` with nbgrader's own words where it refuses, and `BuildError` for a faulty lesson.
     """
     for path in build.sources(root, only):
         build.build_classroom(path, root, course.root / "source")
@@ -39,7 +39,7 @@ def stage(course, root=build.ROOT, only=""):
         generate.force = True
         result = capture_log(generate)
         if not result["success"]:
-            raise CourseError(f"nbgrader could not stage {path.stem}:\n{result.get('log', result['error'])}")
+            raise InputError(f"nbgrader could not stage {path.stem}:\n{result.get('log', result['error'])}")
     return pack(course, root)
 
 

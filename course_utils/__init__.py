@@ -19,12 +19,9 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _SUBMODULES = (
-    "counting",
     "data",
     "evaluation",
     "exercises",
-    "memory",
-    "merging",
     "plotting",
     "progress",
     "runtime",

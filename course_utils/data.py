@@ -9,8 +9,8 @@ import csv
 import glob
 from pathlib import Path
 
+from adapter_checks.errors import InputError
 from course_utils import runtime
-from course_utils.runtime import CourseError
 
 TASKS = ("reading", "sailor", "extract", "mood", "recall")
 SPLITS = ("train", "validation", "test")
@@ -27,14 +27,14 @@ def task_files(task: str) -> dict[str, str]:
     "kind": str, "novel": bool}: `kind` is what sort of question it is, and a `novel` row uses names and objects that
     the train split never does.
 
-    Raises CourseError if there is no such task or a file is missing.
+    Raises InputError if there is no such task or a file is missing.
     """
     if task not in TASKS:
-        raise CourseError(f"There is no task {task!r}. Choose one of: {', '.join(TASKS)}.")
+        raise InputError(f"There is no task {task!r}. Choose one of: {', '.join(TASKS)}.")
     files = {split: runtime.data_dir() / task / f"{split}.jsonl" for split in SPLITS}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
-        raise CourseError(f"There is no file {', '.join(missing)}. Restore it with `git checkout -- data`.")
+        raise InputError(f"There is no file {', '.join(missing)}. Restore it with `git checkout -- data`.")
     return {split: str(path) for split, path in files.items()}
 
 
@@ -43,10 +43,10 @@ def load_task(task: str, split: str | None = None):
 
     The prepared copy is kept under `runs/`, so a read-only checkout will do.
 
-    Raises CourseError if there is no such task or split, or if a file is missing or isn't JSON lines.
+    Raises InputError if there is no such task or split, or if a file is missing or isn't JSON lines.
     """
     if split is not None and split not in SPLITS:
-        raise CourseError(f"There is no split {split!r}. Choose one of: {', '.join(SPLITS)}.")
+        raise InputError(f"There is no split {split!r}. Choose one of: {', '.join(SPLITS)}.")
     files = task_files(task)
 
     import datasets
@@ -62,7 +62,7 @@ def load_task(task: str, split: str | None = None):
             "json", data_files=patterns, cache_dir=str(runtime.runs_dir() / "cache" / "datasets")
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        raise CourseError(
+        raise InputError(
             f"The files of {task!r} in {runtime.data_dir() / task} can't be read as JSON lines ({error.__cause__}). "
             "Restore them with `git checkout -- data`."
         ) from error
@@ -78,13 +78,13 @@ def held_out_texts(tokenizer) -> list[str]:
     Each is framed as the shipped base model read its documents: begin token, space, text, end token, as far as the
     tokenizer has them.
 
-    Raises CourseError if the file is missing.
+    Raises InputError if the file is missing.
     """
     path = runtime.data_dir() / "held_out.txt"
     try:
         texts = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise CourseError(f"There is no file {path}. Restore it with `git checkout -- data`.") from None
+        raise InputError(f"There is no file {path}. Restore it with `git checkout -- data`.") from None
     return [f"{tokenizer.bos_token or ''} {text}{tokenizer.eos_token or ''}" for text in texts]
 
 
@@ -98,7 +98,7 @@ def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
 
     A row is {column: int, float or str}; the columns begin with RESULT_COLUMNS.
 
-    Raises CourseError if there are no such results, or if a line is cut short, lacks a value, or holds a word where
+    Raises InputError if there are no such results, or if a line is cut short, lacks a value, or holds a word where
     the others hold a number; the message names the line.
     """
     folder = results_dir() if folder is None else Path(folder)
@@ -111,28 +111,26 @@ def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
         header, *rows = [(reader.line_num, cells) for cells in reader] or [(1, [])]
     except FileNotFoundError:
         there = sorted(other.stem for other in folder.glob("*.csv"))
-        raise CourseError(
+        raise InputError(
             f"There are no results {name!r} in {folder} ({'only ' + ', '.join(there) if there else 'it has none'}). "
             f"Make them with `python -m experiments.run {name}`."
         ) from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise CourseError(f"{path} can't be read as CSV ({error}). {remedy}") from error
+        raise InputError(f"{path} can't be read as CSV ({error}). {remedy}") from error
     columns = header[1]
     if tuple(columns[: len(RESULT_COLUMNS)]) != RESULT_COLUMNS or len(set(columns)) < len(columns):
-        raise CourseError(
-            f"{path} doesn't begin with the columns {', '.join(RESULT_COLUMNS)}, each name once. {remedy}"
-        )
+        raise InputError(f"{path} doesn't begin with the columns {', '.join(RESULT_COLUMNS)}, each name once. {remedy}")
     if not text.endswith("\n"):
-        raise CourseError(f"The last line of {path} is cut short. {remedy}")
+        raise InputError(f"The last line of {path} is cut short. {remedy}")
     results = []
     for line, cells in rows:
         if len(cells) != len(columns) or not all(cell.strip() for cell in cells):
             filled = sum(bool(cell.strip()) for cell in cells)
-            raise CourseError(f"Line {line} of {path} has {filled} values for {len(columns)} columns. {remedy}")
+            raise InputError(f"Line {line} of {path} has {filled} values for {len(columns)} columns. {remedy}")
         result = dict(zip(columns, map(_number, cells)))
         for column, value in result.items():
             if results and isinstance(value, str) != isinstance(results[0][column], str):
-                raise CourseError(
+                raise InputError(
                     f"Line {line} of {path} has {value!r} as {column}, where the first line has {results[0][column]!r}. {remedy}"
                 )
         results.append(result)

@@ -6,29 +6,27 @@ Nothing heavy is imported at the top: torch and transformers load inside the fun
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import hashlib
 import json
-import logging
 import os
 import platform
 import random
 import re
 import shutil
-import struct
 import sys
 import tempfile
-import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_checks.bitsandbytes_workarounds import quiet_imports as quiet_imports
+from adapter_checks.bitsandbytes_workarounds import quiet_int8 as quiet_int8
+from adapter_checks.bitsandbytes_workarounds import stop_repacking as stop_repacking
+from adapter_checks.errors import InputError
+from adapter_checks.safetensors_header import read_safetensors_header
+from adapter_checks.saving import saving as saving
+
 TRAIN_ADAPTERS_COMMAND = "python -m pretraining.adapters"
-
-
-class CourseError(Exception):
-    """Something that a person can put right; the message says what is wrong and what to do."""
 
 
 def __getattr__(name):
@@ -64,14 +62,14 @@ def runs_dir() -> Path:
     `runs/` in the checkout, or the folder named by COURSE_RUNS. If the checkout can't be written to, a private
     folder in the temporary directory takes its place, and one printed line says so.
 
-    Raises CourseError if COURSE_RUNS was given and can't be written to, or if no folder can be.
+    Raises InputError if COURSE_RUNS was given and can't be written to, or if no folder can be.
     """
     chosen = os.environ.get("COURSE_RUNS", "").strip()
     if chosen:
         folder = Path(chosen).expanduser().resolve()
         problem = _why_not_writable(folder)
         if problem:
-            raise CourseError(
+            raise InputError(
                 f"COURSE_RUNS names {folder}, which can't be written to ({problem}). Name another folder or unset it."
             )
         return folder
@@ -100,10 +98,10 @@ def _fallback_runs_dir(wanted: Path, problem: str) -> Path:
         folder.mkdir(mode=0o700)
     # Training state is resumed from here, so a folder that somebody else put at this name must not be trusted.
     if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
-        raise CourseError(f"{folder} belongs to another user. Set COURSE_RUNS to a folder that you can write to.")
+        raise InputError(f"{folder} belongs to another user. Set COURSE_RUNS to a folder that you can write to.")
     fallback_problem = _why_not_writable(folder)
     if fallback_problem:
-        raise CourseError(
+        raise InputError(
             f"Neither {wanted} ({problem}) nor {folder} ({fallback_problem}) can be written to. "
             "Set COURSE_RUNS to a folder that you can write to."
         )
@@ -123,7 +121,7 @@ def base_model() -> str:
 
     COURSE_BASE_MODEL is a folder or a hub id `organisation/name`; a hub id is returned as it is, unchecked.
 
-    Raises CourseError if the folder doesn't exist or isn't a whole model in safetensors.
+    Raises InputError if the folder doesn't exist or isn't a whole model in safetensors.
     """
     chosen = os.environ.get("COURSE_BASE_MODEL", "").strip()
     if not chosen:
@@ -136,8 +134,8 @@ def base_model() -> str:
     if _HUB_ID.fullmatch(chosen) and not folder.exists() and not folder.parent.exists():
         return chosen
     if folder.exists():
-        raise CourseError(f"COURSE_BASE_MODEL is {chosen}, which is a file, not a model's folder. {advice}")
-    raise CourseError(
+        raise InputError(f"COURSE_BASE_MODEL is {chosen}, which is a file, not a model's folder. {advice}")
+    raise InputError(
         f"COURSE_BASE_MODEL is {chosen}: there is no such folder, and it is not a hub id like organisation/name. {advice}"
     )
 
@@ -159,18 +157,18 @@ def _chosen_folder(chosen: str) -> Path:
 
 def _checked_model_folder(folder: Path, advice: str) -> Path:
     if not folder.is_dir():
-        raise CourseError(f"There is no model folder {folder}. {advice}")
+        raise InputError(f"There is no model folder {folder}. {advice}")
     _read_json(folder / "config.json", advice)
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index, advice).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CourseError(f"{index} lists no weights. {advice}")
+            raise InputError(f"{index} lists no weights. {advice}")
         shards = sorted(set(weight_map.values()))
     else:
         shards = ["model.safetensors"]
     if not (folder / shards[0]).exists() and (any(folder.glob("*.bin")) or any(folder.glob("*.pt"))):
-        raise CourseError(
+        raise InputError(
             f"{folder} holds its weights in a pickle file (.bin or .pt) only, and a pickle can run code when it is loaded; "
             "the course reads safetensors alone. Convert the weights in a place where you can afford that, or use another model."
         )
@@ -183,11 +181,11 @@ def _read_json(path: Path, advice: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CourseError(f"{path.parent} has no {path.name}, so it is not a whole model. {advice}") from None
+        raise InputError(f"{path.parent} has no {path.name}, so it is not a whole model. {advice}") from None
     except (OSError, ValueError) as error:
-        raise CourseError(f"{path} can't be read as JSON ({error}). {advice}") from error
+        raise InputError(f"{path} can't be read as JSON ({error}). {advice}") from error
     if not isinstance(content, dict):
-        raise CourseError(f"{path} does not hold a JSON object. {advice}")
+        raise InputError(f"{path} does not hold a JSON object. {advice}")
     return content
 
 
@@ -205,61 +203,22 @@ def adapters_dir() -> Path:
 def adapter_path(name: str) -> Path:
     """The folder of the adapter `name` for the base model in use.
 
-    Raises CourseError if there is none, or if its weights are not a whole safetensors file.
+    Raises InputError if there is none, or if its weights are not a whole safetensors file.
     """
     folder = adapters_dir() / name
     if not (folder / "adapter_config.json").is_file():
         if not is_shipped_base():
-            raise CourseError(
+            raise InputError(
                 f"There is no adapter {name!r} for {base_model()} yet: the shipped adapters fit the shipped base only. "
                 f"Train them with `{TRAIN_ADAPTERS_COMMAND}`, COURSE_BASE_MODEL set as now."
             )
         there = sorted(path.parent.name for path in folder.parent.glob("*/adapter_config.json"))
-        raise CourseError(
+        raise InputError(
             f"There is no adapter {name!r} in {folder.parent}. "
             + (f"Choose one of: {', '.join(there)}." if there else "Restore them with `git checkout -- models`.")
         )
     read_safetensors_header(folder / "adapter_model.safetensors")
     return folder
-
-
-def read_safetensors_header(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype as the file spells it, such as "F32"; shape) of every tensor, without reading the tensors.
-
-    The format: 8 bytes with the header's length, little-endian; the header in JSON; the tensors' bytes
-    (https://huggingface.co/docs/safetensors, "Format"). The length that the header promises is compared with the
-    file's, which finds a file cut short at any place.
-
-    Raises CourseError, naming the file, if it is missing, cut short or not safetensors.
-    """
-    path = Path(path)
-    remedy = "Copy or download the file again."
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (header_length,) = struct.unpack("<Q", file.read(8))
-            # Checked before reading: in a file of another kind these 8 bytes may ask for exabytes.
-            if 8 + header_length > size:
-                raise CourseError(
-                    f"{path} is cut short or not a safetensors file: its header alone should take {header_length} bytes, "
-                    f"and the file has {size}. {remedy}"
-                )
-            header = json.loads(file.read(header_length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        promised = 8 + header_length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        described = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
-    except FileNotFoundError:
-        raise CourseError(f"There is no file {path}. {remedy}") from None
-    except OSError as error:
-        raise CourseError(f"{path} can't be read ({error.strerror}).") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CourseError(f"{path} is not a safetensors file, or it was cut short in its header. {remedy}") from error
-    if size != promised:
-        raise CourseError(
-            f"{path} is {'cut short' if size < promised else 'too long'}: it has {size} bytes, and its header promises "
-            f"{promised}. {remedy}"
-        )
-    return described
 
 
 # ---------------------------------------------------------------------------------------------- machine
@@ -331,78 +290,6 @@ def trainer_settings() -> dict:
         "report_to": "none",
         "disable_tqdm": True,
     }
-
-
-_KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward from kernels-community"
-
-
-def _is_not_kernel_notice(record: logging.LogRecord) -> bool:
-    cause = record.args[0] if isinstance(record.args, tuple) and record.args else None
-    return not (
-        str(record.msg).startswith(_KERNEL_NOTICE)
-        and isinstance(cause, ModuleNotFoundError)
-        and cause.name == "kernels"
-    )
-
-
-def quiet_imports() -> None:
-    """Call before importing peft or bitsandbytes: hides two known messages, and nothing else.
-
-    On a processor with AVX512-BF16, bitsandbytes (`backends/cpu/ops.py`) logs a warning while it is imported if the
-    optional package `kernels` is missing. The course leaves that package out on purpose, since bitsandbytes would
-    use it to fetch code from the hub. Any other record of the same logger still shows.
-
-    peft 0.21 asks each model for `is_gradient_checkpointing`, which transformers 5.23 renamed, so every
-    `get_peft_model` would warn of a call that the learner never made.
-    """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_kernel_notice)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-# ---------------------------------------------------------------------------------------------- quantised models
-
-_INT8_NOTICE = "MatMul8bitLt: inputs will be cast from"
-
-
-def _is_not_int8_notice(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_INT8_NOTICE)
-
-
-def quiet_int8() -> None:
-    """Hide the line that bitsandbytes 0.50 logs whenever an 8-bit layer runs in eval mode, and nothing else.
-
-    It says that the layer's input is rounded to float16 before it is quantised: true, and the same at every call.
-    """
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_int8_notice)
-
-
-def is_repacked(layer) -> bool:
-    """Did an eval forward put this `bitsandbytes.nn.Linear4bit` into the layout of AVX512-BF16 processors?"""
-    return bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
-
-
-def stop_repacking(model):
-    """Keep bitsandbytes from repacking 4-bit weights in place; returns the model. Call it right after loading.
-
-    On a processor with AVX512-BF16 the first forward pass of a `Linear4bit` in eval mode without gradients puts its
-    weight into another layout (bitsandbytes 0.50.2, `nn/modules.py`). From then on the layer passes no gradient to its
-    input, also in training; and what dequantises, merges or saves the weight reads it wrongly, in silence. Layers whose
-    size does not fit that layout raise instead. Elsewhere, and on a model without 4-bit layers, this changes nothing.
-
-    Raises CourseError if a layer is repacked already: bitsandbytes can't undo that exactly.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    repacked = [name for name, layer in layers.items() if is_repacked(layer)]
-    if repacked:
-        raise CourseError(
-            f"{len(repacked)} of {len(layers)} 4-bit layers have been repacked already, {repacked[0]} among them. "
-            "Load the model afresh, and call stop_repacking before its first forward pass."
-        )
-    for layer in layers.values():
-        layer.support_avx512bf16_for_cpu = False
-    return model
 
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -484,7 +371,7 @@ def _package_checks(requirements: Path) -> list[Check]:
 def _disk_check() -> Check:
     try:
         folder = runs_dir()
-    except CourseError as error:
+    except InputError as error:
         return Check(False, "no folder for results", str(error))
     free = shutil.disk_usage(folder).free
     return Check(
@@ -517,90 +404,7 @@ def _device_check() -> Check:
 def _base_model_check() -> Check:
     try:
         base = base_model()
-    except CourseError as error:
+    except InputError as error:
         return Check(False, "base model", str(error))
     kind = "folder" if Path(base).is_dir() else "hub id, fetched when first loaded"
     return Check(True, f"base model {base} ({kind})")
-
-
-# ---------------------------------------------------------------------------------------------- saving
-
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-@contextlib.contextmanager
-def saving(path: str | Path):
-    """Save a folder whole or not at all: `with saving(path) as folder: model.save_pretrained(folder)`.
-
-    Gives an empty folder beside `path`; at the end it takes the name `path`, and the earlier result is deleted. If
-    anything fails or the process is killed before that, the earlier result stays as it was.
-
-    Raises CourseError if the place can't be written to or has no room, or if a safetensors file came out broken;
-    any other exception of the body goes through unchanged.
-    """
-    path = Path(path).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or path.is_symlink()):
-        raise CourseError(f"{path} is not a plain folder, so no folder can be saved in its place. Choose another name.")
-    if any(place.resolve().is_relative_to(path.resolve()) for place in (project_root(), Path.cwd())):
-        raise CourseError(f"Saving to {path} would replace the folder that you work in. Choose a folder of its own.")
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.mkdir()
-        except OSError as error:
-            raise CourseError(
-                f"{path.parent} can't be written to ({error.strerror}). Choose another place, such as the runs folder."
-            ) from error
-        try:
-            yield fresh
-        except Exception as error:
-            # safetensors reports a full disk as an error of its own, with the system's number in the text
-            number = re.search(r"os error (\d+)", str(error))
-            code = error.errno if isinstance(error, OSError) else int(number.group(1)) if number else None
-            if code in _NO_ROOM:
-                raise CourseError(
-                    f"There was no room to save {path} ({os.strerror(code)}). {_what_is_left(path)} Make room and save again."
-                ) from error
-            raise
-        for file in fresh.rglob("*.safetensors"):
-            read_safetensors_header(file)
-        _put_in_place(fresh, path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _what_is_left(path: Path) -> str:
-    return "The earlier result is unchanged." if path.exists() else "Nothing was left behind."
-
-
-def _put_in_place(fresh: Path, path: Path) -> None:
-    """Give `fresh` the name `path`. Whatever was at `path` is then at the name `fresh`, or gone."""
-    if not path.exists():
-        fresh.rename(path)
-    elif not _exchange(fresh, path):
-        # No exchange in one step here (Windows, some network disks): between the two renames a kill leaves the
-        # earlier result whole, but under the name `old`.
-        old = fresh.with_name(f"{fresh.name}.old")
-        path.rename(old)
-        try:
-            fresh.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders' names in one step; False where the system can't. rename(2) refuses a folder that is not empty."""
-    names = os.fsencode(first), os.fsencode(second)
-    try:
-        library = ctypes.CDLL(None)
-        if sys.platform == "linux":
-            here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
-            return library.renameat2(here, names[0], here, names[1], exchange) == 0
-        if sys.platform == "darwin":
-            return library.renamex_np(names[0], names[1], 2) == 0  # RENAME_SWAP
-    except (AttributeError, OSError, TypeError):  # no such function in this C library
-        pass
-    return False

@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+from adapter_checks.errors import InputError
 from course_utils import data, runtime
-from course_utils.runtime import CourseError
 
 
 def folder():
@@ -35,21 +35,19 @@ def sweep(name, runs, measure, at_once=1, log=print):
     or as a list of them, a row each. With at_once > 1 so many processes of one thread each do the runs side by side:
     a model of this size gains little from a second thread, so that is faster, but its times are not those of a run alone.
 
-    Raises CourseError if the file that is there is broken, is of another base model or has other columns.
+    Raises InputError if the file that is there is broken, is of another base model or has other columns.
     """
     path = folder() / f"{name}.csv"
     rows = data.load_results(name, folder()) if path.exists() else []
     base = base_fingerprint()
     if any(row["base"] != base for row in rows):
-        raise CourseError(f"{path} holds results of another base model. Delete it to make them anew.")
+        raise InputError(f"{path} holds results of another base model. Delete it to make them anew.")
     todo = missing(rows, runs)
     log(f"{name}: {len(todo)} of {len(runs)} runs to do")
     results = _side_by_side(measure, todo, at_once) if at_once > 1 else (_rows_of(measure, run) for run in todo)
     for number, new in enumerate(results, 1):
         if set(new[0]) != set((rows or new)[0]):
-            raise CourseError(
-                f"{path} has other columns than {name}.py writes now. Delete it to make the results anew."
-            )
+            raise InputError(f"{path} has other columns than {name}.py writes now. Delete it to make the results anew.")
         rows = in_order(rows + new, runs)
         _write(path, rows)
         log(
@@ -100,11 +98,11 @@ def unplanned(rows, runs):
 def best_rate(name, runs, method):
     """The learning rate with the best mean score on the validation split in this sweep; of equal ones the lowest.
 
-    Raises CourseError if the sweep is not complete.
+    Raises InputError if the sweep is not complete.
     """
     rows = data.load_results(name, folder())
     if left := missing(rows, runs):
-        raise CourseError(f"{len(left)} runs of {name} are missing. Run `python -m experiments.run {name}` first.")
+        raise InputError(f"{len(left)} runs of {name} are missing. Run `python -m experiments.run {name}` first.")
 
     def mean_score(rate):
         found = [row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]

@@ -12,7 +12,8 @@ import warnings
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from course_utils import data, memory, runtime
+from adapter_checks import memory
+from course_utils import data, runtime
 from experiments import training
 from experiments.learning_rate import lora_config
 

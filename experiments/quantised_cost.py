@@ -12,7 +12,8 @@ together, counted after the last step; `footprint` is what `get_memory_footprint
 import json
 import sys
 
-from course_utils import memory, runtime
+from adapter_checks import memory
+from course_utils import runtime
 from experiments import cost
 
 STEPS = 20

@@ -57,5 +57,5 @@ def main(arguments=None):
 if __name__ == "__main__":
     try:
         main()
-    except runtime.CourseError as error:
+    except runtime.InputError as error:
         sys.exit(f"{error}")

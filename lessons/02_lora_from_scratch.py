@@ -21,17 +21,8 @@ import time
 import warnings
 from collections import OrderedDict, defaultdict
 
-from course_utils import (
-    counting,
-    data,
-    evaluation,
-    memory,
-    plotting,
-    runtime,
-    sweeps,
-    timing,
-    validation,
-)
+from adapter_checks import counting, memory
+from course_utils import data, evaluation, plotting, runtime, sweeps, timing, validation
 from course_utils.exercises import lesson02, progress
 
 runtime.quiet_imports()

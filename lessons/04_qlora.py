@@ -18,7 +18,8 @@ import logging
 import math
 import warnings
 
-from course_utils import counting, data, evaluation, memory, plotting, runtime, validation
+from adapter_checks import counting, memory
+from course_utils import data, evaluation, plotting, runtime, validation
 from course_utils.exercises import lesson04, progress
 from course_utils.sweeps import over_seeds, spread
 

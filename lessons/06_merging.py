@@ -25,7 +25,8 @@ import textwrap
 import time
 import warnings
 
-from course_utils import data, evaluation, merging, plotting, runtime, sweeps, validation
+from adapter_checks import merging
+from course_utils import data, evaluation, plotting, runtime, sweeps, validation
 from course_utils.exercises import lesson06, progress
 
 runtime.quiet_imports()
@@ -520,7 +521,12 @@ print("head tied to the embedding, so stored once:", tied)
 # **Predict:** what will "times" say for a right merge?
 
 # %%
-report = validation.check_merged_folder(base_folder, adapter_folder, merged_folder, task="sailor")
+report = validation.check_merged_folder(
+    base_folder,
+    adapter_folder,
+    merged_folder,
+    rows=data.load_task("sailor", "test").select(range(32)),
+)
 print(report)
 print(f"\nthe change is {report.times:.3f} times in the weights")
 assert report.ok
@@ -869,7 +875,7 @@ print(validation.check_merged_folder(base_folder, adapter_folder, runs / "by_sha
 MEASURE = """
 import sys, threading, time
 import psutil
-from course_utils import merging
+from adapter_checks import merging
 merge, small, large = getattr(merging, sys.argv[1]), sys.argv[2:4], sys.argv[4:6]
 merge(*small, sys.argv[6] + "_small")
 process, done = psutil.Process(), False

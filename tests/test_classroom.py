@@ -21,9 +21,9 @@ import nbformat
 import psutil
 import pytest
 
+from adapter_checks.errors import InputError
 from classroom import collect, watch
 from classroom.__main__ import main, parser
-from course_utils.runtime import CourseError
 from tools import build, editions
 
 ALL = os.environ.get("TEST_CLASSROOM") == "1"
@@ -658,10 +658,10 @@ def test_commands_without_anything_to_work_on_say_so(graded, tmp_path):
     from classroom.course import Course
 
     for call in (report.rows, report.write, report.feedback):
-        with pytest.raises(CourseError, match="Nothing is graded yet"):
+        with pytest.raises(InputError, match="Nothing is graded yet"):
             call(Course(tmp_path / "new"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CourseError, match="no notebook of a staged lesson in .*empty"):
+    with pytest.raises(InputError, match="no notebook of a staged lesson in .*empty"):
         grade.grade(graded[0], tmp_path / "empty", say=lambda text: None)
 
 

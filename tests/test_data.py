@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adapter_checks.errors import InputError
 from course_utils import data, runtime
-from course_utils.runtime import CourseError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,17 +79,17 @@ def test_load_task_shows_no_bar_and_leaves_the_setting_alone(place, capfd):
 
 
 def test_unknown_names_are_answered_with_the_known_ones(place):
-    with pytest.raises(CourseError, match="no task 'raeding'.*reading, sailor, extract, mood, recall"):
+    with pytest.raises(InputError, match="no task 'raeding'.*reading, sailor, extract, mood, recall"):
         data.load_task("raeding")
-    with pytest.raises(CourseError, match="no split 'dev'.*train, validation, test"):
+    with pytest.raises(InputError, match="no split 'dev'.*train, validation, test"):
         data.load_task("reading", "dev")
 
 
 def test_missing_and_broken_files_are_named(place):
-    with pytest.raises(CourseError, match="sailor.*git checkout"):
+    with pytest.raises(InputError, match="sailor.*git checkout"):
         data.load_task("sailor")
     (place / "reading" / "test.jsonl").write_text('{"prompt": [{"role": "us')
-    with pytest.raises(CourseError, match="files of 'reading'.*JSON lines"):
+    with pytest.raises(InputError, match="files of 'reading'.*JSON lines"):
         data.load_task("reading")
 
 

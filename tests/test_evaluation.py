@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
+from adapter_checks.errors import InputError
 from course_utils import evaluation
-from course_utils.runtime import CourseError
 
 PROMPTS = ["a", "a much longer prompt than the first", "three words here", "é"]
 
@@ -129,7 +129,7 @@ def test_modes_come_back_after_an_error_too(tiny_model, tiny_tokenizer):
 
 
 def test_generate_without_a_pad_token(tiny_model):
-    from conftest import make_tiny_tokenizer
+    from tiny_models import make_tiny_tokenizer
 
     tokenizer = make_tiny_tokenizer()
     expected = evaluation.generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=4)
@@ -138,15 +138,15 @@ def test_generate_without_a_pad_token(tiny_model):
 
 
 def test_generate_refuses_what_can_not_work(tiny_model, tiny_tokenizer):
-    from conftest import make_tiny_tokenizer
+    from tiny_models import make_tiny_tokenizer
 
-    with pytest.raises(CourseError, match="context of 256"):
+    with pytest.raises(InputError, match="context of 256"):
         evaluation.generate(tiny_model, tiny_tokenizer, ["a" * 250], max_new_tokens=48)
     with pytest.raises(ValueError, match="4 prompts and 1 adapter names"):
         evaluation.generate(tiny_model, tiny_tokenizer, PROMPTS, adapter_names=["reading"])
     bare = make_tiny_tokenizer()
     bare.chat_template = None
-    with pytest.raises(CourseError, match="no chat template"):
+    with pytest.raises(InputError, match="no chat template"):
         evaluation.generate(tiny_model, bare, ["a"])
 
 
@@ -234,7 +234,7 @@ def test_score_refuses_what_it_can_not_count():
         evaluation.score("mood", ["happy"] * 3, make_rows())
     with pytest.raises(ValueError, match="at least one"):
         evaluation.score("mood", [], [])
-    with pytest.raises(CourseError, match="no metric for 'moood'"):
+    with pytest.raises(InputError, match="no metric for 'moood'"):
         evaluation.score("moood", ["happy"] * 4, make_rows())
 
 
@@ -298,7 +298,7 @@ def test_band_fails_outside_only_for_the_shipped_model_and_only_strictly(monkeyp
     evaluation.band("reading", 0.5, 0.9, 1)
     assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["[OK]  ", "[FAIL]"]
     monkeypatch.setenv("COURSE_STRICT", "1")
-    with pytest.raises(CourseError, match="outside the band"):
+    with pytest.raises(InputError, match="outside the band"):
         evaluation.band("reading", 0.5, 0.9, 1)
     monkeypatch.setenv("COURSE_BASE_MODEL", "organisation/model")
     evaluation.band("reading", 0.5, 0.9, 1)

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
+from adapter_checks.errors import InputError
 from course_utils import data, evaluation, runtime
-from course_utils.runtime import CourseError
 from experiments import harness, run
 from pretraining import corpus, tasks
 from pretraining import world as world_module
@@ -123,10 +123,10 @@ def test_a_run_of_several_rows_is_one_run(results):
 
 def test_results_of_another_base_or_of_other_columns_are_not_mixed(results, monkeypatch):
     harness.sweep("demo", RUNS[:1], Measure(), log=quiet)
-    with pytest.raises(CourseError, match="other columns"):
+    with pytest.raises(InputError, match="other columns"):
         harness.sweep("demo", RUNS, Measure(accuracy=1), log=quiet)
     monkeypatch.setattr(harness, "base_fingerprint", lambda: "sha256-other")
-    with pytest.raises(CourseError, match="another base model"):
+    with pytest.raises(InputError, match="another base model"):
         harness.sweep("demo", RUNS, Measure(), log=quiet)
 
 
@@ -180,15 +180,15 @@ def test_results_are_read_with_their_numbers(tmp_path):
 def test_a_broken_file_is_answered_with_what_is_wrong_and_what_to_do(old, new, said, tmp_path):
     assert old in HEALTHY
     (tmp_path / "demo.csv").write_text(HEALTHY.replace(old, new))
-    with pytest.raises(CourseError, match=f"(?s){said}.*python -m experiments.run demo"):
+    with pytest.raises(InputError, match=f"(?s){said}.*python -m experiments.run demo"):
         data.load_results("demo", tmp_path)
 
 
 def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path):
     (tmp_path / "rank.csv").write_text(HEALTHY)
-    with pytest.raises(CourseError, match="no results 'ranks'.*only rank.*python -m experiments.run ranks"):
+    with pytest.raises(InputError, match="no results 'ranks'.*only rank.*python -m experiments.run ranks"):
         data.load_results("ranks", tmp_path)
-    with pytest.raises(CourseError, match="it has none"):
+    with pytest.raises(InputError, match="it has none"):
         data.load_results("rank", tmp_path / "nowhere")
 
 
@@ -196,7 +196,7 @@ def test_a_broken_file_stops_a_sweep_before_it_computes(results):
     harness.sweep("demo", RUNS[:1], Measure(), log=quiet)
     (results / "demo.csv").write_text((results / "demo.csv").read_text()[:-3])
     measure = Measure()
-    with pytest.raises(CourseError, match="cut short"):
+    with pytest.raises(InputError, match="cut short"):
         harness.sweep("demo", RUNS, measure, log=quiet)
     assert measure.done == []
 
@@ -428,7 +428,7 @@ def test_the_best_rate_is_that_of_the_validation_split(results):
     # 0.6 on average at three rates of LoRA: the lowest is taken. Test scores, best at the lowest rates, play no part.
     assert learning_rate.best_rate("lora") == 1.5e-3 and learning_rate.best_rate("full") == 1.5e-3
     harness._write(results / "learning_rate.csv", rows[:-1])
-    with pytest.raises(CourseError, match="1 runs of learning_rate are missing.*experiments.run learning_rate"):
+    with pytest.raises(InputError, match="1 runs of learning_rate are missing.*experiments.run learning_rate"):
         learning_rate.best_rate("lora")
 
 
@@ -560,7 +560,7 @@ def test_held_out_texts_are_framed_as_the_base_model_read_them(monkeypatch, tmp_
     Tokens.bos_token = None
     assert data.held_out_texts(Tokens)[0].startswith(" ")
     monkeypatch.setattr(runtime, "data_dir", lambda: tmp_path)
-    with pytest.raises(CourseError, match="held_out.txt.*git checkout"):
+    with pytest.raises(InputError, match="held_out.txt.*git checkout"):
         data.held_out_texts(Tokens)
 
 

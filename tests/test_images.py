@@ -8,7 +8,8 @@ import matplotlib.image
 import matplotlib.text
 import numpy
 import pytest
-from conftest import make_tiny_tokenizer
+
+from tiny_models import make_tiny_tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "images"
 WIDTH = 900  # pixels of a page

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import swept
 from torch import nn
 
-from course_utils import counting
+from adapter_checks import counting
 from course_utils.exercises import lesson02
+from support import swept
 from tools import build, editions
 
 SOURCE = Path(build.ROOT, "lessons", "02_lora_from_scratch.py").read_text(encoding="utf-8")

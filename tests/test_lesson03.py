@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import swept
 
 from course_utils import data, runtime
 from course_utils.exercises import lesson03
+from support import swept
 from tools import build
 
 SOURCE = Path(build.ROOT, "lessons", "03_lora_finetuning.py").read_text(encoding="utf-8")

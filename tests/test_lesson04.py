@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import swept
 
 from course_utils import data, runtime
 from course_utils.exercises import lesson04
+from support import swept
 from tools import build
 
 runtime.quiet_imports()

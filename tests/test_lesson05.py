@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import swept
 
 from course_utils import data
 from course_utils.exercises import lesson05
+from support import swept
 from tools import build, editions
 
 LESSON = editions.parse(Path(build.ROOT, "lessons", "05_olora.py").read_text(encoding="utf-8"))

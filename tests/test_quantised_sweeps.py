@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import set_constants
 
 from course_utils import data, runtime
+from support import set_constants
 
 runtime.quiet_imports()
 

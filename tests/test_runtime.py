@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from adapter_checks.errors import InputError
 from course_utils import runtime
-from course_utils.runtime import CourseError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +110,7 @@ def test_fallback_is_private_and_refuses_a_folder_put_there_by_somebody_else(unw
     monkeypatch.setattr(runtime.os, "getuid", lambda owner=os.getuid(): owner)
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
-    with pytest.raises(CourseError, match="belongs to another user"):
+    with pytest.raises(InputError, match="belongs to another user"):
         runtime.runs_dir()
 
 
@@ -121,14 +121,14 @@ def test_a_read_only_mount_is_noticed_although_permissions_allow_writing(tmp_pat
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
     monkeypatch.setattr(runtime.tempfile, "TemporaryFile", refuse)
     assert os.access(tmp_path, os.W_OK)
-    with pytest.raises(CourseError, match="Read-only file system"):
+    with pytest.raises(InputError, match="Read-only file system"):
         runtime.runs_dir()
 
 
 def test_course_runs_that_can_not_be_made_is_an_error_not_a_fallback(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "file" / "runs"))
-    with pytest.raises(CourseError, match="COURSE_RUNS names .*can't be written to"):
+    with pytest.raises(InputError, match="COURSE_RUNS names .*can't be written to"):
         runtime.runs_dir()
 
 
@@ -164,7 +164,7 @@ def test_shipped_base_named_by_its_path_is_still_the_shipped_one(monkeypatch):
 )
 def test_base_model_that_does_not_exist(name, monkeypatch):
     monkeypatch.setenv("COURSE_BASE_MODEL", name)
-    with pytest.raises(CourseError) as caught:
+    with pytest.raises(InputError) as caught:
         runtime.base_model()
     assert name in str(caught.value) and "no such folder" in str(caught.value) and "unset it" in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_base_model_that_does_not_exist(name, monkeypatch):
 def test_mistyped_relative_folder_is_not_taken_for_a_hub_id(tiny_model_folder, monkeypatch):
     monkeypatch.chdir(tiny_model_folder.parent.parent)
     monkeypatch.setenv("COURSE_BASE_MODEL", f"{tiny_model_folder.parent.name}/modle")
-    with pytest.raises(CourseError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder"):
         runtime.base_model()
 
 
@@ -181,13 +181,13 @@ def test_relative_folder_counts_from_the_course_too_since_kernels_run_in_noteboo
     monkeypatch.setenv("COURSE_BASE_MODEL", "models/base")
     assert runtime.base_model() == str(runtime.models_dir() / "base") and runtime.is_shipped_base()
     monkeypatch.setenv("COURSE_BASE_MODEL", "models/bse")
-    with pytest.raises(CourseError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder"):
         runtime.base_model()
 
 
 def test_base_model_that_is_a_file(tiny_model_folder, monkeypatch):
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_model_folder / "model.safetensors"))
-    with pytest.raises(CourseError, match="is a file"):
+    with pytest.raises(InputError, match="is a file"):
         runtime.base_model()
 
 
@@ -211,7 +211,7 @@ def test_damaged_base_model(damage, sentence, tiny_model_folder, monkeypatch):
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_model_folder))
     assert runtime.base_model() == str(tiny_model_folder)
     damage(tiny_model_folder)
-    with pytest.raises(CourseError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         runtime.base_model()
 
 
@@ -222,13 +222,13 @@ def test_model_in_several_files(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tmp_path / "sharded"))
     assert runtime.base_model() == str(tmp_path / "sharded")
     shards[-1].unlink()
-    with pytest.raises(CourseError, match=shards[-1].name):
+    with pytest.raises(InputError, match=shards[-1].name):
         runtime.base_model()
 
 
 def test_shipped_model_missing_says_how_to_restore_it(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "project_root", lambda: tmp_path)
-    with pytest.raises(CourseError, match="git checkout"):
+    with pytest.raises(InputError, match="git checkout"):
         runtime.base_model()
 
 
@@ -248,26 +248,26 @@ def shipped_adapter(tiny_model, tmp_path, monkeypatch):
 
 def test_adapter_path(shipped_adapter):
     assert runtime.adapter_path("reading") == shipped_adapter
-    with pytest.raises(CourseError, match="no adapter 'raeding'.* Choose one of: reading"):
+    with pytest.raises(InputError, match="no adapter 'raeding'.* Choose one of: reading"):
         runtime.adapter_path("raeding")
 
 
 def test_truncated_adapter_is_named(shipped_adapter):
     _cut(shipped_adapter / "adapter_model.safetensors", -10)
-    with pytest.raises(CourseError, match="reading/adapter_model.safetensors is cut short"):
+    with pytest.raises(InputError, match="reading/adapter_model.safetensors is cut short"):
         runtime.adapter_path("reading")
 
 
 def test_adapter_without_weights(shipped_adapter):
     (shipped_adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(CourseError, match="no file .*adapter_model.safetensors"):
+    with pytest.raises(InputError, match="no file .*adapter_model.safetensors"):
         runtime.adapter_path("reading")
 
 
 def test_with_another_base_adapters_come_from_runs(shipped_adapter, tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_model_folder))
-    with pytest.raises(CourseError, match=runtime.TRAIN_ADAPTERS_COMMAND):
+    with pytest.raises(InputError, match=runtime.TRAIN_ADAPTERS_COMMAND):
         runtime.adapter_path("reading")
     shutil.copytree(shipped_adapter, runtime.adapters_dir() / "reading")
     assert runtime.adapter_path("reading").is_relative_to(tmp_path / "runs" / "adapters")
@@ -275,62 +275,8 @@ def test_with_another_base_adapters_come_from_runs(shipped_adapter, tiny_model_f
     namesake = tmp_path / "other" / tiny_model_folder.name
     shutil.copytree(tiny_model_folder, namesake)
     monkeypatch.setenv("COURSE_BASE_MODEL", str(namesake))
-    with pytest.raises(CourseError):
+    with pytest.raises(InputError):
         runtime.adapter_path("reading")
-
-
-# ---------------------------------------------------------------------------------------------- safetensors
-
-
-def test_header_lists_names_dtypes_and_shapes(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
-    save_file(
-        {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "x.safetensors", {"k": "v"}
-    )
-    assert runtime.read_safetensors_header(tmp_path / "x.safetensors") == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
-
-
-def test_a_file_cut_short_anywhere_is_noticed(tmp_path):
-    import torch
-    from safetensors.torch import save
-
-    whole = save({"a": torch.zeros(2, 3), "b": torch.zeros(4)})
-    path = tmp_path / "x.safetensors"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CourseError, match="x.safetensors"):
-            runtime.read_safetensors_header(path)
-    path.write_bytes(whole)
-    assert len(runtime.read_safetensors_header(path)) == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"PK\x03\x04 a zip, as torch.save writes it" * 10,
-        b"version https://git-lfs.github.com/spec/v1\n",
-        (2).to_bytes(8, "little") + b"[]",
-        (4).to_bytes(8, "little") + b"null",
-        (11).to_bytes(8, "little") + b'{"a": "no"}',
-        (34).to_bytes(8, "little") + b'{"a": {"data_offsets": [0], "d":1}}',
-        (4).to_bytes(8, "little") + b"\xff\xfe\x00\x01",
-    ],
-)
-def test_files_of_another_kind_are_named(content, tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(CourseError, match="x.safetensors"):
-        runtime.read_safetensors_header(tmp_path / "x.safetensors")
-
-
-def test_bytes_after_the_last_tensor_are_noticed(tmp_path):
-    import torch
-    from safetensors.torch import save
-
-    (tmp_path / "x.safetensors").write_bytes(save({"a": torch.zeros(2)}) + b"more")
-    with pytest.raises(CourseError, match="too long"):
-        runtime.read_safetensors_header(tmp_path / "x.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------- machine
@@ -585,147 +531,6 @@ def test_little_disk_little_memory_and_a_broken_base_fail_with_a_remedy(tmp_path
 def test_missing_torch_is_a_line_not_a_crash(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert str(runtime._device_check()).startswith("[FAIL] torch can't be imported")
-
-
-# ---------------------------------------------------------------------------------------------- saving
-
-
-def _hidden(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def test_saving_puts_a_whole_folder_in_place(tmp_path):
-    target = tmp_path / "a b é" / "result"
-    for text in ("first", "second"):
-        with runtime.saving(target) as folder:
-            assert folder.parent == target.parent and not list(folder.iterdir())
-            (folder / f"{text}.txt").write_text(text)
-        assert [path.name for path in target.iterdir()] == [f"{text}.txt"]
-    assert _hidden(target.parent) == []
-
-
-def test_saving_where_folders_can_not_be_exchanged(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "_exchange", lambda first, second: False)
-    test_saving_puts_a_whole_folder_in_place(tmp_path)
-
-
-@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="only there can folders be exchanged in one step")
-def test_exchange_swaps_two_full_folders(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"was {name}").touch()
-    assert runtime._exchange(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "a" / "was b").exists() and (tmp_path / "b" / "was a").exists()
-
-
-def test_a_failed_second_rename_puts_the_old_result_back(tmp_path, monkeypatch):
-    target = tmp_path / "result"
-    with runtime.saving(target) as folder:
-        (folder / "old").touch()
-    monkeypatch.setattr(runtime, "_exchange", lambda first, second: False)
-    rename, calls = Path.rename, []
-
-    def fail_second(self, to):
-        calls.append(to)
-        if len(calls) == 2:
-            raise PermissionError(errno.EACCES, "in use")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fail_second)
-    with pytest.raises(PermissionError), runtime.saving(target) as folder:
-        (folder / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["old"] and _hidden(tmp_path) == []
-
-
-@pytest.mark.parametrize("fault", [RuntimeError("interrupted"), KeyboardInterrupt()])
-def test_a_failure_while_saving_leaves_the_old_result_whole(fault, tmp_path):
-    target = tmp_path / "result"
-    with runtime.saving(target) as folder:
-        (folder / "old").write_text("whole")
-    with pytest.raises(type(fault)), runtime.saving(target) as folder:
-        (folder / "new").touch()
-        raise fault
-    assert (target / "old").read_text() == "whole" and len(list(target.iterdir())) == 1
-    assert _hidden(tmp_path) == []
-
-
-def test_a_kill_while_saving_leaves_the_old_result_whole(tmp_path):
-    target = tmp_path / "result"
-    target.mkdir()
-    (target / "old").write_text("whole")
-    done = run_python(
-        f"""
-        import os, signal
-        from course_utils.runtime import saving
-        with saving({str(target)!r}) as folder:
-            (folder / "new").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        """
-    )
-    assert done.returncode != 0
-    assert [path.name for path in target.iterdir()] == ["old"] and (target / "old").read_text() == "whole"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
-def test_a_full_disk_while_saving_leaves_the_old_result_whole(tmp_path):
-    target = tmp_path / "result"
-    done = run_python(
-        f"""
-        import resource
-        from pathlib import Path
-        from course_utils.runtime import CourseError, saving
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1))
-        with saving({str(target)!r}) as folder:
-            model.save_pretrained(folder)
-        model.lm_head.weight.data.fill_(7)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        for save in (model.save_pretrained, lambda folder: (folder / "big.txt").write_bytes(bytes(60_000))):
-            try:
-                with saving({str(target)!r}) as folder:
-                    save(folder)
-                print("nothing was raised")
-            except CourseError as error:
-                print(error)
-        """
-    )
-    assert done.returncode == 0, done.stderr
-    errors = done.stdout.strip().splitlines()
-    assert len(errors) == 2
-    for error in errors:
-        assert "no room" in error and str(target) in error and "earlier result is unchanged" in error
-    assert _hidden(tmp_path) == []
-    runtime.read_safetensors_header(target / "model.safetensors")
-    from safetensors.torch import load_file
-
-    assert not (load_file(target / "model.safetensors")["lm_head.weight"] == 7).any()
-
-
-def test_a_broken_safetensors_file_is_never_put_in_place(tmp_path):
-    target = tmp_path / "result"
-    with pytest.raises(CourseError, match="model.safetensors"), runtime.saving(target) as folder:
-        (folder / "model.safetensors").write_bytes(b"half of it")
-    assert not target.exists()
-
-
-def test_saving_below_a_file_or_over_one_says_so(tmp_path):
-    (tmp_path / "file").write_text("precious")
-    for target, sentence in (
-        (tmp_path / "file" / "result", "can't be written to"),
-        (tmp_path / "file", "not a plain folder"),
-    ):
-        with pytest.raises(CourseError, match=sentence), runtime.saving(target):
-            pytest.fail("the body must not run")
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_saving_never_replaces_the_folder_one_works_in(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for target in (tmp_path, tmp_path.parent, ".", ROOT):
-        with pytest.raises(CourseError, match="replace the folder that you work in"), runtime.saving(target):
-            pytest.fail("the body must not run")
 
 
 # ---------------------------------------------------------------------------------------------- progress

@@ -17,6 +17,7 @@ from tools.check_python import OLDEST, complaint
 
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+SET_UP = ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "adapter_checks/pyproject.toml")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -60,9 +61,10 @@ def test_the_check_can_be_read_by_old_pythons():
 
 
 def test_make_stops_at_an_old_python_before_it_makes_anything(tmp_path):
-    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "tools").mkdir()
+    (tmp_path / "adapter_checks").mkdir()
+    for name in SET_UP:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     checker = (ROOT / "tools" / "check_python.py").read_text(encoding="utf-8")
     # Stands in for an old Python: the same script sees another version.
     (tmp_path / "tools" / "check_python.py").write_text(checker.replace("sys.version_info, sys", "(3, 8), sys"))
@@ -83,7 +85,8 @@ def checkout(tmp_path):
     """A folder with spaces and accents, whose Python only notes what it was asked to do."""
     folder = tmp_path / "un été là-bas"
     (folder / "tools").mkdir(parents=True)
-    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "tools/check_python.py"):
+    (folder / "adapter_checks").mkdir()
+    for name in (*SET_UP, "tools/check_python.py"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     # As system Python it makes .venv/bin/python, a copy of itself, when asked for a venv.
     script(
@@ -117,7 +120,7 @@ def test_the_second_run_does_not_install_again(checkout):
     assert calls(checkout) == []
 
 
-@pytest.mark.parametrize("changed", ["requirements.txt", "constraints.txt", "pyproject.toml"])
+@pytest.mark.parametrize("changed", [name for name in SET_UP if name != "Makefile"])
 def test_a_changed_pin_installs_again(checkout, changed):
     make("setup", "PYTHON=./python", folder=checkout)
     calls(checkout)
@@ -220,7 +223,7 @@ def test_every_direct_dependency_is_pinned_and_says_what_needs_it():
 
 def test_requirements_install_the_package_under_the_constraints():
     options = [line for line in REQUIREMENTS.splitlines() if line.startswith("-")]
-    assert options == ["-c constraints.txt", "-e ."]
+    assert options == ["-c constraints.txt", "-e ./adapter_checks", "-e ."]
 
 
 def test_constraints_are_portable_and_repeat_no_direct_dependency():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import set_constants
 
+from adapter_checks.errors import InputError
 from course_utils import data
-from course_utils.runtime import CourseError
 from experiments import harness, starts, starts_rank, training
+from support import set_constants
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_control_is_oloras_start_with_other_directions(small):
 
 
 def test_other_ranks_train_at_the_rate_that_is_best_at_rank_8(small, monkeypatch):
-    with pytest.raises(CourseError, match="starts"):
+    with pytest.raises(InputError, match="starts"):
         starts.best_rate("olora")
     columns = {"seconds": 1, "cpu": "c", "cores": 2, "base": harness.base_fingerprint()}
     rows = [
@@ -93,7 +93,7 @@ def test_other_ranks_train_at_the_rate_that_is_best_at_rank_8(small, monkeypatch
         "0.6 on average at three rates: the lowest is taken; test scores play no part"
     )
     harness._write(small / "starts.csv", rows[:-1])
-    with pytest.raises(CourseError, match="1 runs of starts are missing.*experiments.run starts"):
+    with pytest.raises(InputError, match="1 runs of starts are missing.*experiments.run starts"):
         starts.best_rate("olora")
 
     harness._write(small / "starts.csv", rows)

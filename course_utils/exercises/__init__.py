@@ -44,7 +44,7 @@ class Todo(Exception):
     """Raised by a check: the learner has not begun."""
 
 
-class NotPassed(runtime.CourseError):
+class NotPassed(runtime.InputError):
     """Raised under COURSE_STRICT=1 by a check that did not pass."""
 
 
@@ -355,5 +355,5 @@ def _record(name):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    except (OSError, runtime.CourseError) as error:
+    except (OSError, runtime.InputError) as error:
         print(f"This pass could not be recorded: {getattr(error, 'strerror', None) or error}.")

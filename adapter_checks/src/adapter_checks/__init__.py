@@ -1,0 +1,46 @@
+"""Checks on models and adapters, for the lessons and for a person's own work with transformers and PEFT.
+
+Each check returns a Report that says what is wrong and what to do; none of them raises on bad input, none loads a
+pickle, and none leaves the model other than it found it.
+
+    check_adapter_folder   is this folder a whole, safe adapter, and does it fit this base?
+    check_adapters         which adapters does this model hold, and are they in effect?
+    check_changes_output   does the adapter change the output at all?
+    compare_models         do two models, or two routes, give the same output?
+    check_sft_data         is each row for fine-tuning whole: an answer, with its end, within max_length?
+    check_supervision      which tokens carry loss: the answer and its end, and not the prompt?
+    check_lora_config      will a LoraConfig do what it says on this model?
+    check_quantization_config  can this model be loaded in 4 or 8 bits here, as this BitsAndBytesConfig says?
+    check_quantised        are the weights of a 4-bit or 8-bit model still what they were when it was loaded?
+    check_training         is a trainer set up to train the adapter, and after a few steps: did it?
+    check_merged_folder    is the merged model in a folder the base with the trained adapter?
+"""
+
+from adapter_checks.adapter_folder import check_adapter_folder
+from adapter_checks.comparison import Comparison, check_changes_output, compare_models
+from adapter_checks.errors import InputError
+from adapter_checks.loaded_model import check_adapters
+from adapter_checks.merged_folder import MergedReport, check_merged_folder
+from adapter_checks.quantised import check_quantised, check_quantization_config
+from adapter_checks.report import Finding, Report
+from adapter_checks.training import check_lora_config, check_training
+from adapter_checks.training_data import check_sft_data, check_supervision
+
+__all__ = [
+    "Comparison",
+    "Finding",
+    "InputError",
+    "MergedReport",
+    "Report",
+    "check_adapter_folder",
+    "check_adapters",
+    "check_changes_output",
+    "check_lora_config",
+    "check_merged_folder",
+    "check_quantised",
+    "check_quantization_config",
+    "check_sft_data",
+    "check_supervision",
+    "check_training",
+    "compare_models",
+]

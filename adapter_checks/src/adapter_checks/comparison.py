@@ -1,0 +1,312 @@
+"""Do two models, or two routes through one model, give the same output? And does the adapter change it at all?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adapter_checks.report import Report, never_raises
+
+# PEFT's own tests hold merged, unmerged and separate LoRA in float32 to 1e-4 (tests/testing_common.py,
+# `_test_merge_layers`): both routes add the same products in another order, and only rounding differs.
+MERGE_ATOL = 1e-4
+# An adapter that counts must stand out ten times above the tolerance that two routes are then compared with.
+LEAST_CHANGE = 10 * MERGE_ATOL
+
+
+@dataclass(repr=False)
+class Comparison(Report):
+    """A Report with what was measured over all real tokens; None where nothing could be measured.
+
+    max_abs         largest absolute difference of two logits
+    top1_agreement  share of the positions where both find the same token most likely, 0 to 1
+    kl              mean over positions of KL(reference || candidate), in nats
+    """
+
+    max_abs: float | None = None
+    top1_agreement: float | None = None
+    kl: float | None = None
+
+    def measured(self) -> str:
+        return (
+            f"largest logit difference {self.max_abs:.2e}, same top-1 token at {self.top1_agreement:.1%} of positions, "
+            f"mean KL {self.kl:.2e} nats"
+        )
+
+
+@never_raises("Same output", Comparison)
+def compare_models(
+    reference, candidate, input_ids, attention_mask=None, *, positions=None, atol: float = MERGE_ATOL
+) -> Comparison:
+    """Compare the logits of two models on the same tokens; fails if any differs by more than `atol`.
+
+    reference, candidate  models, or functions called as f(input_ids=..., attention_mask=...) that return logits or
+                          an object with `.logits`; use functions for two routes through one model
+    input_ids             (batch, length) token ids, or what a tokenizer returned (its mask is then used)
+    attention_mask        (batch, length), 0 at pads, which do not count
+    positions             (batch, length), true where to compare: such as at the tokens before those of an answer, which
+                          is where the answer is predicted; None for all that are no pads
+    atol                  in units of logits; the default is that of PEFT's tests in float32. For bfloat16 and float16
+                          models no absolute tolerance is right everywhere: look at top1_agreement and kl.
+
+    Returns a Comparison. Models run in eval mode without gradients and are left as they were. Show with
+    check_changes_output that the adapter has an effect before trusting that two routes agree.
+    """
+    report = Comparison("Same output")
+    if _share_all_weights(reference, candidate):
+        report.fail(
+            "same_object",
+            "Both share all their weights: one is the other, or its base, which PEFT changes in place. They agree "
+            "whatever the adapter does.",
+            "Load a second copy of the base with from_pretrained, or compare with disable_adapter() in a function.",
+        )
+        return report
+    if isinstance(atol, bool) or not isinstance(atol, (int, float)) or not atol >= 0:
+        report.fail("bad_argument", f"atol is {atol!r}, not a number of at least 0.", "Leave it out: 1e-4.")
+        return report
+    logits = _both(report, {"reference": reference, "candidate": candidate}, input_ids, attention_mask, positions)
+    if logits is None:
+        return report
+    dtype = _measure(report, *logits)
+    origin = "as in PEFT's own tests of merged LoRA in float32" if atol == MERGE_ATOL else "given by the caller"
+    if report.max_abs > atol:
+        report.fail(
+            "logits_differ",
+            f"The outputs differ: {report.measured()}; tolerance {atol:.0e} ({origin}).",
+            "Check that both use the same base, adapter, scaling and dtype, and that the adapter is applied once.",
+        )
+    else:
+        report.note("logits_agree", f"The outputs agree: {report.measured()}; tolerance {atol:.0e} ({origin}).")
+    if dtype in ("bfloat16", "float16") and atol <= MERGE_ATOL:
+        report.warn(
+            "low_precision",
+            f"The logits are {dtype}, whose rounding alone can exceed {atol:.0e}.",
+            "Judge by top-1 agreement, KL and the task's score, or compare in float32.",
+        )
+    return report
+
+
+@never_raises("Effect of the adapter", Comparison)
+def check_changes_output(model, input_ids, attention_mask=None, *, at_least: float = LEAST_CHANGE) -> Comparison:
+    """Does the adapter change the model's output at all? Compares it with the same model, adapters switched off.
+
+    Equality proves something only after this: with B = 0 every merge "works". `at_least` is the smallest largest
+    difference of logits that counts as an effect. The inputs are those of compare_models, the reference being the base.
+
+    Returns a Comparison; the model, its requires_grad flags included, is left as it was.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    report = Comparison("Effect of the adapter")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if _is_module(model) else []
+    if not layers and not isinstance(model, PeftModel):
+        report.fail(
+            "no_adapters",
+            f"This {type(model).__name__} has no adapters to switch off.",
+            "Pass the model that PeftModel.from_pretrained or get_peft_model returned.",
+        )
+        return report
+    if any(layer.merged_adapters for layer in layers):
+        report.fail(
+            "merged",
+            "An adapter is merged into the base's weights, and switching it off would unmerge it.",
+            "Call unmerge_adapter() first, or compare with a second copy of the base by compare_models.",
+        )
+        return report
+    if any(layer.disable_adapters for layer in layers):
+        report.fail(
+            "adapters_disabled",
+            "The adapters are switched off already, at least in some layers.",
+            "Leave the disable_adapter() block, or call model.base_model.enable_adapter_layers().",
+        )
+        return report
+
+    def base(**inputs):
+        with _adapters_off(model, layers):
+            return model(**inputs)
+
+    routes = {"base": _Route(base, model), "model": model}
+    logits = _both(report, routes, input_ids, attention_mask)
+    if logits is None:
+        return report
+    _measure(report, *logits)
+    if report.max_abs < at_least:
+        report.fail(
+            "no_change",
+            f"With and without the adapter the output is the same: {report.measured()}; an effect would be at least "
+            f"{at_least:.0e}.",
+            "Nothing was loaded or trained (all-zero B), or no adapter is active: run check_adapters on this model.",
+        )
+    else:
+        report.note("changes_output", f"The adapter changes the output: {report.measured()}.")
+    return report
+
+
+@dataclass
+class _Route:
+    """A way of calling `model`, so that eval mode and device are those of the model behind the function."""
+
+    call: object
+    model: object
+
+
+def _both(report, routes, input_ids, attention_mask, positions=None):
+    """The logits of both routes at the positions to compare, each (positions, vocabulary), or None."""
+    import torch
+
+    try:
+        input_ids, attention_mask = _as_inputs(input_ids, attention_mask)
+        compared = attention_mask.bool() & _as_positions(positions, input_ids)
+    except ValueError as error:
+        report.fail("bad_inputs", str(error), "Pass tokenizer(texts, padding=True, return_tensors='pt').")
+        return None
+    found = []
+    for role, route in routes.items():
+        try:
+            logits = _logits(route, input_ids, attention_mask)
+        except Exception as error:
+            report.fail(
+                f"{role}_failed",
+                f"The {role} did not run on these inputs: {type(error).__name__}: {error}",
+                "Run it alone on the same inputs; the token ids must lie inside its vocabulary.",
+            )
+            return None
+        if not torch.is_tensor(logits) or logits.dim() not in (2, 3) or not logits.is_floating_point():
+            report.fail(
+                f"{role}_failed",
+                f"The {role} returned {type(logits).__name__}, not logits of shape (batch, length, vocabulary).",
+                "Pass a model with a head, or a function that returns logits.",
+            )
+            return None
+        # A classifier has one row of logits a text, which the mask does not apply to.
+        found.append((logits[compared.to(logits.device)] if logits.dim() == 3 else logits).detach().cpu())
+    first, second = found
+    if first.shape != second.shape:
+        names = list(routes)
+        report.fail(
+            "shape_mismatch",
+            f"Over the same tokens the {names[0]} gives logits {tuple(first.shape)}, the {names[1]} {tuple(second.shape)}.",
+            "They have different vocabularies or heads: compare models of one architecture and tokenizer.",
+        )
+        return None
+    broken = [role for role, logits in zip(routes, found, strict=True) if not torch.isfinite(logits).all()]
+    if broken:
+        report.fail(
+            "non_finite",
+            f"The logits of the {' and the '.join(broken)} hold NaN or infinity.",
+            "Run check_adapters for broken weights; in float16 try bfloat16 or float32.",
+        )
+        return None
+    return found
+
+
+def _measure(report, reference, candidate) -> str:
+    """Fill in the numbers; returns the less precise dtype's name."""
+    import torch
+
+    max_abs, same, kl = 0.0, 0, 0.0
+    # In slices: at a vocabulary of 150,000 a thousand positions in float64 would take gigabytes.
+    for p, q in zip(reference.split(256), candidate.split(256), strict=True):
+        p, q = p.double(), q.double()
+        max_abs = max(max_abs, (p - q).abs().max().item())
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum().item()
+    report.max_abs, report.top1_agreement, report.kl = max_abs, same / len(reference), max(kl / len(reference), 0.0)
+    least_precise = max((reference.dtype, candidate.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    return str(least_precise).removeprefix("torch.")
+
+
+def _as_inputs(input_ids, attention_mask):
+    import torch
+
+    if isinstance(input_ids, Mapping):
+        if attention_mask is None:
+            attention_mask = input_ids.get("attention_mask")
+        input_ids = input_ids.get("input_ids")
+    try:
+        input_ids = torch.as_tensor(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"The inputs are no token ids: {error}.") from error
+    if input_ids.dim() == 1:
+        input_ids, attention_mask = input_ids[None], attention_mask.reshape(1, -1)
+    if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(
+            f"input_ids must be whole numbers of shape (batch, length), not {input_ids.dtype} {tuple(input_ids.shape)}."
+        )
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(input_ids.shape)}."
+        )
+    if not attention_mask.any():
+        raise ValueError("attention_mask masks every token, so there is nothing to compare.")
+    return input_ids, attention_mask
+
+
+def _as_positions(positions, input_ids):
+    import torch
+
+    if positions is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    positions = torch.as_tensor(positions)
+    if positions.shape != input_ids.shape or positions.dtype != torch.bool:
+        raise ValueError(
+            f"positions must be true or false for each token, {tuple(input_ids.shape)}, not {positions.dtype} {tuple(positions.shape)}."
+        )
+    if not positions.any():
+        raise ValueError("positions names no token, so there is nothing to compare.")
+    return positions.to(input_ids.device)
+
+
+def _logits(route, input_ids, attention_mask):
+    import torch
+
+    call, model = (route.call, route.model) if isinstance(route, _Route) else (route, route)
+    training = [module for module in model.modules() if module.training] if _is_module(model) else []
+    parameter = next(model.parameters(), None) if _is_module(model) else None
+    device = input_ids.device if parameter is None else parameter.device
+    try:
+        for module in training:
+            module.training = False  # dropout would make any two calls differ
+        with torch.no_grad():
+            output = call(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+    finally:
+        for module in training:
+            module.training = True
+    return getattr(output, "logits", output)
+
+
+@contextlib.contextmanager
+def _adapters_off(model, layers):
+    """Like disable_adapter(), for any model with adapters; that one also leaves frozen adapters trainable (PEFT 0.21)."""
+    from peft import PeftModel
+
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, PeftModel):
+            stack.enter_context(model.disable_adapter())
+        else:
+            for layer in layers:
+                layer.enable_adapters(False)
+                stack.callback(layer.enable_adapters, True)
+        yield
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _share_all_weights(first, second) -> bool:
+    if first is second:
+        return True
+    if not (_is_module(first) and _is_module(second)):
+        return False
+    sets = [{id(parameter) for parameter in model.parameters()} for model in (first, second)]
+    return bool(sets[0] & sets[1]) and (sets[0] <= sets[1] or sets[1] <= sets[0])
+
+
+def _is_module(model) -> bool:
+    import torch
+
+    return isinstance(model, torch.nn.Module)

@@ -1,0 +1,115 @@
+"""What a model answers, greedily and in batches."""
+
+from __future__ import annotations
+
+import contextlib
+
+from adapter_checks.errors import InputError
+
+
+def generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, adapter_names=None) -> list[str]:
+    """Answer each prompt greedily, in batches; the model is in eval mode meanwhile and as before afterwards.
+
+    prompts: lists of messages ({"role", "content"}), or strings, each taken as one user message.
+    max_new_tokens: tokens at most in an answer; it ends earlier where the model ends its turn.
+    adapter_names: one adapter's name for each prompt (PEFT's mixed-adapter batches), "__base__" for none.
+
+    Returns the answers in the order of the prompts, without special tokens and outer white space.
+    Raises InputError if the tokenizer has no chat template or a prompt doesn't fit the model's context, and
+    ValueError if the number of adapter names is another than that of the prompts.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if not tokenizer.chat_template:
+        raise InputError("This tokenizer has no chat template. Use a model made for chat, or give it a template.")
+    adapter_names = None if adapter_names is None else list(adapter_names)
+    if adapter_names is not None and len(adapter_names) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} prompts and {len(adapter_names)} adapter names; give one for each.")
+    conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    encoded = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in conversations
+    ]
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if context is not None and longest + max_new_tokens > context:
+        raise InputError(
+            f"The longest prompt has {longest} tokens; with {max_new_tokens} new ones it exceeds the model's context of "
+            f"{context}. Shorten the prompt or lower max_new_tokens."
+        )
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_end_of_turn(model, tokenizer),
+        pad_token_id=_pad_id(tokenizer),
+    )
+    answers = []
+    with evaluating(model), _without_own_settings(model), torch.no_grad():
+        for start in range(0, len(encoded), batch_size):
+            input_ids, attention_mask = padded(model, tokenizer, encoded[start : start + batch_size], side="left")
+            chosen = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **chosen
+            )
+            answers += tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def _end_of_turn(model, tokenizer) -> list[int]:
+    """Many chat models end a turn with another token than a text: their generation config lists both."""
+    listed = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
+    return sorted(ids - {None})
+
+
+def _pad_id(tokenizer) -> int:
+    """Padding is masked, so any token serves where the tokenizer names none."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def padded(model, tokenizer, sequences, side):
+    """Token lists -> input_ids and attention_mask, both (batch, longest), on the model's device."""
+    import torch
+
+    longest = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), longest), _pad_id(tokenizer))
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        place = slice(longest - len(ids), longest) if side == "left" else slice(0, len(ids))
+        input_ids[row, place] = torch.tensor(ids, dtype=torch.long)
+        attention_mask[row, place] = 1
+    device = next(model.parameters()).device
+    return input_ids.to(device), attention_mask.to(device)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode, and afterwards each module's own mode again: `model.train()` would wake those that were off."""
+    were_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in were_training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _without_own_settings(model):
+    """Set a model's own generation settings aside, which `generate` would mix into ours.
+
+    Many hub models come with a temperature, which draws a warning, or a repetition penalty, which changes the answer.
+    """
+    from transformers import GenerationConfig
+
+    # While it generates, a PEFT model lays its own settings over those of the model inside.
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, own):
+            holder.generation_config = settings

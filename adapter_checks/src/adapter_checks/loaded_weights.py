@@ -1,0 +1,219 @@
+"""What the adapters' numbers say: zeros, NaN, one adapter applied twice, a base that is no longer the original."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+from adapter_checks.errors import InputError
+from adapter_checks.initialisation import check_moved, check_still_inside, projection
+from adapter_checks.names import plain_name
+from adapter_checks.report import some
+from adapter_checks.safetensors_header import read_safetensors_header
+
+
+def check_weights(report, layers, loaded) -> None:
+    import torch
+
+    for adapter in loaded:
+        tensors = {
+            f"{name}.{part}": tensor
+            for name, layer in layers.items()
+            for part, tensor in adapter_tensors(layer, adapter).items()
+        }
+        empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+        if empty:
+            report.fail(
+                "meta_weights",
+                f"{len(empty)} weights of {adapter!r} are on the meta device, so they hold no numbers: {some(empty)}.",
+                "The file did not have them, and low_cpu_mem_usage=True left them empty: run check_adapter_folder on it.",
+            )
+            continue
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            report.fail(
+                "non_finite",
+                f"{len(broken)} weights of {adapter!r} hold NaN or infinity: {some(broken)}.",
+                "Training diverged, or the file is damaged: go back to an earlier checkpoint, and lower the learning rate.",
+            )
+        starts_at_zero = re.compile(r"\.(lora_B\.weight|lora_embedding_A)$")
+        starts = {name: tensor for name, tensor in tensors.items() if starts_at_zero.search(name)}
+        zero = [name for name, tensor in starts.items() if not tensor.any()]
+        if zero:
+            trainable = all(tensor.requires_grad for tensor in starts.values())
+            every = len(zero) == len(starts)
+            where = f"all {len(starts)} layers" if every else f"{len(zero)} of {len(starts)} layers ({some(zero)})"
+            cause = "it is not trained yet" if trainable else "nothing was loaded into it, or it was saved untrained"
+            report.add(
+                "warn" if trainable else "fail",
+                "zero_b" if every else "partly_zero_b",
+                f"{adapter!r} has an all-zero B in {where}, so it changes nothing there. LoRA starts that way: {cause}.",
+                "Train it; or, if it was trained, look at how it was saved and loaded."
+                if trainable
+                else "Load it again and read missing_keys; run check_adapter_folder on its folder.",
+            )
+
+
+def check_twice(report, layers, loaded) -> None:
+    import torch
+
+    in_effect = {
+        adapter
+        for layer in layers.values()
+        for adapter in (layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters))
+    }
+    for one, other in itertools.combinations(sorted(in_effect & set(loaded)), 2):
+        both = [(adapter_tensors(layer, one), adapter_tensors(layer, other)) for layer in layers.values()]
+        pairs = [(first[part], second.get(part)) for first, second in both for part in first]
+        same = all(b is not None and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+        if pairs and same and any(a.any() for a, _ in pairs):
+            report.fail(
+                "applied_twice",
+                f"{one!r} and {other!r} hold the same weights and are both in effect: the change is applied twice.",
+                f"Use one of them: set_adapter({one!r}), then delete_adapter({other!r}).",
+            )
+
+
+def check_base_weights(report, layers, configs, original_base) -> None:
+    """W now = W original? If not, is the difference this adapter's own scaling * B @ A, or the start of an adapter?
+
+    layers: {name: PEFT's layer, or the base's own}; configs: {adapter: its configuration}, empty for a base alone.
+    """
+    import torch
+
+    try:
+        original = weight_reader(original_base)
+    except InputError as error:
+        report.fail(
+            "bad_argument",
+            f"original_base can't be read. {error}",
+            "Pass a second copy of the base, or the folder that holds its safetensors.",
+        )
+        return
+    compared, moved, smallest, change = 0, [], None, 0.0
+    merged_in = {adapter: _Alike() for adapter in configs}  # the base's change, and the adapter's own
+    start_in = {
+        adapter: _Alike() for adapter in configs
+    }  # where nothing moved: the start that its B points to, and its change
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = getattr(layer.get_base_layer() if configs else layer, "weight", None)
+            before = original(plain_name(name) + ".weight")
+            merged = layer.merged_adapters if configs else []
+            # A merged variant such as DoRA changed the weights by more than scaling * B @ A.
+            variant_merged = set(merged) & set(getattr(layer, "lora_variant", ()))
+            if (
+                not _comparable(weight, before)
+                or variant_merged
+                or (configs and not hasattr(layer, "get_delta_weight"))
+            ):
+                continue
+            if before.data_ptr() == weight.data_ptr():
+                report.fail(
+                    "same_object",
+                    "original_base is this model's own base, so comparing them says nothing.",
+                    "Load a second copy of the base with from_pretrained, or pass its folder.",
+                )
+                return
+            compared += 1
+            deltas = (
+                {adapter: layer.get_delta_weight(adapter).double() for adapter in adapter_names(layer)}
+                if configs
+                else {}
+            )
+            now = weight.double() - sum(deltas[adapter] for adapter in merged if adapter in deltas)
+            before = before.to(now.device, torch.float64)
+            difference = now - before
+            # Merging and unmerging leaves rounding behind, of the size of the weights' own precision.
+            if difference.norm() <= torch.finfo(weight.dtype).eps * (weight.double().norm() + before.norm()):
+                for adapter, delta in deltas.items():
+                    B = adapter_tensors(layer, adapter).get("lora_B.weight")
+                    if B is not None and B.dim() == 2 and len(B) == len(before):
+                        start_in[adapter].add(projection(before, B), delta)
+                continue
+            moved.append(plain_name(name))
+            change += difference.square().sum().item()
+            for adapter, delta in deltas.items():
+                merged_in[adapter].add(difference, delta)
+            if smallest is None or before.numel() < smallest[0].numel():
+                smallest = before, -difference
+    if not compared:
+        report.warn(
+            "not_compared",
+            "None of the adapted weights could be compared with original_base: other names, shapes or quantised weights.",
+            "Pass an unquantised copy of the same base, or the folder that holds its safetensors.",
+        )
+    elif not moved:
+        report.note("base_untouched", f"The base's weights equal the original's in all {compared} adapted layers.")
+        check_still_inside(report, start_in)
+    else:
+        for adapter, alike in merged_in.items():
+            # The same direction and at least half the size: that is this adapter, not another change.
+            if alike.second and alike.dot > 0.9 * (alike.second * change) ** 0.5 and alike.dot > 0.5 * alike.second:
+                report.fail(
+                    "already_merged",
+                    f"The base already contains {adapter!r}, {alike.dot / alike.second:.2f} times: it was merged and then "
+                    "loaded on top again, so the change is applied more than once.",
+                    "Load the adapter on the original base, or use the merged model without the adapter.",
+                )
+                return
+        check_moved(report, configs, f"in {len(moved)} of {compared} layers: {some(moved)}", *smallest)
+
+
+class _Alike:
+    """Sums over the layers: of two kinds of matrices the inner products, and the squares of each."""
+
+    def __init__(self):
+        self.dot = self.first = self.second = 0.0
+
+    def add(self, first, second):
+        self.dot += (first * second).sum().item()
+        self.first += first.square().sum().item()
+        self.second += second.square().sum().item()
+
+    def cosine(self):
+        return self.dot / (self.first * self.second) ** 0.5 if self.first * self.second else 0.0
+
+
+def _comparable(weight, before) -> bool:
+    if weight is None or before is None or weight.shape != before.shape:
+        return False
+    return weight.is_floating_point() and not (weight.is_meta or before.is_meta)
+
+
+def weight_reader(base):
+    """A function from a weight's name in the plain base to its tensor, or None if there is none."""
+    import torch
+    from safetensors import safe_open
+
+    if isinstance(base, torch.nn.Module):
+        weights = {plain_name(name): parameter for name, parameter in base.named_parameters()}
+        return weights.get
+    if not isinstance(base, (str, Path)) or not Path(base).is_dir():
+        raise InputError(f"It is {base!r}, neither a model nor a folder.")
+    places = {name: path for path in sorted(Path(base).glob("*.safetensors")) for name in read_safetensors_header(path)}
+
+    def read(name):
+        if name not in places:
+            return None
+        with safe_open(places[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read
+
+
+def adapter_names(layer) -> set[str]:
+    return {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part, None) or ()}
+
+
+def adapter_tensors(layer, adapter: str) -> dict:
+    """The adapter's tensors in this layer: {"lora_A.weight": ..., "lora_B.weight": ...} for LoRA on a linear layer."""
+    tensors = {}
+    for part in layer.adapter_layer_names:
+        holder = getattr(layer, part, None) or {}
+        if adapter in holder:
+            content = holder[adapter]
+            inside = dict(content.named_parameters()) if hasattr(content, "named_parameters") else {"": content}
+            tensors |= {f"{part}.{name}".rstrip("."): tensor for name, tensor in inside.items()}
+    return tensors
