@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 INSTRUCTOR := $(VENV)/.instructor
-FIRST_LESSON := notebooks/01_load_lora_adapter.ipynb
+FIRST_LESSON := work/01_load_lora_adapter.ipynb
 
 # Two at a time with a thread each: one more thread gains a model of this size little.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
@@ -14,10 +14,12 @@ NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeo
 .PHONY: help setup lab test check test-notebooks notebooks experiments base-model lock classroom grade report feedback formgrader test-classroom
 
 help:
-	@echo "make lab         open lesson 1 in JupyterLab (NO_BROWSER=1 serves without a browser)"
+	@echo "make lab         open your copies of the lessons, in work/, in JupyterLab (NO_BROWSER=1 serves without a browser;"
+	@echo "                 UPDATE=01 takes a newer edition of that lesson, and keeps your copy beside it)"
 	@echo "make test        all tests: code, then every notebook of both editions"
 	@echo "make check       the tests that run no notebook"
-	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson)"
+	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson); those whose code"
+	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
 	@echo "make lock        renew the constraints from requirements.txt and requirements-instructor.txt"
@@ -51,6 +53,7 @@ $(INSTRUCTOR): $(STAMP) requirements-instructor.txt constraints-instructor.txt
 # JupyterLab's own defaults hold: a token, and localhost only. It refuses to start
 # for root, who has only that account in most containers, so root is let in here.
 lab: $(STAMP)
+	@$(RUN) -m tools.lab $(UPDATE)
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/$(FIRST_LESSON) \
 		$(if $(NO_BROWSER),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
@@ -67,7 +70,7 @@ test-notebooks: $(STAMP)
 	COURSE_STRICT=1 $(NBMAKE) classroom/staging/source
 
 notebooks: $(STAMP)
-	$(RUN) -m tools.build notebooks $(ONLY)
+	$(RUN) -m tools.build notebooks $(ONLY) $(if $(FORCE),--force)
 
 classroom: $(INSTRUCTOR)
 	$(RUN) -m classroom stage $(ONLY)

@@ -8,7 +8,7 @@ from nbgrader.converters import GenerateAssignment
 from nbgrader.utils import capture_log
 
 from adapter_checks.errors import InputError
-from tools import build
+from tools import build, editions
 
 HERE = Path(__file__).resolve().parent
 # What a learner needs. Not in it: lessons/, solutions/ and tests/, which hold the answers.
@@ -20,6 +20,7 @@ HANDED_OUT = (
     "images",
     "docs",
     "tools/check_python.py",
+    "tools/lab.py",
     "Makefile",
     "pyproject.toml",
     "requirements.txt",
@@ -74,3 +75,4 @@ def _with_outputs(notebook, built):
         twin = outputs.get(cell.id)
         if twin and twin.source == cell.source:
             cell.outputs, cell.execution_count = twin.outputs, twin.execution_count
+    editions.fold_answers(notebook)

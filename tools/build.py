@@ -7,9 +7,15 @@ The learner's edition is run top to bottom, unsolved, and saved with its outputs
 solved one is saved without. Nothing is replaced before the whole lesson ran. The time
 and memory of each run are kept in lessons/measured.json, and shown in the lesson's
 header and in README.md.
+
+A lesson is not run again when the learner's code cells are those of the stored edition,
+and the models, data, results and constraints are those of its last run: then the
+outputs are kept. So a changed sentence, solution or hidden test takes seconds. A change
+in `course_utils` is not noticed: FORCE=1 runs the lesson whatever has changed.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -18,13 +24,15 @@ from pathlib import Path
 
 import nbformat
 
-from tools import editions, form
+from tools import claims, editions, notebook_lint
 from tools.editions import BuildError
 from tools.execute import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_BEGIN, TABLE_END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 NOTICEABLE = 0.3  # A measurement is recorded when it moved by more than this fraction.
+INPUTS = ("models", "data", "experiments/results", "constraints.txt")  # What outputs depend on, beside the code.
+UNMEASURED = {"minutes": 1, "seconds": 0, "peak_gb": 0, "cores": 0}  # Stands in until a lesson has run once.
 
 
 def sources(root, only=""):
@@ -61,44 +69,77 @@ def updated(old, new):
     return {"minutes": max(1, round(new["seconds"] / 60)), **new}
 
 
-def edition(make, path, record):
-    """Return one edition of the lesson at `path`, not run, its header filled in from the record.
-
-    `make` is one of `editions.learner`, `editions.solved` and `editions.staging`.
-    """
-    values = dict(record.get(path.stem, {}))
-    if values:
-        values["time"] = f"{values['minutes']} minute{'' if values['minutes'] == 1 else 's'}"
-    return editions.fill(make(read_lesson(path)), values, path.name)
+def filled(path, record):
+    """Return the parsed lesson at `path`, its claims tried and its texts filled in, also from the record of its runs."""
+    values = dict(record.get(path.stem, UNMEASURED))
+    values["time"] = f"{values['minutes']} minute{'' if values['minutes'] == 1 else 's'}"
+    return claims.fill(read_lesson(path), values, path.name)
 
 
-def build(path, root):
-    """Run the lesson at `path`, save both editions and its measurement; return the form's complaints."""
+def inputs(root):
+    """Return a digest of the files that outputs depend on, beside the code."""
+    digest = hashlib.sha256()
+    for name in INPUTS:
+        path = Path(root, name)
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and file.suffix != ".md":
+                digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def stored(path, root):
+    """Return the learner's edition of the lesson at `path` that is stored under `root`, or None."""
+    notebook = Path(root, "notebooks", f"{path.stem}.ipynb")
+    return nbformat.read(notebook, as_version=4) if notebook.exists() else None
+
+
+def code_cells(notebook):
+    """Return the notebook's code cells."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def same_code(one, other):
+    """Return whether two notebooks have the same code cells, by id and source."""
+    return [(cell.id, cell.source) for cell in code_cells(one)] == [
+        (cell.id, cell.source) for cell in code_cells(other)
+    ]
+
+
+def build(path, root, force=False):
+    """Save both editions of the lesson at `path`, run again if need be; return what is wrong with their form."""
     root = Path(root)
-    notebook = editions.learner(read_lesson(path))
-    folder = root / "notebooks"
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as runs:
-        measured = execute(notebook, folder, runs)
     record = read_record(root)
-    record[path.stem] = updated(record.get(path.stem), measured)
-    learner, solved = edition(editions.learner, path, record), edition(editions.solved, path, record)
-    for cell, run in zip(learner.cells, notebook.cells, strict=True):
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = run.outputs, run.execution_count
-    save_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    notebook = editions.learner(filled(path, record))  # A claim that does not hold is found before a long run.
+    before, now = stored(path, root), inputs(root)
+    if not force and before and same_code(before, notebook) and record.get(path.stem, {}).get("inputs") == now:
+        notebook = before
+        print(f"{path.stem}: outputs kept, as no code cell has changed")
+    else:
+        folder = root / "notebooks"
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as runs:
+            measured = execute(notebook, folder, runs)
+        record[path.stem] = {**updated(record.get(path.stem), measured), "inputs": now}
+        save_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+        print(f"{path.stem}: {measured['seconds']} s, {measured['peak_gb']} GB")
+    lesson = filled(path, record)
+    learner, solved = editions.learner(lesson), editions.solved(lesson)
+    for cell, run in zip(code_cells(learner), code_cells(notebook), strict=True):
+        cell.outputs, cell.execution_count = run.outputs, run.execution_count
+    editions.fold_answers(learner)
     found = []
-    for name, notebook in (("notebooks", learner), ("solutions", solved)):
+    for name, edition in (("notebooks", learner), ("solutions", solved)):
+        edition.metadata = notebook.metadata
         target = root / name / f"{path.stem}.ipynb"
-        save_notebook(target, notebook)
-        found += [f"{name}: {complaint}" for complaint in form.complaints(notebook, target, name == "notebooks")]
-    print(f"{path.stem}: {measured['seconds']} s, {measured['peak_gb']} GB")
+        save_notebook(target, edition)
+        complaints = notebook_lint.complaints(edition, target, name == "notebooks")
+        found += [f"{name}: {complaint}" for complaint in complaints]
     return found
 
 
 def build_classroom(path, root, source=None):
     """Save the instructor's edition where nbgrader looks for an assignment's source: in `source`, a folder."""
-    notebook = edition(editions.staging, path, read_record(root))
+    notebook = editions.staging(filled(path, read_record(root)))
     source = Path(source or Path(root, "classroom", "staging", "source"))
     save_notebook(source / path.stem / f"{path.stem}.ipynb", notebook)
 
@@ -149,6 +190,7 @@ def main(arguments=None, root=ROOT):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("edition", choices=["notebooks", "classroom"])
     parser.add_argument("only", nargs="?", default="", help="the beginning of a lesson's name, such as 01")
+    parser.add_argument("--force", action="store_true", help="run lessons whose code has not changed, too")
     chosen = parser.parse_args(arguments)
     found = []
     try:
@@ -156,7 +198,7 @@ def main(arguments=None, root=ROOT):
             if chosen.edition == "classroom":
                 build_classroom(path, root)
             else:
-                found += [f"{path.stem}, {complaint}" for complaint in build(path, root)]
+                found += [f"{path.stem}, {complaint}" for complaint in build(path, root, chosen.force)]
         if chosen.edition == "notebooks":
             readme = Path(root, "README.md")
             save_text(readme, with_table(readme.read_text(encoding="utf-8"), table(root)))

@@ -16,11 +16,13 @@ A lesson is plain text in jupytext's percent format, solved. Two marker rules, n
     ### END HIDDEN TESTS
 
 An exercise cell holds one solution and the visible check. The hidden test is a cell of
-its own that follows; only the instructor's edition keeps it.
+its own that follows; only the instructor's edition keeps it. A cell with the tag `claim`
+holds the text below it (see `tools.claims`); no edition keeps it.
 """
 
 import ast
 import copy
+import platform
 import re
 import textwrap
 
@@ -30,10 +32,24 @@ import nbformat
 BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
 BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
 LEFT_OF_TEST = "# Graded here, by a test that is put in later. Leave this cell as it is.\n"
+# What JupyterLab writes into a notebook that it opens; with anything else, to open a notebook would change its file.
 NOTEBOOK_METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": platform.python_version(),
+    },
 }
+# JupyterLab hides the outputs of a cell with this metadata until they are clicked or the cell is run; elsewhere they show.
+FOLDED = {"collapsed": True, "jupyter": {"outputs_hidden": True}}
+# In their place JupyterLab shows the first line of the first output. This one nothing else shows: "text" is no type of
+# content, and the LaTeX is there for nbconvert, which warns of an output that it can't show at all.
+COVER = nbformat.v4.new_output("display_data", data={"text": "Predict first, then click here.", "text/latex": ""})
 
 
 class BuildError(Exception):
@@ -72,6 +88,9 @@ def parse(text, where="the lesson"):
             tested.add(exercise["name"])
             role = {"role": "hidden test", **exercise}
             identity = f"exercise-{_slug(exercise['name'])}-test"
+        elif "claim" in cell.metadata.get("tags", []):
+            role = {"role": "claim"}
+            identity = f"{section}-claim"  # Not counted: a claim must not change the ids of the lesson's own cells.
         else:
             identity = section if heading else f"{section}-{(position := position + 1)}"
         if role.get("role") != "exercise" and (BEGIN_SOLUTION in cell.source or END_SOLUTION in cell.source):
@@ -79,7 +98,7 @@ def parse(text, where="the lesson"):
         metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         new = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")
         cells.append(new(cell.source, id=identity, metadata={**metadata, "lesson": role}))
-    untested = {made.metadata.lesson.name for made in cells if made.metadata.lesson} - tested
+    untested = {made.metadata.lesson.name for made in cells if "name" in made.metadata.lesson} - tested
     if untested:
         raise BuildError(f"{where}: no hidden test for {', '.join(sorted(untested))}.")
     return nbformat.v4.new_notebook(cells=cells, metadata=NOTEBOOK_METADATA)
@@ -91,13 +110,20 @@ def learner(lesson):
 
 
 def solved(lesson):
-    """Return the solved edition of a parsed lesson: solutions without markers, no hidden tests."""
+    """Return the solved edition of a parsed lesson: solutions without markers, no hidden tests.
+
+    It writes to folders of its own, so that neither edition resumes a run of the other.
+    """
 
     def without_markers(source, name):
         before, solution, after = split(source, BEGIN_SOLUTION, END_SOLUTION, name)
         return before + solution + after
 
-    return _edition(lesson, without_markers)
+    notebook = _edition(lesson, without_markers)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"\bruns_dir\(\)", 'runs_dir() / "solved"', cell.source)
+    return notebook
 
 
 def staging(lesson):
@@ -107,6 +133,7 @@ def staging(lesson):
     is what the learner sees of it.
     """
     notebook = copy.deepcopy(lesson)
+    notebook.cells = [cell for cell in notebook.cells if cell.metadata.lesson.get("role") != "claim"]
     for cell in notebook.cells:
         role = cell.metadata.pop("lesson")
         if not role:
@@ -128,22 +155,19 @@ def staging(lesson):
     return notebook
 
 
-def fill(notebook, values, where="the lesson"):
-    """Return a copy whose text cells have {{name}} replaced by `values[name]`.
-
-    Raises `BuildError` for a name that is not in `values`.
-    """
-
-    def value(match):
-        if match[1] not in values:
-            raise BuildError(f"{where}: nothing is known as {match[0]}; known are {', '.join(sorted(values))}.")
-        return str(values[match[1]])
-
-    notebook = copy.deepcopy(notebook)
+def fold_answers(notebook):
+    """Hide, in place, the outputs between each text that says **Predict** and the next text."""
+    asked = False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"\{\{(\w+)\}\}", value, cell.source)
-    return notebook
+            asked = "**Predict" in cell.source
+            continue
+        outputs = [output for output in cell.outputs if output != COVER]
+        cell.outputs = [copy.deepcopy(COVER), *outputs] if asked and outputs else outputs
+        for name, value in FOLDED.items():
+            cell.metadata.pop(name, None)
+            if asked and outputs:
+                cell.metadata[name] = copy.deepcopy(value)
 
 
 def title(lesson):
@@ -157,7 +181,8 @@ def title(lesson):
 
 def _edition(lesson, of_exercise):
     notebook = copy.deepcopy(lesson)
-    notebook.cells = [cell for cell in notebook.cells if cell.metadata.lesson.get("role") != "hidden test"]
+    left_out = ("hidden test", "claim")
+    notebook.cells = [cell for cell in notebook.cells if cell.metadata.lesson.get("role") not in left_out]
     for cell in notebook.cells:
         role = cell.metadata.pop("lesson")
         if role:
@@ -188,22 +213,13 @@ def stubbed(source, name):
     if any(isinstance(node, ast.Return) for statement in body for node in _own_nodes(statement)):
         stub = "return ..."
     else:
-        used = [made for made in _names(body) if re.search(rf"\b{made}\b", after)]
+        used = [made for made in bound_names(body) if re.search(rf"\b{made}\b", after)]
         stub = " = ".join([*used, "..."])
     indent = re.match(r"[ \t]*", solution)[0]
     return f"{before}{indent}# YOUR CODE HERE\n{indent}{stub}\n{after}"
 
 
-def _own_nodes(statement):
-    """Walk a statement without entering the functions and classes that it defines."""
-    if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
-        return
-    yield statement
-    for child in ast.iter_child_nodes(statement):
-        yield from _own_nodes(child)
-
-
-def _names(body):
+def bound_names(body):
     """Return the names that the statements of `body` bind, in order, each once."""
     names = {}
     for statement in body:
@@ -213,6 +229,15 @@ def _names(body):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names[node.id] = None
     return list(names)
+
+
+def _own_nodes(statement):
+    """Walk a statement without entering the functions and classes that it defines."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+        return
+    yield statement
+    for child in ast.iter_child_nodes(statement):
+        yield from _own_nodes(child)
 
 
 def _slug(text):

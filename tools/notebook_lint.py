@@ -1,11 +1,12 @@
 """What every committed notebook must look like. Each check returns a list of complaints."""
 
+import copy
 import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from tools.editions import NOTEBOOK_METADATA
+from tools import editions
 
 LARGEST = 1_000_000  # bytes
 LONGEST_LINE = 100  # characters
@@ -27,6 +28,7 @@ def complaints(notebook, path, executed):
         short_lines,
         nothing_of_this_machine,
         nothing_left_to_fill,
+        answers_folded,
     ):
         found += check(notebook)
     return found + links_resolve(notebook, path) + small(path)
@@ -68,8 +70,10 @@ def no_timing(notebook):
 
 
 def plain_metadata(notebook):
-    """The notebook names the plain Python kernel and no machine's own version."""
-    return [] if notebook.metadata == NOTEBOOK_METADATA else ["the notebook's metadata is not the fixed one"]
+    """The notebook's metadata is what JupyterLab writes, for whatever version of Python it was built with."""
+    wanted = copy.deepcopy(editions.NOTEBOOK_METADATA)
+    wanted["language_info"]["version"] = notebook.metadata.get("language_info", {}).get("version")
+    return [] if notebook.metadata == wanted else ["the notebook's metadata is not that which JupyterLab writes"]
 
 
 def sound_ids(notebook):
@@ -166,11 +170,23 @@ def nothing_of_this_machine(notebook):
 
 
 def nothing_left_to_fill(notebook):
-    """No {{placeholder}} and no marker of the source is left."""
+    """No {{placeholder}} is left in a text, and no marker of the source anywhere."""
+    marks = {"markdown": r"\{\{.*?\}\}|### (?:BEGIN|END) [A-Z ]+", "code": r"### (?:BEGIN|END) [A-Z ]+"}
     return [
         f"{cell.id} still holds {mark}"
         for cell in notebook.cells
-        for mark in re.findall(r"\{\{\w+\}\}|### (?:BEGIN|END) [A-Z ]+", cell.source)
+        for mark in re.findall(marks[cell.cell_type], cell.source)
+    ]
+
+
+def answers_folded(notebook):
+    """Outputs are folded if they answer a prediction, and only then."""
+    wanted = copy.deepcopy(notebook)
+    editions.fold_answers(wanted)
+    return [
+        f"{cell.id} {'should' if right.metadata.get('jupyter') else 'should not'} have its outputs folded"
+        for cell, right in zip(notebook.cells, wanted.cells)
+        if cell != right
     ]
 
 
