@@ -711,6 +711,13 @@ for name, layers, rank, printed, where in published:
 plotting.table(["model", "adapted", "counted", "printed", "comes out"], rows)
 print(f"The last GPT-3 took {seconds:.1f} s to count.")
 
+# %% tags=["claim"]
+for printed, width, layers in (("0.35", 1024, 24), ("0.77", 1280, 36)):
+    for_rank_1 = 2 * layers * (width + width)
+    assert printed not in {f"{rank * for_rank_1 / 1e6:.2f}" for rank in range(1, 20)}, (
+        "No whole rank"
+    )
+
 # %% [markdown]
 # Most come out. Those that do not, and it is good to know which:
 #
@@ -755,6 +762,10 @@ plotting.table(
 )
 times_fewer = 175e9 / sizes["GPT-3, q and v, r = 4"].adapter
 print(f"175 billion is {times_fewer:,.0f} times the adapter of GPT-3.")
+
+# %% tags=["claim"]
+times = 175e9 / (96 * 2 * 4 * (12288 + 12288))
+assert 9000 < times < 10_000, "rounded up"
 
 # %% [markdown]
 # - "10,000×" is the GPT-3 case at *r* = 4, rounded up. It is a ratio of *that* width to *that* rank, not a law.
@@ -848,6 +859,10 @@ for method, lora in (("full", None), ("lora", narrow), ("qlora", narrow)):
     )
     rows.append([method, *(f"{getattr(estimate, part) / 1e9:,.1f}" for part in parts)])
 plotting.table(["GPT-3, GB", *parts[:3], "activations, at most", "total"], rows)
+
+# %% tags=["claim"]
+assert 350e9 / 1.2e12 < 1 / 3 and 175e9 * 2 == 350e9, "The 350 GB are the frozen weights in 16 bits"
+assert 6.5 < 1.2e12 / 175e9 < 7, "under 7 bytes a parameter"
 
 # %% [markdown]
 # "Memory to a third" is the LoRA paper's GPT-3 case: 1.2 TB against 350 GB (section 4.2). The 350 GB are the frozen
@@ -1112,10 +1127,27 @@ figure, alt = sweeps.curves(
 )
 plotting.show(figure, alt)
 
+# %% tags=["claim"]
+from tools.claims import swept
+
+right, kept = (
+    swept("cut_to_rank", column, "task", "method", "rank") for column in ("test", "kept")
+)
+one, eight = right["reading", "full", 1][0], right["sailor", "full", 8][0]
+assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), (
+    "Nearly the same spectrum"
+)
+assert one > 0.9 and right["sailor", "full", 1] == (0, 0, 0), "the opposite score"
+assert right["reading", "full", 0] == (0, 0, 0), "the base alone answers nothing"
+assert right["sailor", "full", 32][0] < 0.9, "for all of it 64 are needed"
+assert min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, (
+    "for all of it 64 are needed"
+)
+
 # %% [markdown]
-# **Nearly the same spectrum, and the opposite score.** A single direction in each layer brings back 98% of `reading`,
+# **Nearly the same spectrum, and the opposite score.** A single direction in each layer brings back {{one:.0%}} of `reading`,
 # of which the base alone answers nothing; that suggests that what reading takes was in the model before. Of `sailor`
-# eight directions bring back 28%, and for all of it 64 are needed, the faint ones included.
+# eight directions bring back {{eight:.0%}}, and for all of it 64 are needed, the faint ones included.
 #
 # **Predict:** full fine-tuning did not try to be thin. Train LoRA with rank 8 from the start, on the same rows: what
 # will it score on `sailor`? And with rank 1?
@@ -1131,6 +1163,11 @@ plotting.table(
     [[label, *(sweeps.spread(right_on[task, *way]) for task in changes)] for label, way in rows],
 )
 evaluation.band("sailor, the adapter of lesson 1, of rank 8", at_rank_8, 0.85, 1)
+
+# %% tags=["claim"]
+assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, (
+    "for `sailor` even with rank 1"
+)
 
 # %% [markdown]
 # **To cut a change to rank 8 is not to train with rank 8.** Nothing in full fine-tuning asks for few directions, so it

@@ -468,10 +468,24 @@ plotting.table(
     [[label, *(spread(few_shot[*way, task]) for task in tasks)] for label, way in ways.items()],
 )
 
+# %% tags=["claim"]
+from tools.claims import fraction, swept
+
+shot = swept("few_shot", "score", "task", "method", "examples")
+sailor_64, sailor_2000 = (shot["sailor", "lora", examples][0] for examples in (64, 2000))
+two_fifths = fraction(sailor_64)
+assert all(best == 0 for (_, method, _), (_, _, best) in shot.items() if method == "prompt"), (
+    "nothing at all"
+)
+for task in ("reading", "extract", "mood"):
+    few, many = shot[task, "lora", 64][0], shot[task, "lora", 2000][0]
+    assert few > 0.95, "three of the tasks almost perfectly"
+    assert 0 < many - few < 0.05, "add a few points"
+
 # %% [markdown]
 # Prompts give nothing at all: this model has never learned to take up examples, as larger ones have. LoRA on 64 examples
 # does three of the tasks almost perfectly, and 2,000 add a few points. `sailor`, which has to be right to the last
-# character, gets two fifths from 64 and 84% from 2,000, of which 100 steps of 16 rows see 1,600.
+# character, gets {{two_fifths}} from 64 and {{sailor_2000:.0%}} from 2,000, of which 100 steps of 16 rows see 1,600.
 #
 # **Fine-tuning is worth it where examples in the prompt do not reach your mark, and examples for training exist.**
 # Prompted examples also cost their tokens at every call; an adapter costs them once.
@@ -500,11 +514,34 @@ figure, alt = sweeps.curves(
 plotting.show(figure, alt)
 print(", ".join(f"{names[method]}: best at {rate:g}" for method, rate in best.items()))
 
+# %% tags=["claim"]
+chosen, tested = (
+    swept("learning_rate", column, "method", "learning_rate") for column in ("validation", "test")
+)
+rates = {
+    method: sorted(rate for kind, rate in chosen if kind == method) for method in ("lora", "full")
+}
+best = {method: max(rates[method], key=lambda rate: chosen[method, rate][0]) for method in rates}
+half = fraction(chosen["lora", 1.5e-3][0])
+other_rows = tested["full", 5e-3][0]
+assert round(best["lora"] / best["full"]) == 10, "Ten times"
+assert best["full"] == 1.5e-3, "At 1.5e-3 LoRA gets"
+assert round(900 * (chosen["full", 1.5e-3][0] - chosen["full", 5e-3][0])) == 1, (
+    "one answer in 900 apart"
+)
+assert [rate for rate in rates["lora"] if chosen["lora", rate][0] >= 0.95] == [5e-3, 1.5e-2], (
+    "Two of its rates reach 95%"
+)
+assert 0.4 < chosen["lora", 1.5e-3][0] < 0.6, "one step below gives half"
+assert chosen["lora", 5e-2][2] < 0.05, "one step above nothing"
+assert chosen["full", 5e-3][2] == 1, "look as good as any on the one"
+assert other_rows < tested["full", 1.5e-3][1], "fall to"
+
 # %% [markdown]
 # **Ten times, as claimed,** give or take a step of three: of all weights' rates, 1.5e-3 and 5e-3 are one answer in 900
-# apart. At 1.5e-3 LoRA gets about half of the answers right: compared there, it looks far worse than it is. Two of its
+# apart. At 1.5e-3 LoRA gets about {{half}} of the answers right: compared there, it looks far worse than it is. Two of its
 # rates reach 95%; one step below gives half, one step above nothing. And a warning: the validation rows hold no new
-# names, half of the test rows do. All weights at 5e-3 look as good as any on the one, and fall to 92% on the other.
+# names, half of the test rows do. All weights at 5e-3 look as good as any on the one, and fall to {{other_rows:.0%}} on the other.
 
 # %% [markdown]
 # ### Exercise: choose a learning rate (warm-up, 5 min)
@@ -583,11 +620,25 @@ plotting.table(
     ],
 )
 
+# %% tags=["claim"]
+lora, full = (tested[method, best[method]] for method in ("lora", "full"))
+weights, saved = (
+    swept("learning_rate", column, "method") for column in ("trainable", "saved_bytes")
+)
+times, of_files = (round(size["full"][0] / size["lora"][0]) for size in (weights, saved))
+all_weights = weights["full"][0]
+assert max(lora[1], full[1]) <= min(lora[2], full[2]), "agree within their spread"
+assert times == of_files, "Parameters and file differ by a factor of"
+for column in ("seconds_per_step", "peak_bytes", "training_bytes"):
+    needed = swept("cost", column, "method")
+    assert needed["lora"][0] / needed["full"][0] < 1.4, "time and memory do not follow"
+    assert needed["lora"][0] / needed["full"][0] > 1, "a little more of both"
+
 # %% [markdown]
-# The scores agree within their spread. **Parameters and file differ by a factor of 23; time and memory do not follow.**
+# The scores agree within their spread. **Parameters and file differ by a factor of {{times}}; time and memory do not follow.**
 # On a model this small LoRA takes even a little more of both: its thin products come on top of the wide ones, and their
-# inputs are kept for the backward pass. What it saves, the gradients and Adam's two numbers of 3.3 million weights, is
-# 12 bytes each, 40 MB. Most of the peak is libraries and activations.
+# inputs are kept for the backward pass. What it saves, the gradients and Adam's two numbers of {{all_weights / 1e6:.1f}} million weights, is
+# 12 bytes each, {{12 * all_weights / 1e6:.0f}} MB. Most of the peak is libraries and activations.
 #
 # On a large model the weights, their gradients and Adam's numbers fill the memory; lesson 2 has counted them.
 
@@ -625,9 +676,26 @@ plotting.show(
     ),
 )
 
+# %% tags=["claim"]
+before, lost = (
+    swept("learning_rate", column, "method", "learning_rate")
+    for column in ("held_out_before", "held_out_after")
+)
+base_loss = before["full", 5e-4][0]
+lora_loss, full_loss = lost["lora", 5e-3][0], lost["full", 5e-4][0]
+assert lora_loss > full_loss, "Full fine-tuning, here."
+assert all(abs(chosen[run][0] - 0.97) < 0.015 for run in (("lora", 5e-3), ("full", 5e-4))), (
+    "At about 97% right"
+)
+assert lost["lora", best["lora"]][1] > 5, "almost everything else that the model could write"
+assert round(100 * (chosen["lora", best["lora"]][0] - chosen["lora", 5e-3][0])) == 3, (
+    "three points behind"
+)
+assert lost["lora", 5e-3][2] < lost["lora", best["lora"]][1] - 2, "forgets far less"
+
 # %% [markdown]
-# **Full fine-tuning, here.** At about 97% right, LoRA (at 5e-3) has gone from 1.0 to 2.6 nats, all weights (at 5e-4) to
-# 1.4. And the rate that is best by the score alone costs LoRA almost everything else that the model could write: at
+# **Full fine-tuning, here.** At about 97% right, LoRA (at 5e-3) has gone from {{base_loss:.1f}} to {{lora_loss:.1f}} nats, all weights (at 5e-4) to
+# {{full_loss:.1f}}. And the rate that is best by the score alone costs LoRA almost everything else that the model could write: at
 # 5e-3 it is three points behind, and forgets far less. So "best" depends on what you want to keep.
 #
 # "LoRA Learns Less and Forgets Less" ([Biderman et al. 2024](https://arxiv.org/abs/2405.09673)) says in its title what
@@ -685,9 +753,26 @@ def score_table(rows, *keys):
 
 score_table(ranked, "rank", "trainable")
 
+# %% tags=["claim"]
+ranks = (4, 8, 16, 64)
+by_step = {step: swept("rank", f"loss_{step}", "rank") for step in (25, 50, 75, 100)}
+of_ranks = swept("rank", "test", "rank")
+lowest, highest = (pick(of_ranks[rank][0] for rank in ranks) for pick in (min, max))
+for of_step in by_step.values():
+    of_others = [of_step[rank][0] for rank in ranks]
+    assert max(of_others) - min(of_others) < (of_step[1][0] - min(of_others)) / 2, (
+        "From rank 4 up the curves lie close"
+    )
+    assert max(of_others) < of_step[1][0], "Rank 1 does not wait until it is full"
+assert 2.5 < by_step[50][1][0] / by_step[50][4][0] < 3.5, (
+    "at step 50 its loss is three times that of rank 4"
+)
+assert of_ranks[1][2] - of_ranks[1][1] > 0.1, "with a wide spread"
+assert lowest > of_ranks[1][0], "more than rank 4 buys nothing"
+
 # %% [markdown]
 # From rank 4 up the curves lie close together. Rank 1 does not wait until it is full: at step 50 its loss is three times
-# that of rank 4. In the score it shows as 93% with a wide spread, where the means of all others lie between 98% and 100%:
+# that of rank 4. In the score it shows as {{of_ranks[1][0]:.0%}} with a wide spread, where the means of all others lie between {{lowest:.0%}} and {{highest:.0%}}:
 # more than rank 4 buys nothing for this task. (Our own run starts as the sweep's, and later differs by a tenth, most
 # likely for its threads: sums in another order round differently, and training carries that on.)
 #
@@ -705,6 +790,23 @@ score_table(ranked, "rank", "trainable")
 # %%
 score_table(data.load_results("alpha"), "alpha")
 score_table(data.load_results("targets"), "targets", "rank", "trainable")
+
+# %% tags=["claim"]
+score, lost = (swept("alpha", column, "alpha") for column in ("test", "held_out_after"))
+assert score[64][2] < 0.05, "Four times our alpha learns nothing"
+assert 0 < score[16][0] - score[4][0] < 0.02, "a quarter of it is within two points"
+assert lost[4][2] < lost[16][1], "and forgets less"
+score, lost = (swept("targets", column, "targets") for column in ("test", "held_out_after"))
+assert round(100 * (score["all_linear"][0] - score["attention"][0])) == 3, (
+    "Attention alone is three points behind"
+)
+assert score["attention"][2] - score["attention"][1] > 0.04, "its seeds lie apart"
+assert abs(score["all_linear"][0] - score["feed_forward"][0]) < 0.005, (
+    "can't be told apart by the score"
+)
+assert lost["attention"][0] < lost["feed_forward"][0] < lost["all_linear"][0], (
+    "the old text suffers less"
+)
 
 # %% [markdown]
 # Four times our alpha learns nothing at this rate, just as the next rate did at our alpha; a quarter of it is within two
@@ -738,10 +840,19 @@ plotting.table(
     ],
 )
 
+# %% tags=["claim"]
+told, reworded = (swept("recall", column, "rank") for column in ("told", "reworded"))
+tenth, about_half = fraction(told[1][0]), fraction(reworded[64][0])
+assert 0.5 <= told[4][1] < 0.6 and told[4][2] == 1, (
+    "rank 4 between half and all of them, by the seed"
+)
+assert min(told[16][1], told[64][1]) > 0.97, "ranks 16 and 64 practically all"
+assert reworded[64][2] - reworded[64][1] > 0.5, "with a wide spread"
+
 # %% [markdown]
-# Here low rank runs out. `sailor` is one rule, and rank 1 was nearly enough for it; of 100 facts rank 1 gives back a
-# tenth, rank 4 between half and all of them, by the seed, and ranks 16 and 64 practically all. Asked in other words, even
-# rank 64 knows only about half, with a wide spread: it has learned sentences as much as facts, so tell facts in many ways.
+# Here low rank runs out. `sailor` is one rule, and rank 1 was nearly enough for it; of 100 facts rank 1 gives back {{tenth}}, rank 4
+# between half and all of them, by the seed, and ranks 16 and 64 practically all. Asked in other words, even
+# rank 64 knows only about {{about_half}}, with a wide spread: it has learned sentences as much as facts, so tell facts in many ways.
 #
 # **The more there is to store, the more rank it takes.** (One amount of facts and one learning rate were tried.) For
 # knowledge, consider looking it up instead.
@@ -769,9 +880,31 @@ plotting.show(figure, alt)
 right = over_seeds(fitted, "test", "rows")
 print(", ".join(f"{size:,} rows: {spread(right[size])} right on test" for size in right))
 
+# %% tags=["claim"]
+from course_utils import data
+
+training, validation = (
+    swept("overfitting", f"{kind}_loss", "rows", "step") for kind in ("training", "validation")
+)
+few = [mean for (rows, _), (mean, _, _) in validation.items() if rows == 32]
+seed = {
+    (row["seed"], row["step"]): row["validation_loss"]
+    for row in data.load_results("overfitting")
+    if row["rows"] == 32
+}
+fifth = fraction(swept("overfitting", "test", "rows")[32][0])
+assert training[32, 20][0] / training[32, 200][0] > 1000, "falls a thousandfold and more"
+assert max(few) < 1.1 * min(few), "from step 20 on the validation loss hardly moves"
+assert seed[1, 200] > seed[1, 20], "rises for one seed"
+assert seed[0, 200] < seed[0, 20], "falls for another"
+assert seed[2, 40] < seed[2, 20] < seed[2, 200], "dips and rises for the third"
+for losses in (training, validation):
+    many = [losses[2000, step][0] for step in range(20, 201, 20)]
+    assert many == sorted(many, reverse=True), "On 2,000 rows both curves go down together"
+
 # %% [markdown]
 # On 32 rows the training loss falls a thousandfold and more, and from step 20 on the validation loss hardly moves: it
-# rises for one seed, falls for another, dips and rises for the third. The rows are known by heart, and a fifth of the
+# rises for one seed, falls for another, dips and rises for the third. The rows are known by heart, and {{fifth}} of the
 # test rows are right. On 2,000 rows both curves go down together. **The sign of overfitting is a validation loss that no
 # longer follows the training loss**; often it rises, too. Stopping early would have saved time; only more rows would have
 # helped. (A training point is the mean of the 20 steps before it, so the first one stands high.)
@@ -845,8 +978,16 @@ plotting.table(
     ],
 )
 
+# %% tags=["claim"]
+speed, loss = (swept("throughput", column, "loop") for column in ("tokens_per_second", "last_loss"))
+four_fifths = fraction(speed["trl"][0] / speed["bare"][0])
+assert len({f"{mean:.4f}" for mean, _, _ in loss.values()}) == 1, "agree in every digit shown"
+assert speed["bare"][1] < speed["trl_model_loss"][0] < speed["bare"][2], (
+    "as fast as the loop within the spread"
+)
+
 # %% [markdown]
-# The losses agree in every digit shown, so all three did the same work. `SFTTrainer` has about four fifths of the bare
+# The losses agree in every digit shown, so all three did the same work. `SFTTrainer` has about {{four_fifths}} of the bare
 # loop's speed, and the middle line tells where the rest is lost: with the model's own loss it is as fast as the loop
 # within the spread of the seeds, so collation, logging and callbacks cost little. **It is the loss, not the trainer.**
 #

@@ -765,6 +765,12 @@ print("the same object:", prepared is model)
 # and grow; and activation checkpointing is switched on, which the section after next measures. Our base is in
 # float32, and we train without checkpointing, so **this lesson has no use for it. TRL does not call it either.**
 
+# %% tags=["claim"]
+from tools.claims import fraction, swept
+
+right = swept("quantised", "test", "weights")
+assert right["fp32"][1] > 0.9, "a plain one came to more than nine in ten"
+
 # %% [markdown]
 # ## Train on four bits
 #
@@ -870,6 +876,31 @@ plotting.table(
 )
 print(f"this notebook: {after['score']:.0%} right of {len(test)} test rows")
 
+# %% tags=["claim"]
+from course_utils import data
+
+forms = ("fp32", "bf16", "int8", "nf4", "nf4_double", "nf4_trl")
+before, after = (
+    swept("quantised", column, "weights") for column in ("held_out_before", "held_out_after")
+)
+loss = {
+    (row["weights"], row["seed"]): row["validation_loss"] for row in data.load_results("quantised")
+}
+means = [right[form][0] for form in forms]
+costs = [after[form][0] - before[form][0] for form in forms]
+assert max(means) - min(means) < 0.03, "six means within 3 points"
+assert all(0.015 < right[form][2] - right[form][1] < 0.045 for form in forms), (
+    "seeds of one form lie 2 to 4 apart"
+)
+assert all(loss["nf4", seed] < loss["fp32", seed] for seed in range(3)), (
+    "it ends *below* float32's with every seed"
+)
+assert abs(right["nf4"][0] - right["nf4_trl"][0]) < 0.01, (
+    "The adapter in bfloat16 learns as well as in float32"
+)
+assert abs(before["nf4"][0] - before["fp32"][0] - 0.005) < 0.001, "half a hundredth of a nat"
+assert all(round(cost) == 3 for cost in costs), "Training costs 3 nats, on every form alike"
+
 # %% [markdown]
 # The score hardly tells the forms apart: six means within 3 points, where seeds of one form lie 2 to 4 apart. The
 # validation loss does, and not as one would think: on NF4 it ends *below* float32's with every seed. Why is not
@@ -909,15 +940,68 @@ for variant, label in labels.items():
     )
 plotting.table(["mean (lowest to highest seed)", *columns], rows)
 
+# %% tags=["claim"]
+import peft
+import transformers
+from course_utils import memory
+
+seconds, peak, state = (
+    swept("quantised_cost", column, "variant")
+    for column in ("seconds_per_step", "peak_bytes", "state_bytes")
+)
+two_fifths = fraction(seconds["bf16"][0] / seconds["fp32"][0] - 1)
+quarter = fraction(seconds["nf4_checkpointing"][0] / seconds["nf4"][0] - 1)
+large, small = (state[form][0] / 1e6 for form in ("fp32", "nf4"))
+less_bf16, less_checkpointing = (
+    (peak[plain][0] - peak[other][0]) / 1e6
+    for plain, other in (("fp32", "bf16"), ("nf4", "nf4_checkpointing"))
+)
+assert seconds["nf4"][1] < seconds["fp32"][2], "within the spread"
+assert min(mean for mean, _, _ in seconds.values()) == seconds["fp32"][0], (
+    "none of the forms is faster"
+)
+assert abs(peak["nf4"][0] - peak["fp32"][0]) < peak["fp32"][2] - peak["fp32"][1], (
+    "the peak of the process doesn't show it"
+)
+assert 9 < large - small < 11 and peak["fp32"][0] > 900e6, (
+    "ten megabytes are lost in more than nine hundred"
+)
+
+llama_70b = transformers.AutoConfig.for_model(
+    "llama",
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
+of_qlora, of_lora = (
+    memory.estimate_memory(
+        llama_70b,
+        method,
+        peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        batch_size=1,
+        sequence_length=512,
+        dtype="bfloat16",
+        gradient_checkpointing=True,
+        **options,
+    ).total
+    / 1e9
+    for method, options in (("qlora", {"double_quantization": True}), ("lora", {}))
+)
+assert of_qlora < 80 < of_lora < 160, "one card of 80 GB, or two"
+
 # %% [markdown]
 # A step on NF4 takes as long as one on float32, within the spread, and none of the forms is faster: QLoRA computes with
-# the weights read back, layer by layer, at every pass. bfloat16 takes two fifths *longer*, on this processor. Weights,
-# gradients and optimizer shrink from 15.7 to 6 MB, and **the peak of the process doesn't show it**: ten megabytes are
+# the weights read back, layer by layer, at every pass. bfloat16 takes {{two_fifths}} *longer*, on this processor. Weights,
+# gradients and optimizer shrink from {{large:.1f}} to {{small:.0f}} MB, and **the peak of the process doesn't show it**: ten megabytes are
 # lost in more than nine hundred of libraries and activations. What shows is what touches activations: bfloat16, which
-# halves many of them, with some 60 MB less, and checkpointing, with 90 MB less for a quarter more time.
+# halves many of them, with some {{round(less_bf16, -1):.0f}} MB less, and checkpointing, with {{round(less_checkpointing, -1):.0f}} MB less for {{quarter}} more time.
 #
 # **QLoRA saves memory, not time.** At this size it saves nothing that you'd notice. At 70 billion the first figure has
-# 45 GB in the place of LoRA's 146: one card of 80 GB, or two.
+# {{of_qlora:.0f}} GB in the place of LoRA's {{of_lora:.0f}}: one card of 80 GB, or two.
 
 # %% [markdown]
 # ## What else saves memory?
@@ -1143,11 +1227,38 @@ plotting.table(
     ],
 )
 
+# %% tags=["claim"]
+ways = ("original", "four_bit")
+elsewhere, on_answers = (
+    swept("quantised_merge", column, "way") for column in ("top1_question", "top1")
+)
+right, loss = (
+    {(row["way"], row["seed"]): row[column] for row in data.load_results("quantised_merge")}
+    for column in ("test", "loss")
+)
+lost = [right["trained", seed] - right[way, seed] for way in ways for seed in range(3)]
+rises = [loss[way, seed] / loss["trained", seed] for way in ways for seed in range(3)]
+others = [1 - agreement for way in ways for agreement in elsewhere[way][1:]]
+fewest, most = fraction(min(others)), fraction(max(others))
+of_trained = [right["trained", seed] for seed in range(3)]
+assert max(lost) < max(of_trained) - min(of_trained) + 0.001, (
+    "loses more answers than the seeds are apart"
+)
+assert 0 < max(lost) <= 0.0201, "at most two in a hundred"
+assert all(right["trained", seed] == right["dequantised", seed] for seed in range(3)), (
+    "on both wrong ones"
+)
+assert min(rises) > 1, "the loss of the answers rises, with every seed"
+assert 1.1 < min(rises) and 1.25 < max(rises) < 1.3, "by a tenth to a quarter and more"
+assert min(on_answers[way][1] for way in ways) > 0.998, (
+    "The score is the last to notice a wrong merge"
+)
+
 # %% [markdown]
 # More than half of the numbers move to another level. And none of the routes loses more answers than the seeds are
 # apart: at most two in a hundred. But on both wrong ones **the loss of the answers rises, with every seed**, by a tenth
 # to a quarter and more: the adapter *had* made up for the rounding. And on text that it was not trained to write, here
-# the questions, a tenth to two fifths of the predictions are others. The score is the last to notice a wrong merge.
+# the questions, {{fewest}} to {{most}} of the predictions are others. The score is the last to notice a wrong merge.
 #
 # **Merge into the weights that you trained on, read back as floats; then measure.** If you must ship 4 bits, ship the
 # 4-bit base with its adapter beside it.

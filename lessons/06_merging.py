@@ -1363,6 +1363,37 @@ described = "; ".join(
 )
 plotting.show(figure, title.replace("\n", " ") + f". Score by share of the second: {described}.")
 
+# %% tags=["claim"]
+from course_utils import data
+from tools.claims import fraction, swept
+
+first, second, first_alone, second_alone = (
+    {
+        (pair, round(weight, 1)): found[0]
+        for (pair, weight), found in swept("dial", column, "pair", "weight").items()
+    }
+    for column in ("first", "second", "first_alone", "second_alone")
+)
+both = {}
+for pair, weight in first:
+    both.setdefault(pair, {})[weight] = min(first[pair, weight], second[pair, weight])
+alone = {}  # {(adapter, strength): score}
+for pair, weight in first:
+    one, other = pair.split("+")
+    alone[one, round(1 - weight, 1)] = first_alone[pair, weight]
+    alone[other, weight] = second_alone[pair, weight]
+assert alone["mood", 0.2] > 0.98 and alone["mood", 0] < 0.9, "`mood` is whole with a tenth or two"
+assert alone["reading", 0.3] > 0.98 and alone["reading", 0.1] < 0.9, "`reading` with three tenths"
+assert alone["extract", 0.7] > 0.98 and alone["extract", 0.5] < 0.9, "`extract` with seven"
+assert alone["sailor", 0.8] > 0.98 and alone["sailor", 0.6] < 0.9, "`sailor` with eight"
+assert both["extract+mood"][0.2] > 0.98, "`extract` and `mood` leave each other room"
+assert 0.6 < max(both["reading+extract"].values()) < 0.8, (
+    "`reading` and `extract` have a narrow place"
+)
+assert max(both["reading+sailor"].values()) < 0.3, "`reading` and `sailor` have none"
+assert first["reading+sailor", 0.7] < 0.1, "as `sailor` comes in, `reading` goes"
+assert first_alone["reading+sailor", 0.7] > 0.98, "though alone it would still be whole"
+
 # %% [markdown]
 # Adapters differ in the strength that they need. Alone, `mood` is whole with a tenth or two, `reading` with three
 # tenths, `extract` with seven, `sailor` with eight: the dashed lines. All else is disturbance. `extract` and `mood`
@@ -1424,12 +1455,42 @@ plotting.table(
     ],
 )
 
+# %% tags=["claim"]
+results = {}  # {(adapters, weights, type): [score of the weakest skill, by seed]}
+for row in data.load_results("combine"):
+    weakest = min(row[task] for task in row["adapters"].split("+"))
+    results.setdefault((row["adapters"], row["weights"], row["combination"]), []).append(weakest)
+score = {key: sum(by_seed) / len(by_seed) for key, by_seed in results.items()}
+sets, types = (list(dict.fromkeys(key[part] for key in score)) for part in (0, 2))
+best = {
+    names: max(value for (other, _, _), value in score.items() if other == names) for names in sets
+}
+fifth = fraction(score["sailor+mood", "mean", "linear"])
+assert [names for names in sets if best[names] >= 0.8] == ["reading+mood"], (
+    "one of the seven sets is kept"
+)
+assert len(sets) == 7, "one of the seven sets is kept"
+assert min(score["reading+mood", "mean", kind] for kind in types) > 0.8, (
+    "by every type with weights of ½"
+)
+assert sum(score["reading+mood", "sum", kind] >= 0.8 for kind in types) == 3, (
+    "by three types with weights of 1"
+)
+assert score["sailor+mood", "mean", "cat"] < 0.01, "`cat` nothing"
+for names in sets:
+    of_sum = {kind: score[names, "sum", kind] for kind in types}
+    if max(of_sum.values()) > 0:
+        ties = min(of_sum["ties_svd"], of_sum["dare_ties_svd"])
+        assert ties > of_sum["cat"], "keeps more than the exact sum does, where anything is kept"
+        linear = max(of_sum["linear"], of_sum["dare_linear"])
+        assert linear <= min(of_sum.values()) + 0.05, "keep least"
+
 # %% [markdown]
 # With equal weights one of the seven sets is kept, `reading` and `mood`: by every type with weights of ½, by three
 # types with weights of 1. Elsewhere none is good. With weights of 1, TIES on the whole change (`ties_svd`,
 # `dare_ties_svd`) keeps more than the exact sum does, where anything is kept, and `linear` and `dare_linear`, with
-# their cross terms, keep least. With smaller weights even that turns round: of `sailor` and `mood` `linear` keeps a
-# fifth, and `cat` nothing. Being close to the weighted sum is no virtue in itself.
+# their cross terms, keep least. With smaller weights even that turns round: of `sailor` and `mood` `linear` keeps
+# {{fifth}}, and `cat` nothing. Being close to the weighted sum is no virtue in itself.
 #
 # Now set that beside the dial: the plain sum, at its best place. (Both are picked on the rows that they are scored on,
 # which flatters both.)
@@ -1456,6 +1517,18 @@ plotting.table(
     table,
 )
 kept_by_weights = sum(value >= 0.8 for _, value in best.values())
+
+# %% tags=["claim"]
+at_best = [(max(both[names].values()), best[names]) for names in both]
+assert all(moved > changed - 0.05 for moved, changed in at_best), (
+    "it helped as much to move the weights"
+)
+assert sum(moved > changed for moved, changed in at_best) > len(at_best) / 2, "mostly more"
+assert best["extract+mood"] < 0.3, "`extract` and `mood` looked hopeless at equal weights"
+assert both["extract+mood"][0.2] > 0.98, "are whole at 0.8 and 0.2"
+assert max(max(both["sailor+extract"].values()), best["sailor+extract"]) < 0.2, (
+    "`sailor` and `extract` stay hopeless"
+)
 
 # %% [markdown]
 # **In these tries it helped as much to move the weights of the plain sum as to change the type, and mostly more.**

@@ -328,7 +328,7 @@ def test_the_lessons_layer_is_pefts_and_a_wrong_scaling_shows(wrong_scaling):
     assert agree == [not wrong_scaling] * 4
 
 
-# What the lesson says in prose
+# What the lesson takes from elsewhere
 
 
 def test_the_sailors_sentence_is_right():
@@ -338,18 +338,7 @@ def test_the_sailors_sentence_is_right():
     assert right == sailor_speech(prompt.removeprefix("Say it like a sailor: "))
 
 
-def test_what_the_lesson_says_of_cutting_to_a_rank():
-    right, kept = (swept("cut_to_rank", column, "task", "method", "rank") for column in ("test", "kept"))
-    assert right["reading", "full", 0] == right["sailor", "full", 0] == (0, 0, 0), "the base alone"
-    assert round(right["reading", "full", 1][0], 2) == 0.98 and round(right["sailor", "full", 8][0], 2) == 0.28
-    assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), "the same spectrum"
-    assert (
-        right["sailor", "full", 32][0] < 0.9 and min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98
-    ), "for all of it 64"
-    assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, "a thin change is found, even of rank 1"
-
-
-def test_what_the_lesson_says_of_the_two_frozen_parts_that_keep_less():
+def test_frozen_norms_and_a_frozen_head_keep_less_for_the_backward_pass():
     """Of a model with trained norms and a trained output layer autograd keeps more: their inputs."""
     source = next(cell.source for cell in LESSON.cells if "def loss_and_kept" in cell.source)
     names = {"torch": torch}
@@ -364,8 +353,8 @@ def test_what_the_lesson_says_of_the_two_frozen_parts_that_keep_less():
     assert kept[""] < kept["norm"] and kept[""] < kept["lm_head"]
 
 
-@pytest.mark.parametrize("width, layers, printed", [(1024, 24, "0.35"), (1280, 36, "0.77")])
-def test_no_whole_rank_gives_the_papers_counts_for_gpt2(width, layers, printed):
+@pytest.mark.parametrize("width, layers", [(1024, 24), (1280, 36)])
+def test_lora_on_gpt2s_c_attn_costs_as_much_as_on_query_and_value(width, layers):
     from peft import LoraConfig
     from transformers import GPT2Config
 
@@ -375,16 +364,9 @@ def test_no_whole_rank_gives_the_papers_counts_for_gpt2(width, layers, printed):
     ]
     q_and_v = 2 * layers * (width + width)  # for rank 1
     assert counts == [q_and_v, 4 * q_and_v]
-    assert printed not in {f"{r * q_and_v / 1e6:.2f}" for r in range(1, 20)}
 
 
-def test_what_the_lesson_says_of_gpt3s_memory():
-    assert 6.5 < 1.2e12 / 175e9 < 7
-    assert 175e9 * 2 == 350e9
-    assert round(175e9 / (96 * 2 * 4 * 2 * 12288)) == 9272
-
-
-def test_what_the_lesson_says_of_pefts_silence_and_refusals():
+def test_pefts_silence_and_refusals():
     """Only a list without any right name is refused; rank 0 is, and a rank above the layer's size is not."""
     import warnings
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import data
 from course_utils.exercises import lesson05
 from support import swept
 from tools import build, editions
@@ -335,7 +334,7 @@ def test_anything_else_gets_a_sentence(check, answer):
     assert outcome.status == "TRY AGAIN" and len(outcome.hint) > 20
 
 
-# What the lesson says of the library
+# What PEFT does, as the lesson shows it
 
 
 def tiny():
@@ -421,123 +420,6 @@ def test_shapes_patterns_and_memory(tmp_path, quiet_peft):
         model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     with pytest.raises(RuntimeError, match="incompatible tensor type"):
         PeftModel.from_pretrained(tiny(), tmp_path / "plain", low_cpu_mem_usage=True)
-
-
-# What it says of the sweeps, by their committed results
-
-BEST = {
-    "default": 1.5e-2,
-    "gaussian": 5e-3,
-    "orthogonal": 1.5e-2,
-    "pissa": 5e-3,
-    "olora": 5e-3,
-    "random": 5e-3,
-    "rslora": 5e-3,
-    "dora": 1.5e-2,
-}
-STEPS = range(5, 101, 5)
-
-
-def at_best(column):
-    """{method: [the column by seed]} at the rate that is best for it."""
-    rows = data.load_results("starts")
-    return {
-        method: [row[column] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]
-        for method, rate in BEST.items()
-    }
-
-
-def steps_to(level):
-    losses = {step: at_best(f"loss_{step}") for step in STEPS}
-    return {
-        method: [next((step for step in STEPS if losses[step][method][seed] <= level), 105) for seed in range(3)]
-        for method in BEST
-    }
-
-
-def mean(values):
-    return sum(values) / len(values)
-
-
-def test_what_the_lesson_says_of_one_rate_for_all():
-    score = {key: found[0] for key, found in swept("starts", "validation", "method", "learning_rate").items()}
-    rates = sorted({rate for _, rate in score})
-    assert {method: max(rates, key=lambda rate: score[method, rate]) for method in BEST} == BEST
-    assert {
-        (method, rate): round(score[method, rate], 2) for method in ("default", "olora") for rate in (1.5e-3, 1.5e-2)
-    } == {("default", 1.5e-3): 0.23, ("default", 1.5e-2): 0.97, ("olora", 1.5e-3): 0.85, ("olora", 1.5e-2): 0.82}
-    assert max(score[method, 1.5e-2] for method in BEST if method != "dora") == score["default", 1.5e-2], (
-        "the best of the starts"
-    )
-    assert round(score["random", 1.5e-2], 2) == 0.93
-    works = {method: sum(score[method, rate] >= 0.8 for rate in rates) for method in BEST}
-    assert (works["olora"], works["default"]) == (3, 2)
-    assert [sum(score[method, rate] >= 0.9 for rate in rates) for method in ("olora", "default")] == [1, 2]
-
-
-def test_what_the_lesson_says_of_the_head_start():
-    to_1, to_tenth = steps_to(1), steps_to(0.1)
-    assert all(15 <= steps <= 25 for by_seed in to_1.values() for steps in by_seed)
-    assert {
-        method: round(mean(to_tenth[method])) for method in ("default", "olora", "pissa", "random", "gaussian")
-    } == {"default": 67, "olora": 45, "pissa": 48, "random": 48, "gaussian": 50}
-    assert min(BEST, key=lambda method: mean(to_1[method])) == "orthogonal"
-    assert max(to_tenth["dora"]) < min(to_tenth["default"])
-    for step in range(20, 101, 5):
-        loss = {method: mean(by_seed) for method, by_seed in at_best(f"loss_{step}").items()}
-        assert min(loss[method] for method in ("default", "random", "pissa")) > loss["olora"], (
-            f"at step {step} OLoRA leads"
-        )
-        assert loss["random"] < 1.2 * loss["pissa"], "keep up with PiSSA"
-
-
-def test_what_the_lesson_says_of_the_finish_and_the_seeds():
-    test = at_best("test")
-    assert (
-        round(mean(test["olora"]), 2) == 0.98
-        and round(mean(test["default"]), 2) == 0.93
-        and min(test["olora"]) > max(test["default"])
-    )
-    assert {method for method in BEST if max(test[method]) < min(test["olora"])} == {"default", "orthogonal"}, (
-        "wholly below"
-    )
-    assert (
-        round(100 * (max(test["olora"]) - min(test["olora"]))) == 3
-        and round(100 * (max(test["default"]) - min(test["default"]))) == 1
-    )
-    assert mean(test["dora"]) > mean(test["default"]) and min(test["dora"]) < min(test["default"])
-    assert round(swept("learning_rate", "test", "method", "learning_rate")["lora", 1.5e-2][1], 2) >= 0.99, (
-        "lesson 3's default start"
-    )
-    assert round(mean(test["random"]), 2) == 0.94 and min(BEST, key=lambda method: mean(test[method])) == "orthogonal"
-    loss = at_best("validation_loss")
-    assert max(loss["dora"]) < min(loss["default"]), "to a lower loss"
-
-
-def test_what_the_lesson_says_of_ranks():
-    swept("starts_rank", "loss_100", "method", "rank")  # complete, or it fails
-    early = swept("starts_rank", "loss_30", "method", "rank")
-    assert all(
-        early[method, rank][0] < early["default", rank][0] for method in ("olora", "pissa") for rank in (1, 4, 16, 64)
-    ), "ahead at every rank"
-    gap = {
-        method: [early["default", rank][0] - early[method, rank][0] for rank in (4, 16, 64)]
-        for method in ("olora", "pissa")
-    }
-    assert gap["pissa"] == sorted(gap["pissa"]) and gap["olora"] == sorted(gap["olora"], reverse=True)
-    reached = {}
-    for row in data.load_results("starts_rank"):
-        steps = next((step for step in STEPS if row[f"loss_{step}"] <= 0.1), 105)
-        reached.setdefault((row["method"], row["rank"]), []).append(steps)
-    reached |= {(method, 8): steps for method, steps in steps_to(0.1).items()}
-    saved = {
-        (method, rank): round(mean(reached["default", rank]) - mean(reached[method, rank]))
-        for method in ("olora", "pissa")
-        for rank in (4, 8, 16, 64)
-    }
-    assert all(22 <= saved["olora", rank] <= 23 for rank in (4, 8, 16)) and saved["olora", 64] == 12
-    assert all(17 <= saved["pissa", rank] <= 20 for rank in (4, 8, 16, 64))
-    assert reached["default", 1] == [105] * 3 and round(mean(reached["pissa", 1])) == 88
 
 
 @pytest.mark.parametrize("inputs, times", [(256, 3.5), (576, 5.2)])

@@ -90,7 +90,8 @@ def parse(text, where="the lesson"):
             identity = f"exercise-{_slug(exercise['name'])}-test"
         elif "claim" in cell.metadata.get("tags", []):
             role = {"role": "claim"}
-            identity = f"{section}-claim"  # Not counted: a claim must not change the ids of the lesson's own cells.
+            # Not counted with the others: a claim must not change the ids of the lesson's own cells.
+            identity = _unique(f"{section}-claim", headings)
         else:
             identity = section if heading else f"{section}-{(position := position + 1)}"
         if role.get("role") != "exercise" and (BEGIN_SOLUTION in cell.source or END_SOLUTION in cell.source):
