@@ -178,10 +178,61 @@ def test_headings_of_one_name_get_different_ids():
     assert [cell.id for cell in notebook.cells] == ["try-it", "try-it-again-2"]
 
 
-def test_an_unknown_placeholder_is_refused():
-    notebook = editions.learner(editions.parse(LESSON))
-    with pytest.raises(BuildError, match="nothing is known as {{time}}; known are hours"):
-        editions.fill(notebook, {"hours": 1})
+PREDICTION = """\
+# %% [markdown]
+# **Predict:** how many?
+
+# %%
+print(3)
+
+# %%
+silent = 1
+
+# %% [markdown]
+# Three.
+
+# %%
+print(4)
+"""
+
+
+def test_the_outputs_that_answer_a_prediction_are_folded():
+    notebook = editions.learner(editions.parse(PREDICTION))
+    asked, answer, silent, told, other = notebook.cells
+    for cell in (answer, other):
+        cell.outputs = [nbformat.v4.new_output("stream", text="3\n")]
+    for _ in range(2):  # Folding what is folded changes nothing.
+        editions.fold_answers(notebook)
+        nbformat.validate(notebook)
+        assert answer.metadata == editions.FOLDED and answer.outputs[0] == editions.COVER
+        assert not silent.metadata and not silent.outputs and not other.metadata
+        assert [len(cell.outputs) for cell in (answer, other)] == [2, 1]
+    again = nbformat.reads(nbformat.writes(notebook), as_version=4)
+    editions.fold_answers(again)
+    assert again == notebook
+    told.source = "**Predict:** and now?"
+    asked.source = "Three."
+    editions.fold_answers(notebook)
+    assert not answer.metadata and len(answer.outputs) == 1 and other.metadata == editions.FOLDED
+
+
+def test_the_solved_edition_writes_to_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
+    source = '# %%\nfrom course_utils import runtime\n\nfolder = runtime.runs_dir() / "lesson01"\n'
+    folders = []
+    for make in (editions.learner, editions.solved):
+        names = {}
+        exec(make(editions.parse(source)).cells[0].source, names)
+        folders.append(names["folder"])
+    assert folders == [tmp_path / "lesson01", tmp_path / "solved" / "lesson01"]
+
+
+@pytest.mark.parametrize("path", build.sources(build.ROOT), ids=lambda path: path.stem)
+def test_no_lesson_shares_a_folder_between_its_editions(path):
+    learner, solved = (
+        "\n".join(code(make(build.read_lesson(path))).values()) for make in (editions.learner, editions.solved)
+    )
+    assert '"solved"' not in learner and learner.count("runs_dir") == solved.count('runs_dir() / "solved"')
 
 
 # The whole build
@@ -191,7 +242,7 @@ def test_two_builds_are_the_same_but_for_measured_outputs(course, tmp_path):
     assert build.build(course, tmp_path) == []
     names = ["notebooks/01_apples.ipynb", "solutions/01_apples.ipynb", "lessons/measured.json"]
     first = [(tmp_path / name).read_text(encoding="utf-8") for name in names]
-    assert build.build(course, tmp_path) == []
+    assert build.build(course, tmp_path, force=True) == []
     second = [(tmp_path / name).read_text(encoding="utf-8") for name in names]
     assert first[1] == second[1]
     notebooks = [nbformat.reads(text, as_version=4) for text in (first[0], second[0])]
@@ -200,6 +251,72 @@ def test_two_builds_are_the_same_but_for_measured_outputs(course, tmp_path):
     for (cell,) in measured:
         cell.outputs = []
     assert notebooks[0] == notebooks[1]
+
+
+def built(root):
+    return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.ipynb")}
+
+
+def test_a_changed_word_is_all_that_changes(course, tmp_path, monkeypatch):
+    build.build(course, tmp_path)
+    before = built(tmp_path)
+    monkeypatch.setattr(build, "execute", lambda *given: pytest.fail("the lesson was run again"))
+    course.write_text(LESSON.replace("Share them", "Split them"), encoding="utf-8")
+    assert build.build(course, tmp_path) == [] and drift(tmp_path) == []  # A heading changes ids, too.
+    course.write_text(LESSON.replace("# About {{time}}", "# Around {{time}}"), encoding="utf-8")
+    assert build.build(course, tmp_path) == []
+    for name, text in built(tmp_path).items():
+        lines = zip(before[name].splitlines(), text.splitlines(), strict=True)
+        (changed,) = [(old, new) for old, new in lines if old != new]
+        assert changed == ('    "About 1 minute."', '    "Around 1 minute."')
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [("share(9, 3) == 3", "share(8, 2) == 4"), ("each = apples // people", "each = int(apples / people)")],
+    ids=["hidden test", "solution"],
+)
+def test_a_change_that_the_learners_code_does_not_show_runs_nothing(old, new, course, tmp_path, monkeypatch):
+    build.build(course, tmp_path)
+    monkeypatch.setattr(build, "execute", lambda *given: pytest.fail("the lesson was run again"))
+    course.write_text(LESSON.replace(old, new), encoding="utf-8")
+    assert build.build(course, tmp_path) == [] and drift(tmp_path) == []
+
+
+def test_a_lesson_runs_again_when_its_outputs_may_have_changed(course, tmp_path, monkeypatch):
+    runs = []
+    execute = build.execute
+    monkeypatch.setattr(build, "execute", lambda *given: runs.append(1) or execute(*given))
+
+    def ran(**options):
+        runs.clear()
+        build.build(course, tmp_path, **options)
+        return bool(runs)
+
+    assert ran() and not ran() and ran(force=True) and not ran()
+    course.write_text(LESSON.replace('print("done")', 'print("over")'), encoding="utf-8")
+    assert ran() and not ran()
+    results = tmp_path / "experiments" / "results"
+    results.mkdir(parents=True)
+    (results / "rank.csv").write_text("seed\n")
+    assert ran() and not ran()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "README.md").write_text("A card is read by no lesson.")
+    assert not ran()
+    (tmp_path / "models" / "config.json").write_text("{}")
+    assert ran() and not ran()
+    (tmp_path / "notebooks" / "01_apples.ipynb").unlink()
+    assert ran() and not ran()
+
+
+def test_a_claim_that_does_not_hold_stops_the_build_before_the_lesson_runs(course, tmp_path, monkeypatch):
+    claim = '# %% tags=["claim"]\nassert 3 > 4, "Share them"\n\n# %% [markdown]\n# ## Share them'
+    course.write_text(LESSON.replace("# %% [markdown]\n# ## Share them", claim), encoding="utf-8")
+    monkeypatch.setattr(build, "execute", lambda *given: pytest.fail("the lesson was run"))
+    with pytest.raises(BuildError, match='it no longer holds that "Share them"'):
+        build.build(course, tmp_path)
+    with pytest.raises(BuildError, match='it no longer holds that "Share them"'):
+        build.build_classroom(course, tmp_path)
 
 
 def test_the_build_runs_the_unsolved_lesson_and_keeps_its_outputs(course, tmp_path, monkeypatch):
@@ -324,21 +441,26 @@ def test_the_command_says_in_a_sentence_what_is_wrong(tmp_path):
 
 
 def outline(notebook):
-    return [(cell.id, cell.cell_type, dict(cell.metadata), cell.source) for cell in notebook.cells]
+    """Return what the source alone decides: all but the outputs, and whether they are folded."""
+    return [
+        (cell.id, cell.cell_type, {name: cell.metadata[name] for name in cell.metadata if name not in editions.FOLDED})
+        + (cell.source,)
+        for cell in notebook.cells
+    ]
 
 
 def drift(root):
     """Return what differs between the lessons' sources and the stored notebooks."""
     paths = build.sources(root)
     record = build.read_record(root)
-    found = []
+    found, lessons = [], {path: build.filled(path, record) for path in paths}
     for edition, make in (("notebooks", editions.learner), ("solutions", editions.solved)):
         stored = {path.stem: path for path in (root / edition).glob("*.ipynb")}
         found += [f"{edition}/{name}: no such lesson" for name in sorted(set(stored) - {path.stem for path in paths})]
         for path in paths:
             if path.stem not in stored:
                 found.append(f"{edition}/{path.stem}: not built")
-            elif outline(nbformat.read(stored[path.stem], as_version=4)) != outline(build.edition(make, path, record)):
+            elif outline(nbformat.read(stored[path.stem], as_version=4)) != outline(make(lessons[path])):
                 found.append(f"{edition}/{path.stem}: differs from its source, run make notebooks")
     return found
 

@@ -1,4 +1,4 @@
-"""The form of the committed notebooks, and of the checks of their form."""
+"""The form of the committed notebooks, and of the checks of their notebook_lint."""
 
 import copy
 
@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import build, form
-from tools.editions import NOTEBOOK_METADATA
+from tools import build, notebook_lint
+from tools.editions import COVER, FOLDED, NOTEBOOK_METADATA
 
 NOTEBOOKS = sorted((build.ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((build.ROOT / "solutions").glob("*.ipynb"))
@@ -25,12 +25,12 @@ def test_there_is_a_lesson_in_both_editions():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_learners_edition_is_well_formed(path):
-    assert form.complaints(read(path), path, executed=True) == []
+    assert notebook_lint.complaints(read(path), path, executed=True) == []
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_the_solved_edition_is_well_formed(path):
-    assert form.complaints(read(path), path, executed=False) == []
+    assert notebook_lint.complaints(read(path), path, executed=False) == []
 
 
 def prose():
@@ -47,8 +47,8 @@ def test_every_link_and_image_of_the_pages_holds():
     assert prose()
     for path in prose():
         text = path.read_text(encoding="utf-8")
-        assert form.broken_links(text, path.parent) == [], path.name
-        assert form.missing_alt(text) == [], path.name
+        assert notebook_lint.broken_links(text, path.parent) == [], path.name
+        assert notebook_lint.missing_alt(text) == [], path.name
 
 
 # Each check finds its planted fault, and nothing else in a sound notebook
@@ -70,23 +70,28 @@ def sound():
         new_output("stream", name="stdout", text="see runs/progress.json and https://a.example/home/x\n"),
         new_output("display_data", data={"text/html": image, "text/plain": "A line that falls", "image/png": "aaaa"}),
     ]
+    answer = [copy.deepcopy(COVER), new_output("stream", text="2\n")]
     cells = [
         new_markdown_cell(
             "# Title\n![A picture](<a picture.svg>) ![Again](a%20picture.svg) [page](https://a.example) [up](#title) `![](x)`",
             id="title",
         ),
         new_code_cell("print(1)", id="title-1", execution_count=1, outputs=outputs, metadata={"tags": ["measured"]}),
-        new_code_cell("x = 1", id="title-2", execution_count=2),
+        new_code_cell("x = f'{{1}}'", id="title-2", execution_count=2),
+        new_markdown_cell("**Predict:** how many?", id="title-3"),
+        new_code_cell("2", id="title-4", execution_count=3, outputs=answer, metadata=copy.deepcopy(FOLDED)),
     ]
     return new_notebook(cells=cells, metadata=copy.deepcopy(NOTEBOOK_METADATA))
 
 
 def test_a_sound_notebook_has_no_complaint(sound, path):
     nbformat.validate(sound)
-    assert form.complaints(sound, path, executed=True) == []
-    for cell in sound.cells[1:]:
+    assert notebook_lint.complaints(sound, path, executed=True) == []
+    for cell in build.code_cells(sound):
         cell.outputs, cell.execution_count = [], None
-    assert form.complaints(sound, path, executed=False) == []
+        for name in FOLDED:
+            cell.metadata.pop(name, None)
+    assert notebook_lint.complaints(sound, path, executed=False) == []
 
 
 def output(**data):
@@ -121,8 +126,20 @@ def failed(notebook):
     notebook.cells[1].outputs.append(new_output("error", ename="E", evalue="e", traceback=[]))
 
 
-def kernel_version(notebook):
-    notebook.metadata["language_info"]["version"] = "3.11.7"
+def plain_kernel(notebook):
+    notebook.metadata["kernelspec"]["display_name"] = "Python 3"
+
+
+def unfolded(notebook):
+    notebook.cells[4].metadata.clear()
+
+
+def uncovered(notebook):
+    del notebook.cells[4].outputs[0]
+
+
+def folded(notebook):
+    notebook.cells[1].metadata |= copy.deepcopy(FOLDED)
 
 
 def time_stamps(notebook):
@@ -130,14 +147,17 @@ def time_stamps(notebook):
 
 
 FAULTS = {
-    "not run": (change(2, execution_count=None), "run counts are [1, None], not 1 to 2"),
-    "run twice": (change(2, execution_count=7), "run counts are [1, 7], not 1 to 2"),
-    "out of order": (lambda notebook: notebook.cells.reverse(), "run counts are [2, 1], not 1 to 2"),
+    "not run": (change(2, execution_count=None), "run counts are [1, None, 3], not 1 to 3"),
+    "run twice": (change(2, execution_count=7), "run counts are [1, 7, 3], not 1 to 3"),
+    "out of order": (change(1, execution_count=4), "run counts are [4, 2, 3], not 1 to 3"),
     "stderr": (stream("warning", "stderr"), "title-1 has text on stderr"),
     "error": (failed, "title-1 has an error"),
     "widget": (output(**{"application/vnd.jupyter.widget-view+json": {}}), "title-1 shows a widget"),
     "time stamps": (time_stamps, "title-1 holds time stamps"),
-    "kernel version": (kernel_version, "the notebook's metadata is not the fixed one"),
+    "another kernel": (plain_kernel, "the notebook's metadata is not that which JupyterLab writes"),
+    "answer in sight": (unfolded, "title-4 should have its outputs folded"),
+    "answer as the fold's title": (uncovered, "title-4 should have its outputs folded"),
+    "folded without a prediction": (folded, "title-1 should not have its outputs folded"),
     "same id": (change(2, id="title-1"), "the id 'title-1' occurs twice"),
     "chance id": (change(2, id="1f0c9a3e"), "the id '1f0c9a3e' is not derived from a name"),
     "chance uuid": (change(2, id="1f0c9a3e-aa11"), "the id '1f0c9a3e-aa11' is not derived from a name"),
@@ -155,6 +175,7 @@ FAULTS = {
     "path of Windows": (stream("C:\\Users\\someone"), "title-1 shows the path C:\\Users\\someone"),
     "address": (output(**{"text/plain": "<A at 0x7f00aa11bb>"}), "title-1 shows a memory address"),
     "placeholder": (text("{{minutes}}"), "title still holds {{minutes}}"),
+    "placeholder with a format": (text("{{a[1]:.0%}}"), "title still holds {{a[1]:.0%}}"),
     "marker": (change(2, source="### BEGIN SOLUTION"), "title-2 still holds ### BEGIN SOLUTION"),
 }
 
@@ -162,18 +183,22 @@ FAULTS = {
 @pytest.mark.parametrize("plant, complaint", FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_found_and_nothing_else(sound, path, plant, complaint):
     plant(sound)
-    assert form.complaints(sound, path, executed=True) == [complaint]
+    assert notebook_lint.complaints(sound, path, executed=True) == [complaint]
 
 
 def test_widget_state_is_found(sound, path):
     sound.metadata["widgets"] = {}
-    assert "the notebook holds widget state" in form.complaints(sound, path, executed=True)
+    assert "the notebook holds widget state" in notebook_lint.complaints(sound, path, executed=True)
 
 
 def test_outputs_in_the_solved_edition_are_found(sound, path):
-    assert form.complaints(sound, path, executed=False) == ["title-1 has outputs", "title-2 has outputs"]
+    assert notebook_lint.complaints(sound, path, executed=False) == [
+        f"title-{number} has outputs" for number in (1, 2, 4)
+    ]
 
 
 def test_a_large_file_is_found(sound, path):
-    path.write_text("x" * form.LARGEST)
-    assert form.complaints(sound, path, executed=True) == ["the file has 1,000,000 bytes, not less than 1,000,000"]
+    path.write_text("x" * notebook_lint.LARGEST)
+    assert notebook_lint.complaints(sound, path, executed=True) == [
+        "the file has 1,000,000 bytes, not less than 1,000,000"
+    ]
