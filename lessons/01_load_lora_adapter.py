@@ -44,7 +44,8 @@ print(
 # **Predict:** the model has been trained on stories, letters, small talk, and short texts that state a few facts and
 # come back to them. It has never seen a question about a passage. What will it answer?
 #
-# (The results below are those of our run. Cover them when you predict, or use *Edit → Clear Outputs of All Cells*.)
+# (The outputs are those of our run. In JupyterLab those that answer a prediction are folded: make yours, then click the
+# line below the cell, or run the cell.)
 
 # %% tags=["first-text"]
 base_folder = runtime.base_model()

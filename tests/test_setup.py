@@ -153,11 +153,26 @@ def test_lab_opens_lesson_1_and_keeps_token_and_localhost(checkout):
     make("setup", "PYTHON=./python", folder=checkout)
     calls(checkout)
     assert make("lab", "PYTHON=./python", folder=checkout)[0] == 0
-    (opened,) = calls(checkout)
-    assert opened.startswith("-m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_load_lora_adapter.ipynb")
+    copied, opened = calls(checkout)
+    assert copied == "-m tools.lab"
+    assert opened.startswith("-m jupyterlab --LabApp.default_url=/lab/tree/work/01_load_lora_adapter.ipynb")
     assert not re.search(r"token|password|--ip|no-browser", opened)
     make("lab", "PYTHON=./python", folder=checkout, NO_BROWSER="1")
-    assert "--no-browser" in calls(checkout)[0]
+    assert "--no-browser" in calls(checkout)[1]
+    make("lab", "PYTHON=./python", "UPDATE=01", folder=checkout)
+    assert calls(checkout)[0] == "-m tools.lab 01"
+
+
+def test_notebooks_runs_what_is_asked_for(checkout):
+    make("setup", "PYTHON=./python", folder=checkout)
+    calls(checkout)
+    for wanted in ("", "ONLY=01", "FORCE=1"):
+        assert make("notebooks", "PYTHON=./python", *wanted.split(), folder=checkout)[0] == 0
+    assert calls(checkout) == [
+        "-m tools.build notebooks",
+        "-m tools.build notebooks 01",
+        "-m tools.build notebooks --force",
+    ]
 
 
 def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
@@ -189,7 +204,8 @@ def test_what_an_instructor_needs_is_installed_once_beside_the_course(checkout):
 
 def test_the_lesson_that_lab_opens_is_there():
     lesson = re.search(r"FIRST_LESSON := (\S+)", (ROOT / "Makefile").read_text())[1]
-    assert (ROOT / lesson).is_file()
+    folder, name = lesson.split("/")
+    assert folder == "work" and (ROOT / "notebooks" / name).is_file()
 
 
 def test_ci_runs_every_test():
