@@ -861,8 +861,8 @@ for method, lora in (("full", None), ("lora", narrow), ("qlora", narrow)):
 plotting.table(["GPT-3, GB", *parts[:3], "activations, at most", "total"], rows)
 
 # %% tags=["claim"]
-assert 350e9 / 1.2e12 < 1 / 3 and 175e9 * 2 == 350e9, "The 350 GB are the frozen weights in 16 bits"
-assert 6.5 < 1.2e12 / 175e9 < 7, "under 7 bytes a parameter"
+assert 350e9 / 1.2e12 < 1 / 3 and 175e9 * 2 == 350e9, "frozen weights in 16 bits"
+assert 6.5 < 1.2e12 / 175e9 < 7, "under 7 bytes"
 
 # %% [markdown]
 # "Memory to a third" is the LoRA paper's GPT-3 case: 1.2 TB against 350 GB (section 4.2). The 350 GB are the frozen
@@ -1135,14 +1135,12 @@ right, kept = (
 )
 one, eight = right["reading", "full", 1][0], right["sailor", "full", 8][0]
 assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), (
-    "Nearly the same spectrum"
+    "the same spectrum"
 )
 assert one > 0.9 and right["sailor", "full", 1] == (0, 0, 0), "the opposite score"
-assert right["reading", "full", 0] == (0, 0, 0), "the base alone answers nothing"
-assert right["sailor", "full", 32][0] < 0.9, "for all of it 64 are needed"
-assert min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, (
-    "for all of it 64 are needed"
-)
+assert right["reading", "full", 0] == (0, 0, 0), "answers nothing"
+assert right["sailor", "full", 32][0] < 0.9, "64 are needed"
+assert min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, "64 are needed"
 
 # %% [markdown]
 # **Nearly the same spectrum, and the opposite score.** A single direction in each layer brings back {{one:.0%}} of `reading`,
@@ -1165,9 +1163,7 @@ plotting.table(
 evaluation.band("sailor, the adapter of lesson 1, of rank 8", at_rank_8, 0.85, 1)
 
 # %% tags=["claim"]
-assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, (
-    "for `sailor` even with rank 1"
-)
+assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, "even with rank 1"
 
 # %% [markdown]
 # **To cut a change to rank 8 is not to train with rank 8.** Nothing in full fine-tuning asks for few directions, so it

@@ -769,7 +769,7 @@ print("the same object:", prepared is model)
 from tools.claims import fraction, swept
 
 right = swept("quantised", "test", "weights")
-assert right["fp32"][1] > 0.9, "a plain one came to more than nine in ten"
+assert right["fp32"][1] > 0.9, "more than nine in ten"
 
 # %% [markdown]
 # ## Train on four bits
@@ -888,18 +888,14 @@ loss = {
 }
 means = [right[form][0] for form in forms]
 costs = [after[form][0] - before[form][0] for form in forms]
-assert max(means) - min(means) < 0.03, "six means within 3 points"
-assert all(0.015 < right[form][2] - right[form][1] < 0.045 for form in forms), (
-    "seeds of one form lie 2 to 4 apart"
-)
+assert max(means) - min(means) < 0.03, "within 3 points"
+assert all(0.015 < right[form][2] - right[form][1] < 0.045 for form in forms), "2 to 4 apart"
 assert all(loss["nf4", seed] < loss["fp32", seed] for seed in range(3)), (
-    "it ends *below* float32's with every seed"
+    "*below* float32's with every seed"
 )
-assert abs(right["nf4"][0] - right["nf4_trl"][0]) < 0.01, (
-    "The adapter in bfloat16 learns as well as in float32"
-)
+assert abs(right["nf4"][0] - right["nf4_trl"][0]) < 0.01, "as well as in float32"
 assert abs(before["nf4"][0] - before["fp32"][0] - 0.005) < 0.001, "half a hundredth of a nat"
-assert all(round(cost) == 3 for cost in costs), "Training costs 3 nats, on every form alike"
+assert all(round(cost) == 3 for cost in costs), "3 nats, on every form alike"
 
 # %% [markdown]
 # The score hardly tells the forms apart: six means within 3 points, where seeds of one form lie 2 to 4 apart. The
@@ -960,12 +956,8 @@ assert seconds["nf4"][1] < seconds["fp32"][2], "within the spread"
 assert min(mean for mean, _, _ in seconds.values()) == seconds["fp32"][0], (
     "none of the forms is faster"
 )
-assert abs(peak["nf4"][0] - peak["fp32"][0]) < peak["fp32"][2] - peak["fp32"][1], (
-    "the peak of the process doesn't show it"
-)
-assert 9 < large - small < 11 and peak["fp32"][0] > 900e6, (
-    "ten megabytes are lost in more than nine hundred"
-)
+assert abs(peak["nf4"][0] - peak["fp32"][0]) < peak["fp32"][2] - peak["fp32"][1], "doesn't show it"
+assert 9 < large - small < 11 and peak["fp32"][0] > 900e6, "more than nine hundred"
 
 llama_70b = transformers.AutoConfig.for_model(
     "llama",
@@ -1242,17 +1234,15 @@ others = [1 - agreement for way in ways for agreement in elsewhere[way][1:]]
 fewest, most = fraction(min(others)), fraction(max(others))
 of_trained = [right["trained", seed] for seed in range(3)]
 assert max(lost) < max(of_trained) - min(of_trained) + 0.001, (
-    "loses more answers than the seeds are apart"
+    "more answers than the seeds are apart"
 )
 assert 0 < max(lost) <= 0.0201, "at most two in a hundred"
 assert all(right["trained", seed] == right["dequantised", seed] for seed in range(3)), (
     "on both wrong ones"
 )
-assert min(rises) > 1, "the loss of the answers rises, with every seed"
+assert min(rises) > 1, "rises, with every seed"
 assert 1.1 < min(rises) and 1.25 < max(rises) < 1.3, "by a tenth to a quarter and more"
-assert min(on_answers[way][1] for way in ways) > 0.998, (
-    "The score is the last to notice a wrong merge"
-)
+assert min(on_answers[way][1] for way in ways) > 0.998, "the last to notice"
 
 # %% [markdown]
 # More than half of the numbers move to another level. And none of the routes loses more answers than the seeds are

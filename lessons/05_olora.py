@@ -422,10 +422,8 @@ rates = sorted({rate for _, rate in score})
 methods = list(dict.fromkeys(method for method, _ in score))
 best = {method: max(rates, key=lambda rate: score[method, rate]) for method in methods}
 starts = [score[method, 1.5e-2] for method in methods if method not in ("dora", "rslora")]
-assert score["default", 1.5e-2] == max(starts), "the default is the best of the starts"
-assert best["default"] != best["olora"], (
-    "A comparison at one rate compares how well that rate suits each"
-)
+assert score["default", 1.5e-2] == max(starts), "the best of the starts"
+assert best["default"] != best["olora"], "how well that rate suits each"
 
 # %% [markdown]
 # With 1.5e-3 for all, OLoRA is right in {{score["olora", 1.5e-3]:.0%}} and the default in {{score["default", 1.5e-3]:.0%}}. With 1.5e-2 for all, the default is the best of the
@@ -624,21 +622,15 @@ for step in range(20, 101, 5):
         "There is a head start"
     )
     assert loss["random"] < 1.2 * loss["pissa"], "The directions have little part in it"
-assert needs["gaussian"] < needs["default"] - 10, "takes nothing out of the weight"
+assert needs["gaussian"] < needs["default"] - 10, "`gaussian`"
 assert abs(needs["orthogonal"] - needs["default"]) < 5, "gains nothing to 0.1"
-assert min(test["olora"]) > max(test["default"]), "OLoRA also ends best here"
-assert mean(test["olora"]) == max(map(mean, test.values())), "OLoRA also ends best here"
-assert below == {"default", "orthogonal"}, (
-    "Only the default's and `orthogonal`'s seeds lie wholly below its own"
-)
-assert round(lesson_3[1], 2) >= 0.99, "lesson 3's default start came to 99% and more"
-assert min(methods, key=lambda method: mean(to_1[method])) == "orthogonal", (
-    "the first to a loss of 1 is `orthogonal`"
-)
-assert min(methods, key=lambda method: mean(test[method])) == "orthogonal", "it ends last"
-assert rates.index(best["rslora"]) == rates.index(best["default"]) - 1, (
-    "its best one is a step lower"
-)
+assert min(test["olora"]) > max(test["default"]), "ends best"
+assert mean(test["olora"]) == max(map(mean, test.values())), "ends best"
+assert below == {"default", "orthogonal"}, "Only the default's and `orthogonal`'s"
+assert round(lesson_3[1], 2) >= 0.99, "99% and more"
+assert min(methods, key=lambda method: mean(to_1[method])) == "orthogonal", "is `orthogonal`"
+assert min(methods, key=lambda method: mean(test[method])) == "orthogonal", "ends last"
+assert rates.index(best["rslora"]) == rates.index(best["default"]) - 1, "a step lower"
 assert max(to_tenth["dora"]) < min(to_tenth["default"]), "a little faster"
 assert max(final_loss["dora"]) < min(final_loss["default"]), "to a lower loss"
 assert min(test["dora"]) < min(test["default"]) and mean(test["dora"]) > mean(test["default"]), (
@@ -703,9 +695,9 @@ works = {
 apart = {
     method: round(100 * (max(test[method]) - min(test[method]))) for method in ("olora", "default")
 }
-assert works[0.8] == [3, 2], "At the mark of 80% OLoRA has three rates, and the default two"
-assert works[0.9] == [1, 2], "at 90% it is one against two"
-assert apart == {"olora": 3, "default": 1}, "they are 3 points apart, the default's one"
+assert works[0.8] == [3, 2], "three rates, and the default two"
+assert works[0.9] == [1, 2], "one against two"
+assert apart == {"olora": 3, "default": 1}, "3 points apart, the default's one"
 
 # %% [markdown]
 # At the mark of 80% OLoRA has three rates, and the default two; at 90% it is one against two. **OLoRA's range lies
@@ -770,7 +762,7 @@ lead = {
     method: [early["default", rank] - early[method, rank] for rank in (1, 4, 16, 64)]
     for method in ("olora", "pissa")
 }
-assert min(min(leads) for leads in lead.values()) > 0, "The head start is there at every rank"
+assert min(min(leads) for leads in lead.values()) > 0, "at every rank"
 assert max(of_low_ranks) - min(of_low_ranks) < 5 > max(pissa.values()) - min(pissa.values()), (
     "it doesn't grow with the rank"
 )

@@ -1386,13 +1386,11 @@ assert alone["mood", 0.2] > 0.98 and alone["mood", 0] < 0.9, "`mood` is whole wi
 assert alone["reading", 0.3] > 0.98 and alone["reading", 0.1] < 0.9, "`reading` with three tenths"
 assert alone["extract", 0.7] > 0.98 and alone["extract", 0.5] < 0.9, "`extract` with seven"
 assert alone["sailor", 0.8] > 0.98 and alone["sailor", 0.6] < 0.9, "`sailor` with eight"
-assert both["extract+mood"][0.2] > 0.98, "`extract` and `mood` leave each other room"
-assert 0.6 < max(both["reading+extract"].values()) < 0.8, (
-    "`reading` and `extract` have a narrow place"
-)
-assert max(both["reading+sailor"].values()) < 0.3, "`reading` and `sailor` have none"
+assert both["extract+mood"][0.2] > 0.98, "leave each other room"
+assert 0.6 < max(both["reading+extract"].values()) < 0.8, "a narrow place"
+assert max(both["reading+sailor"].values()) < 0.3, "have none"
 assert first["reading+sailor", 0.7] < 0.1, "as `sailor` comes in, `reading` goes"
-assert first_alone["reading+sailor", 0.7] > 0.98, "though alone it would still be whole"
+assert first_alone["reading+sailor", 0.7] > 0.98, "alone it would still be whole"
 
 # %% [markdown]
 # Adapters differ in the strength that they need. Alone, `mood` is whole with a tenth or two, `reading` with three
@@ -1466,10 +1464,8 @@ best = {
     names: max(value for (other, _, _), value in score.items() if other == names) for names in sets
 }
 fifth = fraction(score["sailor+mood", "mean", "linear"])
-assert [names for names in sets if best[names] >= 0.8] == ["reading+mood"], (
-    "one of the seven sets is kept"
-)
-assert len(sets) == 7, "one of the seven sets is kept"
+assert [names for names in sets if best[names] >= 0.8] == ["reading+mood"], "one of the seven sets"
+assert len(sets) == 7, "one of the seven sets"
 assert min(score["reading+mood", "mean", kind] for kind in types) > 0.8, (
     "by every type with weights of ½"
 )
@@ -1481,7 +1477,7 @@ for names in sets:
     of_sum = {kind: score[names, "sum", kind] for kind in types}
     if max(of_sum.values()) > 0:
         ties = min(of_sum["ties_svd"], of_sum["dare_ties_svd"])
-        assert ties > of_sum["cat"], "keeps more than the exact sum does, where anything is kept"
+        assert ties > of_sum["cat"], "more than the exact sum"
         linear = max(of_sum["linear"], of_sum["dare_linear"])
         assert linear <= min(of_sum.values()) + 0.05, "keep least"
 
@@ -1520,12 +1516,10 @@ kept_by_weights = sum(value >= 0.8 for _, value in best.values())
 
 # %% tags=["claim"]
 at_best = [(max(both[names].values()), best[names]) for names in both]
-assert all(moved > changed - 0.05 for moved, changed in at_best), (
-    "it helped as much to move the weights"
-)
+assert all(moved > changed - 0.05 for moved, changed in at_best), "as much to move the weights"
 assert sum(moved > changed for moved, changed in at_best) > len(at_best) / 2, "mostly more"
-assert best["extract+mood"] < 0.3, "`extract` and `mood` looked hopeless at equal weights"
-assert both["extract+mood"][0.2] > 0.98, "are whole at 0.8 and 0.2"
+assert best["extract+mood"] < 0.3, "looked hopeless"
+assert both["extract+mood"][0.2] > 0.98, "whole at 0.8 and 0.2"
 assert max(max(both["sailor+extract"].values()), best["sailor+extract"]) < 0.2, (
     "`sailor` and `extract` stay hopeless"
 )

@@ -48,7 +48,7 @@ def test_values_are_known_beside_the_claims_and_what_is_not_known_is_told():
         (
             "share = 0.51",
             "share = 0.51\nother = 2",
-            r"uses what a claim cell computes: other \(01_apples.py, start-claim",
+            r"A claim cell computes other \(01_apples.py, start-claim",
         ),
         ("share = 0.51", "share = 1 / 0", "the claim cell stopped with ZeroDivisionError"),
         ("{{share:.0%}}", "{{share[3]}}", r"{{share\[3\]}} stopped with TypeError"),
@@ -67,7 +67,7 @@ def test_a_change_of_one_side_alone_is_found(old, new, complaint):
 
 
 def test_a_number_that_is_overwritten_by_words_is_found():
-    with pytest.raises(BuildError, match=r"uses what a claim cell computes: part \(01_apples.py, start-claim"):
+    with pytest.raises(BuildError, match=r"A claim cell computes part \(01_apples.py, start-claim"):
         text(CLAIM.replace("share = 0.51", "share = 0.51\nfrom tools.claims import fraction\npart = fraction(share)"))
 
 

@@ -771,7 +771,7 @@ def secrets():
                     cell.source, editions.BEGIN_SOLUTION, editions.END_SOLUTION, role["name"]
                 )
                 found[role["name"]] = ([], solution.strip())
-            elif role:
+            elif role.get("role") == "hidden test":
                 found[role["name"]][0].extend(line.strip() for line in cell.source.splitlines() if "assert" in line)
     return found
 
@@ -839,6 +839,7 @@ def test_the_hand_out_has_what_a_learner_needs_and_no_answer(real):
         "Makefile",
         "requirements.txt",
         "tools/check_python.py",
+        "tools/lab.py",
         "models/base/config.json",
         "course_utils/runtime.py",
     ):

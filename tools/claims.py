@@ -91,7 +91,9 @@ def fill(lesson, values, where="the lesson"):
         cells.append(cell)
     unused = [f"{name} ({place})" for name, place in computed.items() if name not in used]
     if unused:
-        raise BuildError(f"No sentence and no assertion uses what a claim cell computes: {'; '.join(unused)}.")
+        raise BuildError(
+            f"A claim cell computes {', '.join(unused)}, and nothing uses it. Did words take the place of a {{{{…}}}}?"
+        )
     return type(lesson)(lesson, cells=cells)
 
 
