@@ -939,7 +939,8 @@ plotting.table(["mean (lowest to highest seed)", *columns], rows)
 # %% tags=["claim"]
 import peft
 import transformers
-from course_utils import memory
+
+from adapter_checks import memory
 
 seconds, peak, state = (
     swept("quantised_cost", column, "variant")

@@ -3,6 +3,8 @@
 import ast
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -216,15 +218,14 @@ def test_the_outputs_that_answer_a_prediction_are_folded():
     assert not answer.metadata and len(answer.outputs) == 1 and other.metadata == editions.FOLDED
 
 
-def test_the_solved_edition_writes_to_a_folder_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
-    source = '# %%\nfrom course_utils import runtime\n\nfolder = runtime.runs_dir() / "lesson01"\n'
+def test_the_solved_edition_writes_to_a_folder_of_its_own():
+    source = '# %%\nfolder = paths.runs_dir() / "lesson01"\n'
     folders = []
     for make in (editions.learner, editions.solved):
-        names = {}
+        names = {"paths": SimpleNamespace(runs_dir=lambda: Path("runs"))}
         exec(make(editions.parse(source)).cells[0].source, names)
         folders.append(names["folder"])
-    assert folders == [tmp_path / "lesson01", tmp_path / "solved" / "lesson01"]
+    assert folders == [Path("runs", "lesson01"), Path("runs", "solved", "lesson01")]
 
 
 @pytest.mark.parametrize("path", build.sources(build.ROOT), ids=lambda path: path.stem)

@@ -10,7 +10,6 @@ from torch import nn
 
 from adapter_checks import counting
 from course_utils.exercises import lesson02
-from support import swept
 from tools import build, editions
 
 SOURCE = Path(build.ROOT, "lessons", "02_lora_from_scratch.py").read_text(encoding="utf-8")

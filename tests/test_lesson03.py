@@ -10,7 +10,6 @@ import torch
 
 from course_utils import runtime
 from course_utils.exercises import lesson03
-from support import swept
 from tools import build
 
 SOURCE = Path(build.ROOT, "lessons", "03_lora_finetuning.py").read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ import torch
 
 from course_utils import runtime
 from course_utils.exercises import lesson04
-from support import swept
 from tools import build
 
 runtime.quiet_imports()

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from course_utils.exercises import lesson05
-from support import swept
 from tools import build, editions
 
 LESSON = editions.parse(Path(build.ROOT, "lessons", "05_olora.py").read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ import torch
 from course_utils import data, runtime
 from course_utils.exercises import lesson06
 from experiments import combine, dial, harness, training
-from support import swept
 from tiny_models import make_tiny_model, make_tiny_tokenizer
 
 # The solutions
