@@ -306,8 +306,23 @@ def test_a_lesson_runs_again_when_its_outputs_may_have_changed(course, tmp_path,
     assert not ran()
     (tmp_path / "models" / "config.json").write_text("{}")
     assert ran() and not ran()
-    (tmp_path / "notebooks" / "01_apples.ipynb").unlink()
+    path = tmp_path / "notebooks" / "01_apples.ipynb"
+    path.unlink()
     assert ran() and not ran()
+    cleared = nbformat.read(path, as_version=4)
+    for cell in build.code_cells(cleared):
+        cell.outputs, cell.execution_count = [], None
+    build.save_notebook(path, cleared)
+    assert ran() and not ran()
+
+
+def test_a_save_that_fails_does_not_pass_old_outputs_for_new_ones(course, tmp_path, monkeypatch):
+    build.build(course, tmp_path)
+    (tmp_path / "constraints.txt").write_text("peft==9\n")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(build, "save_notebook", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
+        build.build(course, tmp_path)
+    assert build.read_record(tmp_path)["01_apples"]["inputs"] != build.inputs(tmp_path)
 
 
 def test_a_claim_that_does_not_hold_stops_the_build_before_the_lesson_runs(course, tmp_path, monkeypatch):

@@ -87,30 +87,31 @@ def inputs(root):
     return digest.hexdigest()[:16]
 
 
-def stored(path, root):
-    """Return the learner's edition of the lesson at `path` that is stored under `root`, or None."""
-    notebook = Path(root, "notebooks", f"{path.stem}.ipynb")
-    return nbformat.read(notebook, as_version=4) if notebook.exists() else None
-
-
 def code_cells(notebook):
     """Return the notebook's code cells."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def same_code(one, other):
-    """Return whether two notebooks have the same code; the cells' ids change with a heading, and no output with them."""
-    return [cell.source for cell in code_cells(one)] == [cell.source for cell in code_cells(other)]
+def with_outputs(notebook, path):
+    """Return the notebook stored at `path` if it holds outputs of the same code as that of `notebook`, else None.
+
+    A cell's id changes with the heading above it, and no output with the id.
+    """
+    if not path.exists():
+        return None
+    stored = nbformat.read(path, as_version=4)
+    same = [cell.source for cell in code_cells(stored)] == [cell.source for cell in code_cells(notebook)]
+    return stored if same and all(cell.execution_count for cell in code_cells(stored)) else None
 
 
 def build(path, root, force=False):
     """Save both editions of the lesson at `path`, run again if need be; return what is wrong with their form."""
     root = Path(root)
-    record = read_record(root)
+    record, now = read_record(root), inputs(root)
     notebook = editions.learner(filled(path, record))  # A claim that does not hold is found before a long run.
-    before, now = stored(path, root), inputs(root)
-    if not force and before and same_code(before, notebook) and record.get(path.stem, {}).get("inputs") == now:
-        notebook = before
+    unchanged = not force and record.get(path.stem, {}).get("inputs") == now
+    if stored := unchanged and with_outputs(notebook, root / "notebooks" / f"{path.stem}.ipynb"):
+        notebook = stored
         print(f"{path.stem}: outputs kept, as no code cell has changed")
     else:
         folder = root / "notebooks"
@@ -118,7 +119,6 @@ def build(path, root, force=False):
         with tempfile.TemporaryDirectory() as runs:
             measured = execute(notebook, folder, runs)
         record[path.stem] = {**updated(record.get(path.stem), measured), "inputs": now}
-        save_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         print(f"{path.stem}: {measured['seconds']} s, {measured['peak_gb']} GB")
     lesson = filled(path, record)
     learner, solved = editions.learner(lesson), editions.solved(lesson)
@@ -132,6 +132,8 @@ def build(path, root, force=False):
         save_notebook(target, edition)
         complaints = notebook_lint.complaints(edition, target, name == "notebooks")
         found += [f"{name}: {complaint}" for complaint in complaints]
+    # Last, as it says which inputs the saved outputs are of.
+    save_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     return found
 
 
