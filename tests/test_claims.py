@@ -51,6 +51,7 @@ def test_values_are_known_beside_the_claims_and_what_is_not_known_is_told():
             r"A claim cell computes other \(01_apples.py, start-claim",
         ),
         ("share = 0.51", "share = 1 / 0", "the claim cell stopped with ZeroDivisionError"),
+        ("share = 0.51", "share =", "the claim cell is not Python: invalid syntax"),
         ("{{share:.0%}}", "{{share[3]}}", r"{{share\[3\]}} stopped with TypeError"),
         ("{{share:.0%}}", "{{share +}}", "is not what can stand in an f-string"),
         ("# %% [markdown]", "# %%\nprint(1)\n\n# %% [markdown]", "stands right before the text"),

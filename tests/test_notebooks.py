@@ -33,6 +33,20 @@ def test_the_solved_edition_is_well_formed(path):
     assert notebook_lint.complaints(read(path), path, executed=False) == []
 
 
+def test_the_metadata_is_what_jupyterlab_learns_from_the_installed_kernel():
+    """JupyterLab writes what the kernel reports into each notebook that it opens, and saves it if that was a change."""
+    from ipykernel.ipkernel import IPythonKernel
+    from ipykernel.kernelspec import get_kernel_dict
+
+    kernel = get_kernel_dict()
+    assert NOTEBOOK_METADATA["language_info"] == IPythonKernel.language_info
+    assert NOTEBOOK_METADATA["kernelspec"] == {
+        "display_name": kernel["display_name"],
+        "language": kernel["language"],
+        "name": "python3",
+    }
+
+
 def prose():
     """The project's Markdown pages."""
     hidden = (".venv", "runs", "node_modules")

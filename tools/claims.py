@@ -4,6 +4,8 @@ A claim cell is plain Python that stands right before the text it holds. It runs
 left out of every edition:
 
     # %% tags=["claim"]
+    from tools.claims import fraction, swept
+
     score = swept("learning_rate", "validation", "method", "learning_rate")
     half = fraction(score["lora", 1.5e-3][0])
     assert score["lora", 5e-2][2] < 0.05, "one step above nothing"
@@ -17,8 +19,7 @@ left out of every edition:
   `{{peak_gb}}`.
 - The message of an assertion is the words that it holds. The next text must contain them, so neither the words nor
   the numbers can change alone. Quote no more than the words that make the claim.
-- Whatever a claim cell computes is used, in a text or in an assertion. So a `{{…}}` that is overwritten by plain words
-  is found, too.
+- Whatever a claim cell computes must be used. So words that take the place of their `{{…}}` are found, too.
 
 All claim cells of a lesson share their names, from top to bottom, and none with the lesson's own code.
 """
@@ -52,13 +53,13 @@ def swept(name, column, *keys):
     return sweeps.over_seeds(data.load_results(name), column, *keys)
 
 
-def fraction(share, within=0.03):
+def fraction(share):
     """The simple fraction nearest to a share of a whole, in words: 0.51 is "half".
 
-    Raises ValueError when there is none `within` that distance.
+    Raises ValueError when none is within 0.03.
     """
     nearest = min(FRACTIONS, key=lambda one: abs(one - share))
-    if abs(nearest - share) > within:
+    if abs(nearest - share) > 0.03:
         raise ValueError(f"{share:.3f} is no simple fraction: say it in digits, or change the sentence")
     return FRACTIONS[nearest]
 
@@ -75,14 +76,14 @@ def fill(lesson, values, where="the lesson"):
     for cell in copy.deepcopy(lesson).cells:
         place = f"{where}, {cell.id}"
         if cell.metadata.lesson.get("role") == "claim":
-            tree = ast.parse(cell.source)
+            tree = _parsed(cell.source, "exec", "the claim cell is not Python", place)
             computed |= {name: place for name in bound_names(tree.body) if not name.startswith("_")}
             used |= _read(tree)
             words = [*(words or ()), *_messages(tree, place)]
             _run(tree, names, place)
             continue
         if cell.cell_type == "markdown":
-            used |= {name for field in FIELD.findall(cell.source) for name in _read(_parsed(field, place))}
+            used |= {name for field in FIELD.findall(cell.source) for name in _read(_field(field, place))}
             cell.source = FIELD.sub(lambda match, place=place: _filled(match[1], names, place), cell.source)
             _say(words or (), cell.source, place)
         elif words is not None:
@@ -123,11 +124,15 @@ def _say(words, text, place):
             )
 
 
-def _parsed(field, place):
+def _parsed(source, mode, complaint, place):
     try:
-        return ast.parse(_f_string(field), mode="eval")
+        return ast.parse(source, mode=mode)
     except SyntaxError as error:
-        raise BuildError(f"{place}: {{{{{field}}}}} is not what can stand in an f-string: {error.msg}.") from error
+        raise BuildError(f"{place}: {complaint}: {error.msg}.") from error
+
+
+def _field(field, place):
+    return _parsed(_f_string(field), "eval", f"{{{{{field}}}}} is not what can stand in an f-string", place)
 
 
 def _filled(field, names, place):
