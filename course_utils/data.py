@@ -10,7 +10,7 @@ import glob
 from pathlib import Path
 
 from adapter_checks.errors import InputError
-from course_utils import runtime
+from course_utils import paths
 
 TASKS = ("reading", "sailor", "extract", "mood", "recall")
 SPLITS = ("train", "validation", "test")
@@ -31,7 +31,7 @@ def task_files(task: str) -> dict[str, str]:
     """
     if task not in TASKS:
         raise InputError(f"There is no task {task!r}. Choose one of: {', '.join(TASKS)}.")
-    files = {split: runtime.data_dir() / task / f"{split}.jsonl" for split in SPLITS}
+    files = {split: paths.data_dir() / task / f"{split}.jsonl" for split in SPLITS}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise InputError(f"There is no file {', '.join(missing)}. Restore it with `git checkout -- data`.")
@@ -59,11 +59,11 @@ def load_task(task: str, split: str | None = None):
     datasets.disable_progress_bars()  # they write to stderr, or are widgets that leave nothing in a saved notebook
     try:
         loaded = datasets.load_dataset(
-            "json", data_files=patterns, cache_dir=str(runtime.runs_dir() / "cache" / "datasets")
+            "json", data_files=patterns, cache_dir=str(paths.runs_dir() / "cache" / "datasets")
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise InputError(
-            f"The files of {task!r} in {runtime.data_dir() / task} can't be read as JSON lines ({error.__cause__}). "
+            f"The files of {task!r} in {paths.data_dir() / task} can't be read as JSON lines ({error.__cause__}). "
             "Restore them with `git checkout -- data`."
         ) from error
     finally:
@@ -80,7 +80,7 @@ def held_out_texts(tokenizer) -> list[str]:
 
     Raises InputError if the file is missing.
     """
-    path = runtime.data_dir() / "held_out.txt"
+    path = paths.data_dir() / "held_out.txt"
     try:
         texts = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def held_out_texts(tokenizer) -> list[str]:
 
 def results_dir() -> Path:
     """The folder of the committed results of `experiments/`."""
-    return runtime.project_root() / "experiments" / "results"
+    return paths.project_root() / "experiments" / "results"
 
 
 def load_results(name: str, folder: str | Path | None = None) -> list[dict]:

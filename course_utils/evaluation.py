@@ -9,7 +9,7 @@ from collections import defaultdict
 
 from adapter_checks.errors import InputError
 from adapter_checks.generation import evaluating, generate, padded
-from course_utils import runtime
+from course_utils import paths
 
 EXTRACT_FIELDS = ("who", "what", "where")
 
@@ -84,7 +84,7 @@ def band(what: str, value: float, low: float, high: float) -> None:
     COURSE_STRICT is 1, as it is in the course's own tests.
     """
     expected = f"{what}: {value:.0%} (the shipped model: {low:.0%} to {high:.0%})"
-    if not runtime.is_shipped_base():
+    if not paths.is_shipped_base():
         print(f"[INFO] {expected}")
     elif low <= value <= high:
         print(f"[OK]   {expected}")

@@ -1,6 +1,6 @@
 """Progress as plain text: it needs no widgets, so what it last said stays in a saved notebook.
 
-Importing this module imports transformers; `runtime.Progress` does so on first use.
+Importing this module imports transformers, so a lesson does that after `runtime.quiet_imports`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import html
 import sys
 import time
 
-from course_utils.runtime import quiet_imports
+from adapter_checks.bitsandbytes_workarounds import quiet_imports
 
 quiet_imports()  # the trainer's callbacks bring bitsandbytes in
 

@@ -11,7 +11,7 @@ import random
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from course_utils import data, runtime
+from course_utils import data, paths, runtime
 from experiments import training
 
 ADAPTERS = ("reading", "sailor", "extract", "mood")
@@ -34,9 +34,9 @@ RUNS = [
 def load_adapters():
     """(model with the four adapters, its tokenizer)."""
     base, tokenizer = training.load_base()
-    model = PeftModel.from_pretrained(base, runtime.adapter_path(ADAPTERS[0]), adapter_name=ADAPTERS[0])
+    model = PeftModel.from_pretrained(base, paths.adapter_path(ADAPTERS[0]), adapter_name=ADAPTERS[0])
     for name in ADAPTERS[1:]:
-        model.load_adapter(runtime.adapter_path(name), adapter_name=name)
+        model.load_adapter(paths.adapter_path(name), adapter_name=name)
     return model.eval(), tokenizer
 
 

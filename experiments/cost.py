@@ -66,5 +66,4 @@ def train_and_watch(trainer):
 
 if __name__ == "__main__":
     runtime.quiet_imports()
-    runtime.disable_progress_bars()
     print(json.dumps(measure_here(int(sys.argv[2]), sys.argv[1])))

@@ -9,23 +9,20 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from adapter_checks.errors import InputError
-from course_utils import data, runtime
+from course_utils import data, paths, runtime
 
 
 def folder():
     """Where results go: beside the scripts for the shipped base model, under `runs/` for another."""
     return (
-        data.results_dir()
-        if runtime.is_shipped_base()
-        else runtime.runs_dir() / "experiments" / runtime.adapters_dir().name
+        paths.results_dir() if paths.is_shipped_base() else paths.runs_dir() / "experiments" / paths.adapters_dir().name
     )
 
 
 def prepare():
     """What every process that trains does first: quiet libraries, and no network for the shipped model."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if runtime.is_shipped_base() else "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if paths.is_shipped_base() else "0")
     runtime.quiet_imports()
-    runtime.disable_progress_bars()
 
 
 def sweep(name, runs, measure, at_once=1, log=print):
@@ -122,7 +119,7 @@ def machine():
 
 def base_fingerprint():
     """The beginning of the SHA-256 of the base model's weights, or a hub model's id."""
-    base = runtime.base_model()
+    base = paths.base_model()
     digest = hashlib.sha256()
     for file in sorted(Path(base).glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -2,7 +2,7 @@
 
 All runs have the same rows, steps, batches, rate, rank and seeds, a score before training and an evaluation in the middle.
 TRL makes the adapter bf16 on a quantised base; here it is float32 on every base, or two things would change at once, but in
-`nf4_trl`, which is NF4 with the adapter as TRL leaves it. `nf4_repacked` leaves out `runtime.stop_repacking`: on a processor
+`nf4_trl`, which is NF4 with the adapter as TRL leaves it. `nf4_repacked` leaves out `stop_repacking`: on a processor
 with AVX512-BF16 it shows what that costs, on others it repeats `nf4`. The 80 steps at 1e-2 are fewer than the 120 of other
 sweeps and give 98% to 99% on float32, int8 and NF4 with seed 0.
 """
@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from adapter_checks import memory
-from course_utils import data, runtime
+from adapter_checks.bitsandbytes_workarounds import quiet_int8, stop_repacking
+from course_utils import data, paths, runtime
 from experiments import training
 from experiments.learning_rate import lora_config
 
@@ -36,17 +37,17 @@ def load_base(weights):
             bnb_4bit_use_double_quant=weights == "nf4_double",
             bnb_4bit_compute_dtype=torch.float32,
         )
-    base = runtime.base_model()
+    base = paths.base_model()
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=settings)
     if settings is None:
         model = model.to(runtime.device())  # a quantised one is there already
-    return model if weights == "nf4_repacked" else runtime.stop_repacking(model), AutoTokenizer.from_pretrained(base)
+    return model if weights == "nf4_repacked" else stop_repacking(model), AutoTokenizer.from_pretrained(base)
 
 
 def make_trainer(seed, weights, **changes):
     """(trainer, its StepClock) of the one recipe on a base in this form."""
-    runtime.quiet_int8()
+    quiet_int8()
     task = training.TASK
     trainer, clock = training.make_trainer(
         data.load_task(task, "train"),

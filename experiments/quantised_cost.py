@@ -50,5 +50,4 @@ def _gradients(model):
 
 if __name__ == "__main__":
     runtime.quiet_imports()
-    runtime.disable_progress_bars()
     print(json.dumps(measure_here(int(sys.argv[2]), sys.argv[1])))

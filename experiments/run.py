@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 
+from adapter_checks.errors import InputError
 from course_utils import runtime
 from experiments import harness
 
@@ -57,5 +58,5 @@ def main(arguments=None):
 if __name__ == "__main__":
     try:
         main()
-    except runtime.InputError as error:
+    except InputError as error:
         sys.exit(f"{error}")

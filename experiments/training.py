@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from course_utils import data, evaluation, runtime
+from course_utils import data, evaluation, paths, runtime
 
 SEEDS = (0, 1, 2)
 TASK = "sailor"
@@ -33,7 +33,7 @@ class StepClock(TrainerCallback):
 
 def load_base():
     """(base model, its tokenizer)."""
-    base = runtime.base_model()
+    base = paths.base_model()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=runtime.dtype())
     return model.to(runtime.device()), AutoTokenizer.from_pretrained(base)
 
@@ -46,7 +46,7 @@ def make_trainer(rows, learning_rate, seed, lora=None, eval_rows=None, trainer_c
     runtime.seed_everything(seed)  # before the trainer, which draws A
     model, tokenizer = (load or load_base)()
     settings = dict(
-        output_dir=str(runtime.runs_dir() / "experiments" / "trainer"),
+        output_dir=str(paths.runs_dir() / "experiments" / "trainer"),
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         learning_rate=learning_rate,

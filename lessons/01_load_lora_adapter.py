@@ -16,11 +16,11 @@
 
 # %%
 
-from course_utils import data, evaluation, plotting, runtime, timing, validation
+from adapter_checks.saving import saving
+from course_utils import data, evaluation, paths, plotting, runtime, timing, validation
 from course_utils.exercises import lesson01, progress
 
 runtime.quiet_imports()
-runtime.disable_progress_bars()
 
 import peft
 import torch
@@ -48,7 +48,7 @@ print(
 # line below the cell, or run the cell.)
 
 # %% tags=["first-text"]
-base_folder = runtime.base_model()
+base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 
@@ -91,7 +91,7 @@ print(f"The base model has {base_parameters:,} parameters.")
 # *Wx + s·B(Ax)*, where *s* is a fixed number, the scaling. On disk that is a folder with two files that matter.
 
 # %%
-adapter_folder = runtime.adapter_path("reading")
+adapter_folder = paths.adapter_path("reading")
 for file in sorted(adapter_folder.iterdir()):
     print(f"{file.stat().st_size / 1e3:8.1f} kB  {file.name}")
 
@@ -184,11 +184,9 @@ assert tuple(weigh(_tensors)) == (240, 3)
 # Each needs a name, and **loading does not switch**: `set_adapter` does.
 
 # %%
-model = PeftModel.from_pretrained(
-    base_model, runtime.adapter_path("reading"), adapter_name="reading"
-)
+model = PeftModel.from_pretrained(base_model, paths.adapter_path("reading"), adapter_name="reading")
 for name in ("sailor", "extract", "mood"):
-    model.load_adapter(runtime.adapter_path(name), adapter_name=name)
+    model.load_adapter(paths.adapter_path(name), adapter_name=name)
 
 print("loaded:", list(model.peft_config), "\nactive:", model.active_adapters)
 print("\nThe same question again:", ask(model, question))
@@ -451,16 +449,16 @@ assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before),
 # `models/base`, which is a folder of this course, so we first write a copy whose config names the folder in full.
 
 # %%
-base_model.load_adapter(runtime.adapter_path("sailor"), adapter_name="sailor")
+base_model.load_adapter(paths.adapter_path("sailor"), adapter_name="sailor")
 print("transformers:", ask(base_model, prompts["sailor"]))
 base_model.delete_adapter("sailor")
 
-copy = runtime.runs_dir() / "lesson01" / "sailor_here"
-config = PeftConfig.from_pretrained(runtime.adapter_path("sailor"))
+copy = paths.runs_dir() / "lesson01" / "sailor_here"
+config = PeftConfig.from_pretrained(paths.adapter_path("sailor"))
 config.base_model_name_or_path = base_folder
-with runtime.saving(copy) as folder:
+with saving(copy) as folder:
     config.save_pretrained(folder)
-    weights = (runtime.adapter_path("sailor") / "adapter_model.safetensors").read_bytes()
+    weights = (paths.adapter_path("sailor") / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights)
 
 auto = AutoPeftModelForCausalLM.from_pretrained(copy, dtype=runtime.dtype()).to(device)
@@ -486,7 +484,7 @@ print("AutoPeft:    ", ask(auto, prompts["sailor"]))
 
 # %%
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
-tuned = PeftModel.from_pretrained(base_model, runtime.adapter_path("reading"))
+tuned = PeftModel.from_pretrained(base_model, paths.adapter_path("reading"))
 with torch.no_grad():
     difference = (tuned(**witness).logits - base_model(**witness).logits).abs().max()
 print(f"tuned against base: {difference}\n")
@@ -504,9 +502,9 @@ print(validation.check_changes_output(tuned, witness))
 # %%
 from safetensors.torch import save_file
 
-sailor_folder = runtime.adapter_path("sailor")
-by_hand = runtime.runs_dir() / "lesson01" / "saved_by_hand"
-with runtime.saving(by_hand) as folder:
+sailor_folder = paths.adapter_path("sailor")
+by_hand = paths.runs_dir() / "lesson01" / "saved_by_hand"
+with saving(by_hand) as folder:
     PeftConfig.from_pretrained(sailor_folder).save_pretrained(folder)
     named = {
         key.replace(".weight", ".sailor.weight"): value.clone()
@@ -538,9 +536,9 @@ shorter.num_hidden_layers -= 1
 if getattr(shorter, "layer_types", None):
     shorter.layer_types = shorter.layer_types[: shorter.num_hidden_layers]
 other_base = AutoModelForCausalLM.from_config(shorter)
-wrong = PeftModel.from_pretrained(other_base, runtime.adapter_path("reading"))
+wrong = PeftModel.from_pretrained(other_base, paths.adapter_path("reading"))
 print("loaded without an error, into", type(wrong).__name__, "\n")
-print(validation.check_adapter_folder(runtime.adapter_path("reading"), base=shorter))
+print(validation.check_adapter_folder(paths.adapter_path("reading"), base=shorter))
 
 # %% [markdown]
 # ### 4 · The adapter that is applied twice
@@ -550,9 +548,9 @@ print(validation.check_adapter_folder(runtime.adapter_path("reading"), base=shor
 
 # %%
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
-merged = PeftModel.from_pretrained(base_model, runtime.adapter_path("sailor")).merge_and_unload()
+merged = PeftModel.from_pretrained(base_model, paths.adapter_path("sailor")).merge_and_unload()
 print("merged once:", ask(merged, prompts["sailor"]))
-twice = PeftModel.from_pretrained(merged, runtime.adapter_path("sailor"))
+twice = PeftModel.from_pretrained(merged, paths.adapter_path("sailor"))
 print("twice:      ", ask(twice, prompts["sailor"]), "\n")
 print(validation.check_adapters(twice, original_base=base_folder))
 
@@ -564,11 +562,11 @@ print(validation.check_adapters(twice, original_base=base_folder))
 # numbers only, whoever reads it. PEFT still takes a `.bin` if it finds nothing else, so the check comes **before** the call.
 
 # %%
-pickled = runtime.runs_dir() / "lesson01" / "pickled"
-with runtime.saving(pickled) as folder:
-    PeftConfig.from_pretrained(runtime.adapter_path("sailor")).save_pretrained(folder)
+pickled = paths.runs_dir() / "lesson01" / "pickled"
+with saving(pickled) as folder:
+    PeftConfig.from_pretrained(paths.adapter_path("sailor")).save_pretrained(folder)
     torch.save(
-        load_file(runtime.adapter_path("sailor") / "adapter_model.safetensors"),
+        load_file(paths.adapter_path("sailor") / "adapter_model.safetensors"),
         folder / "adapter_model.bin",
     )
 print(validation.check_adapter_folder(pickled))
@@ -644,7 +642,7 @@ progress()
 
 # %%
 my_adapter, my_base = "", None
-print(validation.check_adapter_folder(my_adapter or runtime.adapter_path("mood"), base=my_base))
+print(validation.check_adapter_folder(my_adapter or paths.adapter_path("mood"), base=my_base))
 
 # %% [markdown]
 # ## Quiz

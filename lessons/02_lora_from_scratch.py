@@ -22,11 +22,10 @@ import warnings
 from collections import OrderedDict, defaultdict
 
 from adapter_checks import counting, memory
-from course_utils import data, evaluation, plotting, runtime, sweeps, timing, validation
+from course_utils import data, evaluation, paths, plotting, runtime, sweeps, timing, validation
 from course_utils.exercises import lesson02, progress
 
 runtime.quiet_imports()
-runtime.disable_progress_bars()
 
 import peft
 import torch
@@ -35,6 +34,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from course_utils.progress import Progress
 
 runtime.seed_everything(1)
 device = runtime.device()
@@ -279,7 +280,7 @@ assert add_lora(lesson02.tiny_model(), ["self_attn"], 2, 4) == 0
 # training loop. The task is `sailor`: say a sentence in the speech of Skerrow's sailors.
 
 # %%
-base_folder = runtime.base_model()
+base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 
 
@@ -453,7 +454,7 @@ def trainer_for(dataset, tokenizer, collator=None, steps=1):
     """A plain Trainer for a new adapter on a fresh copy of the base."""
     runtime.seed_everything(1)
     arguments = TrainingArguments(
-        output_dir=runtime.runs_dir() / "lesson02",
+        output_dir=paths.runs_dir() / "lesson02",
         max_steps=steps,
         per_device_train_batch_size=32,
         learning_rate=5e-3,
@@ -468,7 +469,7 @@ def trainer_for(dataset, tokenizer, collator=None, steps=1):
         processing_class=tokenizer,
         data_collator=collator,
     )
-    return runtime.Progress().attach(trainer)
+    return Progress().attach(trainer)
 
 
 # %%
@@ -1151,7 +1152,7 @@ assert min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, "64 a
 # will it score on `sailor`? And with rank 1?
 
 # %%
-adapter = peft.PeftModel.from_pretrained(load_base(), runtime.adapter_path("sailor"))
+adapter = peft.PeftModel.from_pretrained(load_base(), paths.adapter_path("sailor"))
 at_rank_8 = score(adapter, "sailor")
 rows = [["all weights, nothing cut", ("full", 256)]]
 for r in (8, 1):

@@ -20,12 +20,12 @@ import shutil
 import warnings
 from collections import defaultdict
 
-from course_utils import data, evaluation, plotting, runtime, sweeps, validation
+from adapter_checks.saving import saving
+from course_utils import data, evaluation, paths, plotting, runtime, sweeps, validation
 from course_utils.exercises import lesson03, progress
 from course_utils.sweeps import over_seeds, spread
 
 runtime.quiet_imports()
-runtime.disable_progress_bars()
 
 import peft
 import torch
@@ -35,6 +35,8 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+
+from course_utils.progress import Progress
 
 runtime.seed_everything(0)
 device = runtime.device()
@@ -57,7 +59,7 @@ print(
 # **Predict:** how many will the base get right when it is just asked? And with four examples in the prompt?
 
 # %%
-base_folder = runtime.base_model()
+base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 splits = data.load_task("sailor")
 test = splits["test"].select(range(96))  # some with names that training never uses
@@ -124,7 +126,7 @@ print(validation.check_sft_data(splits["train"], tokenizer, max_length=256))
 # %%
 STEPS, BATCH, RATE = 120, 32, 1.5e-2
 COLUMNS = ["prompt", "completion"]
-folder = runtime.runs_dir() / "lesson03" / "sailor"
+folder = paths.runs_dir() / "lesson03" / "sailor"
 
 
 def lora_config():
@@ -163,7 +165,7 @@ def make_trainer(*callbacks):
         eval_dataset=splits["validation"].select(range(100)).select_columns(COLUMNS),
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2), *callbacks],
     )
-    return runtime.Progress().attach(trainer)
+    return Progress().attach(trainer)
 
 
 trainer = make_trainer()
@@ -235,7 +237,7 @@ few = splits["train"].select(range(640)).select_columns(COLUMNS)
 def lab(rows=few, tokenizer=tokenizer, optimizers=(None, None), model=None, **changes):
     """A trainer for 20 small steps, with one thing changed."""
     settings = dict(
-        output_dir=str(runtime.runs_dir() / "lesson03" / "lab"),
+        output_dir=str(paths.runs_dir() / "lesson03" / "lab"),
         seed=0,
         max_steps=20,
         per_device_train_batch_size=16,
@@ -254,7 +256,7 @@ def lab(rows=few, tokenizer=tokenizer, optimizers=(None, None), model=None, **ch
         peft_config=lora_config(),
         optimizers=optimizers,
     )
-    return runtime.Progress().attach(made)
+    return Progress().attach(made)
 
 
 lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -435,8 +437,8 @@ with model.disable_adapter():
     loss_off = held_out_loss(model)
 loss_on = held_out_loss(model)
 print(f"loss on held-out text: adapter off {loss_off:.3f}, adapter on {loss_on:.3f}")
-saved = runtime.runs_dir() / "lesson03" / "sailor_adapter"
-with runtime.saving(saved) as temporary:
+saved = paths.runs_dir() / "lesson03" / "sailor_adapter"
+with saving(saved) as temporary:
     model.save_pretrained(temporary)
 adapter_bytes = (saved / "adapter_model.safetensors").stat().st_size
 print(f"saved: {adapter_bytes / 1e3:.0f} kB")

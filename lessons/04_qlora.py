@@ -19,12 +19,14 @@ import math
 import warnings
 
 from adapter_checks import counting, memory
-from course_utils import data, evaluation, plotting, runtime, validation
+from adapter_checks.bitsandbytes_workarounds import quiet_int8, stop_repacking
+from adapter_checks.safetensors_header import read_safetensors_header
+from adapter_checks.saving import saving
+from course_utils import data, evaluation, paths, plotting, runtime, validation
 from course_utils.exercises import lesson04, progress
 from course_utils.sweeps import over_seeds, spread
 
 runtime.quiet_imports()
-runtime.disable_progress_bars()
 
 import bitsandbytes
 import peft
@@ -37,6 +39,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
+
+from course_utils.progress import Progress
 
 runtime.seed_everything(0)
 device = runtime.device()
@@ -209,7 +213,7 @@ print(f"without the first, scaled to 1: {len(rest)} levels, up to {nearest.max()
 # **Predict:** NF4 is said to use each level equally often. Does it?
 
 # %%
-base_folder = runtime.base_model()
+base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 layers = memory.quantised_layers(base_model)
@@ -584,7 +588,7 @@ print(validation.check_quantization_config(base_model.config, four_bits()))
 model = AutoModelForCausalLM.from_pretrained(
     base_folder, dtype=runtime.dtype(), quantization_config=four_bits()
 )
-runtime.stop_repacking(model)  # Break it 1 shows what this line is for
+stop_repacking(model)  # Break it 1 shows what this line is for
 layer = model.get_submodule(name)
 print(
     f"\n{name}: {type(layer).__name__}, weight {layer.weight.dtype}, {tuple(layer.weight.shape)},"
@@ -614,7 +618,7 @@ def load(settings=None):
     model = AutoModelForCausalLM.from_pretrained(
         base_folder, dtype=runtime.dtype(), quantization_config=settings
     )
-    return runtime.stop_repacking(model if settings else model.to(device))
+    return stop_repacking(model if settings else model.to(device))
 
 
 def lora_config():
@@ -673,7 +677,7 @@ print(f"lines for one forward pass: {counts}", *heard[:1], sep="\n")  # none onc
 apart = (logits["train"] - logits["eval"]).abs().max()
 print(f"logits differ by up to {apart:.2f} between the two modes")
 logger.removeHandler(listener)
-runtime.quiet_int8()
+quiet_int8()
 
 # %% [markdown]
 # It is true, and says the same for every layer and call: inputs are made float16 on their way to 8 bits. On a CPU
@@ -734,7 +738,7 @@ plotting.table(["base in", "same most likely token", "KL", "loss on held-out tex
 # We look at a base whose other weights are in bfloat16, as on a GPU.
 
 # %%
-model = runtime.stop_repacking(
+model = stop_repacking(
     AutoModelForCausalLM.from_pretrained(
         base_folder, dtype=torch.bfloat16, quantization_config=four_bits()
     )
@@ -789,7 +793,7 @@ train_rows, check_rows = (data.load_task("sailor", split) for split in ("train",
 def make_trainer(model, steps=STEPS, batch=BATCH, rows=train_rows, **changes):
     """LoRA on this base, with the adapter in float32."""
     settings = dict(
-        output_dir=str(runtime.runs_dir() / "lesson04"),
+        output_dir=str(paths.runs_dir() / "lesson04"),
         seed=0,
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -812,7 +816,7 @@ def make_trainer(model, steps=STEPS, batch=BATCH, rows=train_rows, **changes):
     trainer.adapter_dtype = adapter[0].dtype  # as TRL made it
     for weight in adapter:
         weight.data = weight.data.float()
-    return runtime.Progress().attach(trainer)
+    return Progress().attach(trainer)
 
 
 base_in_4_bits = load(four_bits())
@@ -1091,10 +1095,10 @@ print("\n".join(said))
 # **Predict:** how would you test each of the two?
 
 # %%
-adapter_folder = runtime.runs_dir() / "lesson04" / "adapter"
-with runtime.saving(adapter_folder) as temporary:
+adapter_folder = paths.runs_dir() / "lesson04" / "adapter"
+with saving(adapter_folder) as temporary:
     trained.save_pretrained(temporary)
-saved = runtime.read_safetensors_header(adapter_folder / "adapter_model.safetensors")
+saved = read_safetensors_header(adapter_folder / "adapter_model.safetensors")
 print(
     "dtypes in the adapter's file:",
     ", ".join(sorted({dtype for dtype, _ in saved.values()})),
@@ -1299,7 +1303,7 @@ assert torch.allclose(merged_weight(_layer, _A, _B, 0.25), _wanted, atol=1e-5)
 # ### 1 · The weights that move when you look at them
 #
 # You load in 4 bits, look at the score *before*, train, look at the score in the middle. A careful way to work. Below
-# are two such runs, alike but for one line: the first calls `runtime.stop_repacking` after loading.
+# are two such runs, alike but for one line: the first calls `stop_repacking` after loading.
 #
 # **Predict:** twenty steps each. How can a forward pass without gradients change what is learned later?
 
@@ -1311,7 +1315,7 @@ def run(helped):
         base_folder, dtype=runtime.dtype(), quantization_config=four_bits()
     )
     if helped:
-        runtime.stop_repacking(model)
+        stop_repacking(model)
     made = make_trainer(model, steps=20, batch=16, rows=train_rows.select(range(320)))
     with warnings.catch_warnings(record=True, action="default") as caught:
         started = made.evaluate()["eval_loss"]
@@ -1398,7 +1402,7 @@ plotting.show(figure, f"{title}. A corner of {name}, 48 × 48, before and after:
 print(validation.check_quantised(model, base_model))
 
 # %% [markdown]
-# **What is right on every machine:** call `runtime.stop_repacking(model)` right after loading. All it does is set
+# **What is right on every machine:** call `stop_repacking(model)` right after loading. All it does is set
 # `support_avx512bf16_for_cpu = False` on every `Linear4bit`, and refuse a model that comes too late. Then look, once:
 # `check_quantised` before you train, and before you merge. (`ATEN_CPU_CAPABILITY` does not help: bitsandbytes asks
 # the processor itself. And the package `kernels`, which bitsandbytes would use to fetch a kernel from the hub, is left
@@ -1492,10 +1496,10 @@ for form, twice in (("NF4", False), ("NF4, double", True)):
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             repack(layer)
-    folder = runtime.runs_dir() / "lesson04" / "saved"
-    with runtime.saving(folder) as temporary:
+    folder = paths.runs_dir() / "lesson04" / "saved"
+    with saving(folder) as temporary:
         model.save_pretrained(temporary)
-    back = runtime.stop_repacking(AutoModelForCausalLM.from_pretrained(folder))
+    back = stop_repacking(AutoModelForCausalLM.from_pretrained(folder))
     seen = against(forms[form], back.to(device))
     reports[form] = validation.check_quantised(back, base_model)
     pairs = [
@@ -1597,17 +1601,17 @@ odd_config = AutoConfig.for_model(
     num_attention_heads=2,
 )
 odd = AutoModelForCausalLM.from_config(odd_config)
-with runtime.saving(runtime.runs_dir() / "lesson04" / "odd") as temporary:
+with saving(paths.runs_dir() / "lesson04" / "odd") as temporary:
     odd.save_pretrained(temporary)
 for helped in (False, True):
     odd = AutoModelForCausalLM.from_pretrained(
-        runtime.runs_dir() / "lesson04" / "odd", quantization_config=four_bits()
+        paths.runs_dir() / "lesson04" / "odd", quantization_config=four_bits()
     )
     said = {}
     for mode in ("train", "eval"):
         try:
             if helped:
-                runtime.stop_repacking(odd)
+                stop_repacking(odd)
             with torch.set_grad_enabled(mode == "train"):
                 getattr(odd, mode)()(torch.tensor([[3, 1, 4]]).to(odd.device))
             said[mode] = "works"
@@ -1633,7 +1637,7 @@ try:
     transformers.Trainer(
         load(four_bits()),
         transformers.TrainingArguments(
-            output_dir=str(runtime.runs_dir() / "lesson04"), **runtime.trainer_settings()
+            output_dir=str(paths.runs_dir() / "lesson04"), **runtime.trainer_settings()
         ),
     )
 except ValueError as error:

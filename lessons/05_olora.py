@@ -19,12 +19,12 @@ import shutil
 import textwrap
 import warnings
 
-from course_utils import data, evaluation, plotting, runtime, sweeps, validation
+from adapter_checks.bitsandbytes_workarounds import stop_repacking
+from course_utils import data, evaluation, paths, plotting, runtime, sweeps, validation
 from course_utils.exercises import lesson05, progress
 from course_utils.sweeps import over_seeds, spread
 
 runtime.quiet_imports()
-runtime.disable_progress_bars()
 
 import peft
 import torch
@@ -33,6 +33,8 @@ import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from course_utils.progress import Progress
 
 runtime.seed_everything(0)
 device = runtime.device()
@@ -55,7 +57,7 @@ print(
 # **Predict:** the layer's output with the adapter, at step 0: by how much does it differ? And without the adapter?
 
 # %%
-base_folder = runtime.base_model()
+base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 
 
@@ -186,7 +188,7 @@ print(f"A and B differ from ours by at most {max(differences):.0e}")
 step_0 = apart(logits(untrained), logits(base_model))
 largest = logits(base_model).abs().max()
 print(f"logits at step 0 differ from the base's by {step_0}, and the largest is {largest:.0f}")
-assert not runtime.is_shipped_base() or float(step_0) < 1e-4
+assert not paths.is_shipped_base() or float(step_0) < 1e-4
 print(validation.check_adapters(untrained, original_base=base_model))
 
 # %% [markdown]
@@ -435,7 +437,7 @@ assert best["default"] != best["olora"], "how well that rate suits each"
 
 # %%
 best = {method: max(rates, key=lambda rate: validated[method, rate][0]) for method in NAMES}
-folder = runtime.runs_dir() / "lesson05"
+folder = paths.runs_dir() / "lesson05"
 initial, plain = folder / "olora_initial", folder / "olora_trained"
 shutil.rmtree(folder, ignore_errors=True)
 
@@ -462,7 +464,7 @@ def make_trainer(learning_rate, steps=100):
         train_dataset=train_rows.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
     )
-    return runtime.Progress().attach(trainer)
+    return Progress().attach(trainer)
 
 
 trainer = make_trainer(best["olora"])
@@ -922,7 +924,7 @@ reading_rows = data.load_task("reading", "test").select(range(64))
 def beside(other):
     """The score of `reading` with another adapter loaded, and what the check says."""
     both = PeftModel.from_pretrained(
-        load_base(), runtime.adapter_path("reading"), adapter_name="reading"
+        load_base(), paths.adapter_path("reading"), adapter_name="reading"
     )
     if other:
         with warnings.catch_warnings(record=True, action="always") as caught:
@@ -1052,7 +1054,7 @@ def first_step(model, **options):
     made = DPOTrainer(
         model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer, **options
     )
-    runtime.Progress().attach(made)
+    Progress().attach(made)
     made.train()
     made.model.eval()
     loss = made.state.log_history[0]["loss"]
@@ -1096,7 +1098,7 @@ def in_4_bit():
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=runtime.dtype()
     )
-    return runtime.stop_repacking(load_base(quantization_config=settings))
+    return stop_repacking(load_base(quantization_config=settings))
 
 
 def off_at_step_0(load, start):

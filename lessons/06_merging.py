@@ -26,11 +26,11 @@ import time
 import warnings
 
 from adapter_checks import merging
-from course_utils import data, evaluation, plotting, runtime, sweeps, validation
+from adapter_checks.saving import saving
+from course_utils import data, evaluation, paths, plotting, runtime, sweeps, validation
 from course_utils.exercises import lesson06, progress
 
 runtime.quiet_imports()
-runtime.disable_progress_bars()
 
 import matplotlib.pyplot as plt
 import peft
@@ -42,7 +42,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 runtime.seed_everything(1)
-device, runs = runtime.device(), runtime.runs_dir() / "lesson06"
+device, runs = runtime.device(), paths.runs_dir() / "lesson06"
 print(
     f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
     f" · peft {peft.__version__} · on {device}"
@@ -58,7 +58,7 @@ print(
 # their answers; we look at the logits at every token.
 
 # %%
-base_folder, adapter_folder = runtime.base_model(), runtime.adapter_path("sailor")
+base_folder, adapter_folder = paths.base_model(), paths.adapter_path("sailor")
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 if tokenizer.pad_token is None:  # a base without one: any token will do, since pads are masked
     tokenizer.pad_token = tokenizer.eos_token
@@ -77,7 +77,7 @@ def load_base(dtype=runtime.dtype()):
 
 def load_adapted(name="sailor", dtype=runtime.dtype()):
     """A fresh copy of the base with one of the shipped adapters."""
-    folder = runtime.adapter_path(name)
+    folder = paths.adapter_path(name)
     return PeftModel.from_pretrained(load_base(dtype), folder, adapter_name=name).eval()
 
 
@@ -229,7 +229,7 @@ note("merge_and_unload()", model.merge_and_unload())
 model = load_adapted()
 with model.disable_adapter():
     note("disable_adapter(), never merged", model)
-model.load_adapter(runtime.adapter_path("reading"), adapter_name="reading")
+model.load_adapter(paths.adapter_path("reading"), adapter_name="reading")
 model.delete_adapter("reading")
 note("delete_adapter() of another one", model)
 note("unload()", model.unload())
@@ -244,7 +244,7 @@ plotting.table(["after", "from the adapter", "from the base", "A and B there"], 
 
 # %%
 model = load_adapted()
-model.load_adapter(runtime.adapter_path("reading"), adapter_name="reading")
+model.load_adapter(paths.adapter_path("reading"), adapter_name="reading")
 model.merge_adapter()
 print("merged:", model.get_model_status().merged_adapters)
 try:
@@ -312,7 +312,7 @@ factors = [parameter for name, parameter in model.named_parameters() if ".lora_B
 with torch.no_grad():
     factors[len(factors) // 2][3, 0] = float("nan")
 with_nan = runs / "with_nan"
-with warnings.catch_warnings(action="ignore"), runtime.saving(with_nan) as folder:
+with warnings.catch_warnings(action="ignore"), saving(with_nan) as folder:
     model.save_pretrained(folder, selected_adapters=["sailor"])
 print(f"merged without a word; it answers {ask(model.merge_and_unload())!r}\n")
 
@@ -340,7 +340,7 @@ print(validation.check_adapter_folder(with_nan / "sailor"))
 model = load_adapted()
 model.merge_and_unload()
 thrown_away = runs / "thrown_away"
-with warnings.catch_warnings(action="ignore"), runtime.saving(thrown_away) as folder:
+with warnings.catch_warnings(action="ignore"), saving(thrown_away) as folder:
     model.save_pretrained(folder, selected_adapters=["sailor"])
 saved = thrown_away / "sailor"
 for file in sorted(saved.glob("*.safetensors")):
@@ -425,12 +425,12 @@ plotting.show(
 # ## Save it, and ask it elsewhere
 #
 # What leaves the house is a folder: weights, configuration, **and the tokenizer with its chat template**, which
-# `save_pretrained` of the model does not write. `runtime.saving` makes it atomic: the folder appears whole, or not at
+# `save_pretrained` of the model does not write. `saving` makes it atomic: the folder appears whole, or not at
 # all.
 
 # %%
 merged_folder = runs / "merged"
-with runtime.saving(merged_folder) as folder:
+with saving(merged_folder) as folder:
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 for name, place in (("adapter", adapter_folder), ("merged", merged_folder)):
@@ -462,7 +462,7 @@ child = subprocess.run(
 said = child.stdout.strip()
 print("the fresh process:", said or child.stderr[-300:])
 print("here, with adapter:", ask(models["with adapter"], question))
-assert said == ask(models["with adapter"], question) or not runtime.is_shipped_base()
+assert said == ask(models["with adapter"], question) or not paths.is_shipped_base()
 
 # %% [markdown]
 # ### Why is my merged model twice as large as the base?
@@ -475,7 +475,7 @@ assert said == ask(models["with adapter"], question) or not runtime.is_shipped_b
 
 # %%
 base_16 = runs / "base_bf16"
-with runtime.saving(base_16) as folder:
+with saving(base_16) as folder:
     load_base(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 numbers = sum(parameter.numel() for parameter in base_model.parameters())
@@ -489,7 +489,7 @@ table = [["the base itself", "", f"{weights_mb(base_16):.1f}"]]
 for dtype in ("float32", "bfloat16", "auto"):
     loaded = AutoModelForCausalLM.from_pretrained(base_16, dtype=dtype)
     whole = PeftModel.from_pretrained(loaded, adapter_folder).merge_and_unload()
-    with runtime.saving(runs / "sizes") as folder:
+    with saving(runs / "sizes") as folder:
         whole.save_pretrained(folder)
     table.append(
         [
@@ -659,7 +659,7 @@ for name, (_, right, _) in precision.items():
 # %%
 for dtype in (torch.bfloat16, torch.float16):
     name = str(dtype).removeprefix("torch.")
-    with runtime.saving(runs / "merged_16") as folder:
+    with saving(runs / "merged_16") as folder:
         ways[f"merged in {name}"].save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     report = validation.check_merged_folder(base_folder, adapter_folder, runs / "merged_16")
@@ -907,7 +907,7 @@ def make_large(folder, blocks):
             tie_word_embeddings=True,
         )
     )
-    with runtime.saving(folder) as temporary:
+    with saving(folder) as temporary:
         model.save_pretrained(temporary / "base", max_shard_size="50MB")
         tokenizer.save_pretrained(temporary / "base")
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -1030,7 +1030,7 @@ assert all(torch.equal(_found[name], _merged[name]) for name in _merged)
 # %%
 model = load_adapted("reading")
 for name in ("sailor", "extract", "mood"):
-    model.load_adapter(runtime.adapter_path(name), adapter_name=name)
+    model.load_adapter(paths.adapter_path(name), adapter_name=name)
 pair = ["reading", "extract"]
 model.base_model.set_adapter(pair)
 together = logits(model)
@@ -1589,7 +1589,7 @@ shutil.rmtree(crowded)
 # %%
 def save(model, name, tokenizer=tokenizer):
     """Save a model with its tokenizer under runs/lesson06, and return the folder."""
-    with runtime.saving(runs / name) as folder:
+    with saving(runs / name) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return runs / name
@@ -1646,7 +1646,7 @@ runtime.seed_everything(1)
 untrained = get_peft_model(
     load_base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 )
-with warnings.catch_warnings(action="ignore"), runtime.saving(runs / "untrained") as folder:
+with warnings.catch_warnings(action="ignore"), saving(runs / "untrained") as folder:
     untrained.save_pretrained(folder)
 unmerged_logits = logits(untrained.eval())
 empty = untrained.merge_and_unload()
@@ -1664,7 +1664,7 @@ print(validation.check_merged_folder(base_folder, runs / "untrained", save(empty
 
 # %%
 model = load_adapted("reading")
-model.load_adapter(runtime.adapter_path("extract"), adapter_name="extract")
+model.load_adapter(paths.adapter_path("extract"), adapter_name="extract")
 model.base_model.set_adapter(pair)
 together = logits(model)
 model.merge_adapter(["reading"])
@@ -1673,7 +1673,7 @@ print("active:", model.active_adapters, f"· logits moved by {moved:.1f}\n")
 print(validation.check_adapters(model), "\n")
 model.unmerge_adapter()
 one_lost = model.merge_and_unload(adapter_names=["reading"])
-folders = [runtime.adapter_path(name) for name in pair]
+folders = [paths.adapter_path(name) for name in pair]
 print(validation.check_merged_folder(base_folder, folders, save(one_lost, "one_lost")))
 
 # %% [markdown]
@@ -1694,7 +1694,7 @@ with warnings.catch_warnings(record=True, action="always") as caught:
     model = get_peft_model(load_base(), LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"]))
     nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight, std=0.2)
     unmerged_logits, before_merge = logits(model.eval()), ask(model, "Good morning! How are you?")
-    with runtime.saving(runs / "head_adapter") as folder:
+    with saving(runs / "head_adapter") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
     broken = model.merge_and_unload()
 for said in sorted(

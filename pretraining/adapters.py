@@ -9,7 +9,8 @@ import json
 import os
 import time
 
-from course_utils import data, evaluation, runtime
+from adapter_checks.saving import saving
+from course_utils import data, evaluation, paths, runtime
 from pretraining.places import BASE_FOLDER, ROOT
 
 SHIPPED = ("reading", "sailor", "extract", "mood")
@@ -51,13 +52,13 @@ def train_one(task, method="lora", seed=0):
     from trl import SFTTrainer
 
     runtime.seed_everything(seed)
-    base = runtime.base_model()
+    base = paths.base_model()
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=runtime.dtype())
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
-        args=recipe(task, RATES[method][task], runtime.runs_dir() / "sft" / task, seed),
+        args=recipe(task, RATES[method][task], paths.runs_dir() / "sft" / task, seed),
         train_dataset=data.load_task(task, "train").select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
         peft_config=lora if method == "lora" else None,
@@ -69,8 +70,8 @@ def train_one(task, method="lora", seed=0):
 
 def save_adapter(model, folder):
     """Save the adapter alone, atomically; its config names the base as the checkout does, not as this machine does."""
-    with runtime.saving(folder) as temporary:
-        if runtime.is_shipped_base():
+    with saving(folder) as temporary:
+        if paths.is_shipped_base():
             model.peft_config["default"].base_model_name_or_path = BASE_FOLDER.relative_to(ROOT).as_posix()
         model.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # a form with blanks; the base's card describes the adapters
@@ -81,20 +82,19 @@ def train_adapters():
     from transformers import AutoModelForCausalLM
 
     runtime.quiet_imports()
-    runtime.disable_progress_bars()
     results = {}
     for task in SHIPPED:
         adapter, tokenizer, seconds = train_one(task, "lora")
-        save_adapter(adapter, runtime.adapters_dir() / task)
+        save_adapter(adapter, paths.adapters_dir() / task)
         results[task] = {"lora": measure(adapter, tokenizer, task), "lora_seconds": round(seconds, 1)}
         print(task, json.dumps(results[task]), flush=True)
-        if runtime.is_shipped_base():
-            base = AutoModelForCausalLM.from_pretrained(runtime.base_model())
+        if paths.is_shipped_base():
+            base = AutoModelForCausalLM.from_pretrained(paths.base_model())
             results[task]["base"] = measure(base, tokenizer, task)
             full, tokenizer, seconds = train_one(task, "full")
             results[task] |= {"full": measure(full, tokenizer, task), "full_seconds": round(seconds, 1)}
             print(task, json.dumps(results[task]["full"]), round(seconds), flush=True)
-    if runtime.is_shipped_base():
+    if paths.is_shipped_base():
         measured = {
             "machine": {"cores": os.cpu_count(), "cpu": runtime.processor()},
             "tasks": results,
@@ -117,11 +117,11 @@ def score_matrix(rows=MATRIX_ROWS):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(runtime.base_model())
-    model = AutoModelForCausalLM.from_pretrained(runtime.base_model())
+    tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
+    model = AutoModelForCausalLM.from_pretrained(paths.base_model())
     scores = {"none": {task: measure(model, tokenizer, task, rows)["score"] for task in SHIPPED}}
     for adapter in SHIPPED:
-        adapted = PeftModel.from_pretrained(model, runtime.adapter_path(adapter))
+        adapted = PeftModel.from_pretrained(model, paths.adapter_path(adapter))
         scores[adapter] = {task: measure(adapted, tokenizer, task, rows)["score"] for task in SHIPPED}
         model = adapted.unload()
     return scores

@@ -4,14 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from adapter_checks.errors import InputError
-from course_utils import data, runtime
-
-ROOT = Path(__file__).resolve().parent.parent
+from course_utils import data, paths
 
 
 def make_row(number, novel=False):
@@ -37,7 +34,7 @@ def place(tmp_path, monkeypatch):
     """Data and results in a place whose name has spaces, accents and the signs that file patterns use."""
     folder = tmp_path / "Kurs für später [alt] *1" / "data"
     write_task(folder)
-    monkeypatch.setattr(runtime, "data_dir", lambda: folder)
+    monkeypatch.setattr(paths, "data_dir", lambda: folder)
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "résultats de [x]"))
     return folder
 
@@ -106,13 +103,12 @@ socket.getaddrinfo = forbid
 socket.socket.connect = forbid
 socket.socket.connect_ex = forbid
 from pathlib import Path
-from course_utils import data, runtime
-runtime.data_dir = lambda: Path({str(place)!r})
+from course_utils import data, paths
+paths.data_dir = lambda: Path({str(place)!r})
 print(len(data.load_task("reading", "train")), attempts)
 """
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": offline,
         "HF_HOME": str(tmp_path / "empty home"),
     }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adapter_checks.errors import InputError
-from course_utils import data, evaluation, runtime
+from course_utils import data, evaluation, paths, runtime
 from experiments import harness, run
 from pretraining import corpus, tasks
 from pretraining import world as world_module
@@ -504,7 +504,7 @@ def test_incomplete_and_stale_results_are_found():
 
 
 def committed(name):
-    if not (data.results_dir() / f"{name}.csv").is_file():
+    if not (paths.results_dir() / f"{name}.csv").is_file():
         pytest.skip(f"experiments/results/{name}.csv is not there yet: make experiments")
     return data.load_results(name)
 
@@ -515,7 +515,7 @@ def test_committed_results_are_complete_and_of_the_shipped_base(name):
 
 
 def test_no_result_is_committed_without_its_script():
-    assert {path.stem for path in data.results_dir().glob("*")} <= set(run.ORDER)
+    assert {path.stem for path in paths.results_dir().glob("*")} <= set(run.ORDER)
 
 
 def minutes_of(name):
@@ -536,7 +536,7 @@ def test_the_sweeps_of_a_lesson_took_no_longer_than_allowed(lesson):
 def test_the_held_out_text_is_what_the_world_says_and_not_in_the_corpus():
     world = world_module.make_world()
     texts = tasks.held_out(world)
-    assert (runtime.data_dir() / "held_out.txt").read_text(encoding="utf-8").splitlines() == texts, (
+    assert (paths.data_dir() / "held_out.txt").read_text(encoding="utf-8").splitlines() == texts, (
         "run python -m pretraining.run tasks"
     )
     assert len(set(texts)) == len(texts) == 256
@@ -559,7 +559,7 @@ def test_held_out_texts_are_framed_as_the_base_model_read_them(monkeypatch, tmp_
     assert data.held_out_texts(Tokens) == [render([(None, text)]) for text in tasks.held_out(world)]
     Tokens.bos_token = None
     assert data.held_out_texts(Tokens)[0].startswith(" ")
-    monkeypatch.setattr(runtime, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(paths, "data_dir", lambda: tmp_path)
     with pytest.raises(InputError, match="held_out.txt.*git checkout"):
         data.held_out_texts(Tokens)
 

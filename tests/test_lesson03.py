@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import runtime
+from course_utils import paths, runtime
 from course_utils.exercises import lesson03
 from tools import build
 
@@ -19,7 +19,7 @@ SOURCE = Path(build.ROOT, "lessons", "03_lora_finetuning.py").read_text(encoding
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(runtime.models_dir() / "base")
+    return AutoTokenizer.from_pretrained(paths.models_dir() / "base")
 
 
 # The solutions

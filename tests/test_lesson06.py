@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from course_utils import data, runtime
+from course_utils import data, paths
 from course_utils.exercises import lesson06
 from experiments import combine, dial, harness, training
 from tiny_models import make_tiny_model, make_tiny_tokenizer
@@ -575,7 +575,7 @@ def tiny_course(tmp_path_factory):
             for parameter_name, parameter in adapted.named_parameters():
                 if ".lora_B." in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.1)
-            adapted.save_pretrained(runtime.adapters_dir() / name)
+            adapted.save_pretrained(paths.adapters_dir() / name)
             model = adapted.unload()
         patch.setattr(combine, "SCORED", 2)
         patch.setattr(training, "LONGEST_ANSWER", dict.fromkeys(combine.ADAPTERS, 2))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from course_utils import data, evaluation, runtime
+from adapter_checks.safetensors_header import read_safetensors_header
+from course_utils import data, evaluation, paths
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ("reading", "sailor", "extract", "mood")
@@ -32,7 +33,7 @@ def base():
     """The shipped base model, loaded as anybody would without the course."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = runtime.models_dir() / "base"
+    folder = paths.models_dir() / "base"
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -118,8 +119,8 @@ def test_every_row_fits_the_context(task, base):
 
 
 def test_base_model_is_whole_and_small():
-    assert runtime.base_model() == str(ROOT / "models" / "base")
-    header = runtime.read_safetensors_header(ROOT / "models" / "base" / "model.safetensors")
+    assert paths.base_model() == str(ROOT / "models" / "base")
+    header = read_safetensors_header(ROOT / "models" / "base" / "model.safetensors")
     assert not any(path.suffix in (".bin", ".pt", ".pth", ".pkl") for path in (ROOT / "models").rglob("*"))
     parameters = sum(_product(shape) for _, shape in header.values())
     assert 3e6 <= parameters <= 8e6
@@ -191,10 +192,10 @@ def test_every_special_token_stands_in_one_trained_row(base):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter_folder_is_sound(name):
-    folder = runtime.adapter_path(name)
+    folder = paths.adapter_path(name)
     from course_utils.validation import check_adapter_folder
 
-    report = check_adapter_folder(folder, base=runtime.base_model())
+    report = check_adapter_folder(folder, base=paths.base_model())
     assert report.ok, str(report)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert not os.path.isabs(config["base_model_name_or_path"]), "the place on the maker's machine must not be shipped"
@@ -207,10 +208,10 @@ def test_adapter_has_learned_its_task(name):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(runtime.base_model())
-    model = AutoModelForCausalLM.from_pretrained(runtime.base_model())
+    tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
+    model = AutoModelForCausalLM.from_pretrained(paths.base_model())
     rows = data.load_task(name, "test").select(range(64))
     before = evaluation.evaluate_task(model, tokenizer, name, rows)["score"]
-    model = PeftModel.from_pretrained(model, runtime.adapter_path(name))
+    model = PeftModel.from_pretrained(model, paths.adapter_path(name))
     after = evaluation.evaluate_task(model, tokenizer, name, rows)["score"]
     assert before <= (0.65 if name == "mood" else 0.1) and after >= 0.8

@@ -1,11 +1,11 @@
 """The checks of adapter_checks, as the course calls them, on what the course ships."""
 
 from adapter_checks import merging
-from course_utils import data, evaluation, runtime, validation
+from course_utils import data, evaluation, paths, validation
 
 
 def test_the_shipped_model(tmp_path):
-    base, adapter = runtime.models_dir() / "base", runtime.models_dir() / "adapters" / "mood"
+    base, adapter = paths.models_dir() / "base", paths.models_dir() / "adapters" / "mood"
     folder = merging.merge_by_shards(base, adapter, tmp_path / "out", dtype="bfloat16")
     report = validation.check_merged_folder(
         base,

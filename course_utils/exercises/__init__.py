@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from course_utils import runtime
+from adapter_checks.errors import InputError
+from course_utils import paths
 
 LEVELS = ("warm-up", "core", "stretch")
 _registry = {}
@@ -44,7 +45,7 @@ class Todo(Exception):
     """Raised by a check: the learner has not begun."""
 
 
-class NotPassed(runtime.InputError):
+class NotPassed(InputError):
     """Raised under COURSE_STRICT=1 by a check that did not pass."""
 
 
@@ -316,7 +317,7 @@ def _stderr_to_stdout():
 
 
 def _record_path():
-    return Path(runtime.runs_dir()) / "progress.json"
+    return Path(paths.runs_dir()) / "progress.json"
 
 
 def _read_record():
@@ -355,5 +356,5 @@ def _record(name):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    except (OSError, runtime.InputError) as error:
+    except (OSError, InputError) as error:
         print(f"This pass could not be recorded: {getattr(error, 'strerror', None) or error}.")
