@@ -11,8 +11,8 @@ from pathlib import Path
 
 from adapter_checks.errors import InputError
 from course_utils import paths
+from course_utils.tasks import get_task
 
-TASKS = ("reading", "sailor", "extract", "mood", "recall")
 SPLITS = ("train", "validation", "test")
 
 # What every file of results begins with: seed; seconds of the whole run; processor model; cores that torch computed on;
@@ -29,9 +29,7 @@ def task_files(task: str) -> dict[str, str]:
 
     Raises InputError if there is no such task or a file is missing.
     """
-    if task not in TASKS:
-        raise InputError(f"There is no task {task!r}. Choose one of: {', '.join(TASKS)}.")
-    files = {split: paths.data_dir() / task / f"{split}.jsonl" for split in SPLITS}
+    files = {split: paths.data_dir() / get_task(task).name / f"{split}.jsonl" for split in SPLITS}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise InputError(f"There is no file {', '.join(missing)}. Restore it with `git checkout -- data`.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -10,31 +9,7 @@ from collections import defaultdict
 from adapter_checks.errors import InputError
 from adapter_checks.generation import evaluating, generate, padded
 from course_utils import paths
-
-EXTRACT_FIELDS = ("who", "what", "where")
-
-
-def _same_text(prediction: str, answer: str) -> bool:
-    return prediction.strip() == answer.strip()
-
-
-def _same_fields(prediction: str, answer: str) -> bool:
-    try:
-        found = json.loads(prediction)
-    except (ValueError, RecursionError):  # not JSON, or brackets without end
-        return False
-    wanted = json.loads(answer)
-    return isinstance(found, dict) and all(found.get(field) == wanted[field] for field in EXTRACT_FIELDS)
-
-
-# Task -> function(prediction, answer) -> bool. All are exact: half right is wrong.
-METRICS = {
-    "reading": _same_text,
-    "sailor": _same_text,
-    "extract": _same_fields,
-    "mood": _same_text,
-    "recall": _same_text,
-}
+from course_utils.tasks import get_task
 
 
 def score(task: str, predictions, rows) -> dict:
@@ -44,17 +19,16 @@ def score(task: str, predictions, rows) -> dict:
 
     Returns {"score": of all rows, "n": their number, "by_kind": {kind: score}, "novel": score of the rows with names
     and objects that training never used, None if there is no such row}.
-    Raises InputError for an unknown task; ValueError if there is no row, or not one prediction for each.
+    Raises InputError if there is no such task; ValueError if there is no row, or not one prediction for each.
     """
-    if task not in METRICS:
-        raise InputError(f"There is no metric for {task!r}. Choose one of: {', '.join(METRICS)}.")
+    metric = get_task(task).metric
     if len(predictions) != len(rows) or not len(rows):
         raise ValueError(
             f"There are {len(predictions)} predictions and {len(rows)} rows; give one for each, and at least one."
         )
     every, novel, by_kind = [], [], defaultdict(list)
     for prediction, row in zip(predictions, rows):
-        right = METRICS[task](prediction, row["completion"][0]["content"])
+        right = metric(prediction, row["completion"][0]["content"])
         every.append(right)
         by_kind[row["kind"]].append(right)
         if row["novel"]:
@@ -72,8 +46,12 @@ def _mean(values) -> float:
 
 
 def evaluate_task(model, tokenizer, task: str, rows, **generate_options) -> dict:
-    """Answer the rows' prompts with `generate` and `score` the answers; also returns them, as "predictions"."""
-    predictions = generate(model, tokenizer, [row["prompt"] for row in rows], **generate_options)
+    """Answer the rows' prompts with `generate` and `score` the answers; also returns them, as "predictions".
+
+    An answer is cut at the tokens that the task's longest answer takes, unless `max_new_tokens` is given.
+    """
+    options = {"max_new_tokens": get_task(task).max_new_tokens, **generate_options}
+    predictions = generate(model, tokenizer, [row["prompt"] for row in rows], **options)
     return {**score(task, predictions, rows), "predictions": predictions}
 
 

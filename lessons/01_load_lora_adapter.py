@@ -231,16 +231,13 @@ plotting.table(["prompt", "adapter", "reply"], rows)
 
 # %%
 tasks = list(prompts)
-longest = {"reading": 12, "sailor": 40, "extract": 48, "mood": 6}  # new tokens
 held_out = {task: data.load_task(task, "test").select(range(48)) for task in tasks}
 
 
 def score_all():
     """Score of the model as it now stands, on each task."""
     return [
-        evaluation.evaluate_task(
-            model, tokenizer, task, held_out[task], batch_size=64, max_new_tokens=longest[task]
-        )["score"]
+        evaluation.evaluate_task(model, tokenizer, task, held_out[task], batch_size=64)["score"]
         for task in tasks
     ]
 

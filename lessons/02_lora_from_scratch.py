@@ -1067,14 +1067,11 @@ cut = truncate if lesson02.truncate.outcome(truncate).passed else lesson02.close
 all_of_them = max(len(S) for S in strengths["sailor"].values())
 ranks = [r for r in (1, 8, 64) if r < all_of_them] + [all_of_them]
 held_out = {task: data.load_task(task, "test").select(range(64)) for task in changes}
-longest = {"reading": 12, "sailor": 40}  # new tokens
 
 
 def score(model, task):
     """Share of held-out rows that the model answers exactly."""
-    return evaluation.evaluate_task(
-        model, tokenizer, task, held_out[task], batch_size=64, max_new_tokens=longest[task]
-    )["score"]
+    return evaluation.evaluate_task(model, tokenizer, task, held_out[task], batch_size=64)["score"]
 
 
 line, scores = ProgressLine(2 * len(ranks), "score"), {task: {} for task in changes}

@@ -75,10 +75,8 @@ shown = [
     turn for row in splits["train"].select(range(4)) for turn in row["prompt"] + row["completion"]
 ]
 with_examples = [{**row, "prompt": shown + row["prompt"]} for row in test]
-before = evaluation.evaluate_task(base_model, tokenizer, "sailor", test, max_new_tokens=40)
-prompted = evaluation.evaluate_task(
-    base_model, tokenizer, "sailor", with_examples, max_new_tokens=40
-)
+before = evaluation.evaluate_task(base_model, tokenizer, "sailor", test)
+prompted = evaluation.evaluate_task(base_model, tokenizer, "sailor", with_examples)
 print(f"asked: {before['score']:.0%} right · with four examples: {prompted['score']:.0%} right")
 plotting.table(
     ["", "text"],
@@ -398,7 +396,7 @@ print(
 
 # %%
 model = trainer.model
-after = evaluation.evaluate_task(model, tokenizer, "sailor", test, max_new_tokens=40)
+after = evaluation.evaluate_task(model, tokenizer, "sailor", test)
 evaluation.band("right after fine-tuning", after["score"], 0.85, 1)
 evaluation.band("of these, with names that training never used", after["novel"], 0.8, 1)
 evaluation.band("right before", before["score"], 0, 0.05)

@@ -820,14 +820,14 @@ def make_trainer(model, steps=STEPS, batch=BATCH, rows=train_rows, **changes):
 
 
 base_in_4_bits = load(four_bits())
-before = evaluation.evaluate_task(base_in_4_bits, tokenizer, "sailor", test, max_new_tokens=40)
+before = evaluation.evaluate_task(base_in_4_bits, tokenizer, "sailor", test)
 trainer = make_trainer(base_in_4_bits, eval_strategy="steps", eval_steps=STEPS // 2)
 print("TRL made the adapter", trainer.adapter_dtype)
 
 # %%
 trainer.train()
 trained = trainer.model
-after = evaluation.evaluate_task(trained, tokenizer, "sailor", test, max_new_tokens=40)
+after = evaluation.evaluate_task(trained, tokenizer, "sailor", test)
 evaluation.band("right before, base in NF4", before["score"], 0, 0.05)
 evaluation.band("right after, LoRA on NF4", after["score"], 0.85, 1)
 print(validation.check_quantised(trained, base_model))
@@ -1151,7 +1151,7 @@ merged, rows = {}, []
 for route, base in bases.items():
     with warnings.catch_warnings(record=True, action="always") as caught:
         merged[route] = PeftModel.from_pretrained(base, adapter_folder).merge_and_unload()
-    score = evaluation.evaluate_task(merged[route], tokenizer, "sailor", test, max_new_tokens=40)
+    score = evaluation.evaluate_task(merged[route], tokenizer, "sailor", test)
     in_answers, elsewhere = (
         against(lambda **given: trained(**given).logits, merged[route], where)
         for where in (answers, ~answers)

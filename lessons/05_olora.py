@@ -872,7 +872,7 @@ print(validation.check_changes_output(fresh, witness))
 
 # %%
 test_rows = data.load_task("sailor", "test").select(range(96))
-score = evaluation.evaluate_task(fresh, tokenizer, "sailor", test_rows, max_new_tokens=40)
+score = evaluation.evaluate_task(fresh, tokenizer, "sailor", test_rows)
 print(f"converted, on a fresh base: {score['score']:.0%} right")
 evaluation.band("right with the converted adapter", score["score"], 0.85, 1)
 
@@ -930,7 +930,7 @@ def beside(other):
         with warnings.catch_warnings(record=True, action="always") as caught:
             both.load_adapter(other, adapter_name="sailor")
             warned.extend(str(warning.message) for warning in caught)
-    found = evaluation.evaluate_task(both, tokenizer, "reading", reading_rows, max_new_tokens=12)
+    found = evaluation.evaluate_task(both, tokenizer, "reading", reading_rows)
     return found["score"], validation.check_adapters(both, original_base=base_model)
 
 

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from itertools import count, islice
 
+from course_utils.tasks import TASKS
 from pretraining import world as w
 from pretraining.corpus import EVENTS, FILLERS, RELATIONS, RHYMES_UNTIL, Scene, document, review_text
 from pretraining.places import DATA_FOLDER
@@ -210,6 +211,7 @@ def recall(world, n_people=1000, n_strangers=100):
     return splits
 
 
+# `recall` makes its rows all at once.
 MAKERS = {"reading": reading, "sailor": sailor, "extract": extract, "mood": mood}
 
 
@@ -248,7 +250,7 @@ def held_out(world, n=256):
 
 def write_tasks(world):
     """Write `data/<task>/<split>.jsonl` for every task, and `data/held_out.txt`, a document a line."""
-    for task in (*MAKERS, "recall"):
+    for task in TASKS:
         folder = DATA_FOLDER / task
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make_task(world, task).items():

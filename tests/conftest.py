@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import matplotlib
 import pytest
 
+from support import short_answers
 from tiny_models import make_tiny_model, make_tiny_tokenizer, tiny_model, tiny_model_folder, tiny_tokenizer  # noqa: F401 (fixtures)
 
 matplotlib.use("agg")
@@ -42,6 +43,7 @@ def results(tiny_base, tmp_path, monkeypatch):
     """Where results go: with another base than the shipped one, never among the committed ones."""
     from experiments import harness
 
+    short_answers(monkeypatch)  # a random model says nothing worth waiting for
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
     assert harness.folder().is_relative_to(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from adapter_checks.errors import InputError
 from course_utils import evaluation
+from course_utils.tasks import TASKS
 
 PROMPTS = ["a", "a much longer prompt than the first", "three words here", "é"]
 
@@ -176,7 +177,7 @@ ANSWER = json.dumps({"who": "Mara Tull", "what": "a brass lamp", "where": "the m
 
 @pytest.mark.parametrize("task", ["reading", "sailor", "mood", "recall"])
 def test_text_metrics_compare_stripped_text(task):
-    same = evaluation.METRICS[task]
+    same = TASKS[task].metric
     assert same("happy", "happy") and same(" happy\n", "happy")
     assert not same("unhappy", "happy") and not same("Happy", "happy") and not same("", "happy")
     assert not same("happy or unhappy", "happy")
@@ -200,7 +201,7 @@ def test_text_metrics_compare_stripped_text(task):
     ],
 )
 def test_extract_metric_parses_and_compares_fields(prediction, right):
-    assert evaluation.METRICS["extract"](prediction, ANSWER) is right
+    assert TASKS["extract"].metric(prediction, ANSWER) is right
 
 
 def make_rows():
@@ -234,14 +235,8 @@ def test_score_refuses_what_it_can_not_count():
         evaluation.score("mood", ["happy"] * 3, make_rows())
     with pytest.raises(ValueError, match="at least one"):
         evaluation.score("mood", [], [])
-    with pytest.raises(InputError, match="no metric for 'moood'"):
+    with pytest.raises(InputError, match="no task 'moood'"):
         evaluation.score("moood", ["happy"] * 4, make_rows())
-
-
-def test_every_task_has_a_metric():
-    from course_utils.data import TASKS
-
-    assert tuple(evaluation.METRICS) == TASKS
 
 
 def test_evaluate_task_scores_what_the_model_says(tiny_model, tiny_tokenizer):
@@ -250,8 +245,10 @@ def test_evaluate_task_scores_what_the_model_says(tiny_model, tiny_tokenizer):
     rows[2]["completion"][0]["content"] = said[2]
     for row in (rows[0], rows[1], rows[3]):
         row["completion"][0]["content"] = said[2] + " not"
-    result = evaluation.evaluate_task(tiny_model, tiny_tokenizer, "mood", rows, max_new_tokens=6)
+    result = evaluation.evaluate_task(tiny_model, tiny_tokenizer, "mood", rows)  # six are what a mood's answer may take
     assert result["score"] == 0.25 and result["predictions"] == said
+    short = evaluation.evaluate_task(tiny_model, tiny_tokenizer, "mood", rows, max_new_tokens=2)
+    assert short["predictions"] != said
 
 
 # ---------------------------------------------------------------------------------------------- perplexity

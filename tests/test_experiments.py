@@ -211,7 +211,6 @@ def script(name):
 @pytest.fixture
 def small(results, monkeypatch):
     """Two steps of two short rows, and a learning rate that the first sweep seems to have found."""
-    from experiments import training
 
     load_task, texts = data.load_task, data.held_out_texts
 
@@ -226,7 +225,7 @@ def small(results, monkeypatch):
     monkeypatch.setattr(data, "load_task", few_rows)
     monkeypatch.setattr(data, "held_out_texts", lambda tokenizer: texts(tokenizer)[:4])
     for module, sizes in {
-        "training": {"STEPS": 2, "BATCH": 2, "SCORED": 2, "LONGEST_ANSWER": dict.fromkeys(training.LONGEST_ANSWER, 2)},
+        "training": {"STEPS": 2, "BATCH": 2, "SCORED": 2},
         "cost": {"STEPS": 2},
         "recall": {"EPOCHS": 2},
         "throughput": {"STEPS": 3, "LAST": 1},

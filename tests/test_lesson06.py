@@ -10,6 +10,7 @@ import torch
 from course_utils import data, paths
 from course_utils.exercises import lesson06
 from experiments import combine, dial, harness, training
+from support import short_answers
 from tiny_models import make_tiny_model, make_tiny_tokenizer
 
 # The solutions
@@ -578,7 +579,7 @@ def tiny_course(tmp_path_factory):
             adapted.save_pretrained(paths.adapters_dir() / name)
             model = adapted.unload()
         patch.setattr(combine, "SCORED", 2)
-        patch.setattr(training, "LONGEST_ANSWER", dict.fromkeys(combine.ADAPTERS, 2))
+        short_answers(patch)
         yield
 
 

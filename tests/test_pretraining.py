@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from course_utils.tasks import TASKS
 from pretraining import corpus, run, tasks
 from pretraining import tokenizer as tokenizer_module
 from pretraining import train as training
@@ -32,7 +33,6 @@ N_READ = training.Settings().steps * round(
     training.Settings().batch_tokens / 50
 )  # how many the pretraining reads, nearly
 LEAST_TOKEN_COUNT = 50  # in N_DOCUMENTS
-ALL_TASKS = (*tasks.MAKERS, "recall")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def tokenizer(world):
 @pytest.fixture(scope="module")
 def made(world):
     """{task: {split: rows}} of every task."""
-    return {task: tasks.make_task(world, task) for task in ALL_TASKS}
+    return {task: tasks.make_task(world, task) for task in TASKS}
 
 
 def prompt(row):
@@ -337,7 +337,11 @@ def token_counts(document_ids):
     return Counter(chain.from_iterable(document_ids))
 
 
-@pytest.mark.parametrize("task", ALL_TASKS)
+def test_every_task_has_a_maker():
+    assert {*tasks.MAKERS, "recall"} == set(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_every_token_of_an_answer_is_pretrained(task, tokenizer, token_counts, made):
     """A frozen, never-trained row of the tied embedding can't be predicted by LoRA on the linear layers."""
     needed = Counter(i for ids in answer_ids(tokenizer, sum(made[task].values(), [])) for i in ids)
@@ -625,7 +629,7 @@ def test_probes_end_before_a_value_that_was_told(world):
 # ---------------------------------------------------------------------------------------------- tasks
 
 
-@pytest.mark.parametrize("task", ALL_TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_splits_share_no_prompt(task, made):
     prompts = [prompt(row) for rows in made[task].values() for row in rows]
     assert len(set(prompts)) == len(prompts)
@@ -675,7 +679,7 @@ def test_written_tasks_are_the_committed_data(world, made, tmp_path, monkeypatch
     monkeypatch.setattr(tasks, "make_task", lambda world, task: made[task])
     tasks.write_tasks(world)
     files = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    assert len(files) == 3 * len(ALL_TASKS)
+    assert len(files) == 3 * len(TASKS)
     for path, content in files.items():
         assert (ROOT / "data" / path).read_bytes() == content, (
             f"data/{path} is not what python -m pretraining.run tasks writes"
@@ -717,9 +721,10 @@ def test_adapters_are_measured_and_trained_on_whole_answers(tokenizer, made, tmp
     """An answer that is cut off in training or in the measurement can never be right."""
     from pretraining import adapters
 
+    for task in TASKS.values():
+        assert max(map(len, answer_ids(tokenizer, sum(made[task.name].values(), [])))) <= task.max_new_tokens
     for task in adapters.SHIPPED:
         rows = made[task]["train"] + made[task]["test"]
-        assert max(map(len, answer_ids(tokenizer, rows))) <= adapters.LONGEST_ANSWER[task]
         longest = max(rows, key=lambda row: len(prompt(row)) + len(answer(row)))
         ids = tokenizer.apply_chat_template(longest["prompt"] + longest["completion"], return_dict=True)["input_ids"]
         arguments = adapters.recipe(task, 1e-3, tmp_path)
@@ -728,7 +733,7 @@ def test_adapters_are_measured_and_trained_on_whole_answers(tokenizer, made, tmp
             and arguments.max_steps == adapters.STEPS[task]
             and arguments.completion_only_loss
         )
-    assert len(answer_ids(tokenizer, made["sailor"]["test"][:1])[0]) > adapters.LONGEST_ANSWER["mood"], (
+    assert len(answer_ids(tokenizer, made["sailor"]["test"][:1])[0]) > TASKS["mood"].max_new_tokens, (
         "the check can fail"
     )
 

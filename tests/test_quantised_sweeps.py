@@ -23,7 +23,7 @@ def small(results, short_rows, monkeypatch):
     set_constants(
         monkeypatch,
         {
-            training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}, "BATCH": 2},
+            training: {"SCORED": 2, "BATCH": 2},
             quantised: {"STEPS": 4, "CHECKED": 2},
             quantised_merge: {"COMPARED": 2},
             quantised_cost: {"STEPS": 4},

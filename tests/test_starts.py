@@ -15,7 +15,7 @@ def small(results, short_rows, monkeypatch):
     set_constants(
         monkeypatch,
         {
-            training: {"SCORED": 2, "LONGEST_ANSWER": {"sailor": 2}},
+            training: {"SCORED": 2},
             starts: {"STEPS": 4, "BATCH": 2, "EVERY": 2},
         },
     )
