@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from adapter_checks.errors import InputError
 from course_utils import data, paths, runtime
+from course_utils.files import write_text
 
 
 def folder():
@@ -144,11 +146,8 @@ def _text(value):
 
 
 def _write(path, rows):
-    """The whole file anew beside the old one, then in its place: a kill leaves one of the two, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    with fresh.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0])
-        writer.writerows([_text(row[column]) for column in rows[0]] for row in rows)
-    os.replace(fresh, path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows([_text(row[column]) for column in rows[0]] for row in rows)
+    write_text(path, text.getvalue())

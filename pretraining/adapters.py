@@ -11,6 +11,7 @@ import time
 
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, runtime
+from course_utils.files import write_text
 from pretraining.places import BASE_FOLDER, ROOT
 
 SHIPPED = ("reading", "sailor", "extract", "mood")
@@ -100,7 +101,7 @@ def train_adapters():
             "matrix_rows": MATRIX_ROWS,
             "matrix": score_matrix(),
         }
-        MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+        write_text(MEASURED, json.dumps(measured, indent=1) + "\n")
 
 
 def measure(model, tokenizer, task, rows=None):

@@ -3,6 +3,8 @@
 import json
 import re
 
+from adapter_checks.safetensors_header import read_safetensors_header
+from course_utils.files import write_text
 from pretraining import corpus
 from pretraining.adapters import MEASURED, SHIPPED, STEPS
 from pretraining.places import BASE_FOLDER, WORK_FOLDER
@@ -154,13 +156,11 @@ LoRA of rank 8 on all linear layers against full fine-tuning, same rows and step
 - It follows no instructions and knows no facts of the real world. It is of no use outside this course.
 - Passages longer than a few sentences, negation and sums beyond twenty do not occur in what it was trained on.
 """
-    (BASE_FOLDER / "README.md").write_text(text, encoding="utf-8")
+    write_text(BASE_FOLDER / "README.md", text)
 
 
 def parameters():
     """Number of parameters, from the header of the weights."""
     from math import prod
-
-    from course_utils.runtime import read_safetensors_header
 
     return sum(prod(shape) for _, shape in read_safetensors_header(BASE_FOLDER / "model.safetensors").values())

@@ -1,8 +1,8 @@
 """Where the pretraining writes: the shipped folders, and a git-ignored one for work."""
 
-from pathlib import Path
+from course_utils import paths
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE_FOLDER = ROOT / "models" / "base"
-DATA_FOLDER = ROOT / "data"
+ROOT = paths.project_root()
+BASE_FOLDER = paths.models_dir() / "base"
+DATA_FOLDER = paths.data_dir()
 WORK_FOLDER = ROOT / "runs" / "pretraining"

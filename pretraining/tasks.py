@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from itertools import count, islice
 
+from course_utils.files import write_text
 from course_utils.tasks import TASKS
 from pretraining import world as w
 from pretraining.corpus import EVENTS, FILLERS, RELATIONS, RHYMES_UNTIL, Scene, document, review_text
@@ -251,9 +252,7 @@ def held_out(world, n=256):
 def write_tasks(world):
     """Write `data/<task>/<split>.jsonl` for every task, and `data/held_out.txt`, a document a line."""
     for task in TASKS:
-        folder = DATA_FOLDER / task
-        folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make_task(world, task).items():
             text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-            (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    (DATA_FOLDER / "held_out.txt").write_text("".join(f"{text}\n" for text in held_out(world)), encoding="utf-8")
+            write_text(DATA_FOLDER / task / f"{split}.jsonl", text)
+    write_text(DATA_FOLDER / "held_out.txt", "".join(f"{text}\n" for text in held_out(world)))

@@ -24,7 +24,6 @@ import math
 import os
 import pkgutil
 import sys
-import tempfile
 import traceback
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +31,7 @@ from pathlib import Path
 
 from adapter_checks.errors import InputError
 from course_utils import paths
+from course_utils.files import write_text
 
 LEVELS = ("warm-up", "core", "stretch")
 _registry = {}
@@ -346,15 +346,6 @@ def _record(name):
         if name in passed:
             return
         passed[name] = datetime.now().isoformat(timespec="seconds")
-        path = _record_path()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".progress-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"passed": passed}, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_text(_record_path(), json.dumps({"passed": passed}, indent=1))
     except (OSError, InputError) as error:
         print(f"This pass could not be recorded: {getattr(error, 'strerror', None) or error}.")
