@@ -629,7 +629,7 @@ plotting.table(
         ["switching", f"{switch:.1f} ms"],
     ],
 )
-progress()
+progress("01")
 
 # %% [markdown]
 # ## Take it to work

@@ -1764,7 +1764,7 @@ plotting.table(
         ],
     ],
 )
-progress()
+progress("02")
 
 # %% [markdown]
 # ## Take it to work

@@ -1275,7 +1275,7 @@ plotting.table(
         ["SFTTrainer's speed, of a bare loop's", f"{trl_share:.0%}"],
     ],
 )
-progress()
+progress("03")
 
 # %% [markdown]
 # ## Take it to work

@@ -1690,7 +1690,7 @@ plotting.table(
         ],
     ],
 )
-progress()
+progress("04")
 
 # %% [markdown]
 # ## Take it to work

@@ -1347,7 +1347,7 @@ plotting.table(
         ],
     ],
 )
-progress()
+progress("05")
 
 # %% [markdown]
 # ## Take it to work

@@ -1763,7 +1763,7 @@ plotting.table(
         ],
     ],
 )
-progress()
+progress("06")
 
 # %% [markdown]
 # ## Take it to work

@@ -1,10 +1,15 @@
 """The machinery of the exercises: what a learner sees for every kind of answer."""
 
+import importlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import sys
 import warnings
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,7 +25,10 @@ from course_utils.exercises import (
     expect_number,
     expect_tensor,
     expect_type,
+    using,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -131,14 +139,85 @@ def test_no_answer_at_all_gets_a_sentence(ratio):
     assert "no answer" in ratio.outcome().hint
 
 
-def test_a_check_that_stumbles_blames_the_answer_and_does_not_crash():
-    @exercise("00.stumbles", title="Stumbles", level="core", minutes=5)
-    def check(answer):
-        answer.missing.attribute  # noqa: B018 (reading it is what fails)
+# Whose fault it is
 
-    outcome = check.outcome({"a": 1})
-    assert outcome.status == "TRY AGAIN"
-    assert "a dict with 1 item" in outcome.hint and "AttributeError" in outcome.hint
+
+def checked_with(reference):
+    """An exercise whose check calls the learner's function, and then `reference`."""
+
+    @exercise("00.against", title="Against a reference", level="core", minutes=5)
+    def check(function):
+        found = expect_number(call_learner(function, 2), "the number")
+        expect_close(found, reference(function), "the number")
+
+    return check
+
+
+LIBRARY_FAILS = Mock(side_effect=RuntimeError("no such kernel"))  # its frames are those of the standard library
+
+
+def test_a_check_whose_reference_fails_says_so_and_does_not_blame_the_answer(own_record, capsys):
+    check = checked_with(LIBRARY_FAILS)
+    check(lambda number: number)
+    said = capsys.readouterr().out
+    assert said.startswith("CHECK BROKEN · Against a reference (00.against)\nThe check itself failed")
+    assert "nothing about your answer: RuntimeError: no such kernel (test_exercises.py, line " in said
+    versions = [
+        f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "peft", "trl")
+    ]
+    assert ", ".join([f"Python {platform.python_version()}", *versions]) in said
+    assert not own_record.exists()
+
+
+def test_versions_are_told_as_far_as_there_are_any(monkeypatch):
+    version = importlib.metadata.version
+
+    def without_peft(package):
+        if package == "peft":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_peft)
+    hint = checked_with(LIBRARY_FAILS).outcome(lambda number: number).hint
+    assert " torch " in hint and "peft" not in hint
+
+
+def test_strict_raises_for_a_broken_check_with_what_broke_it(monkeypatch):
+    monkeypatch.setenv("COURSE_STRICT", "1")
+    with pytest.raises(NotPassed, match="CHECK BROKEN") as caught:
+        checked_with(LIBRARY_FAILS)(lambda number: number)
+    assert "no such kernel" in str(caught.value.__cause__)
+
+
+def test_what_the_answer_raises_later_is_its_own_fault_though_others_call_it():
+    def picky(number):
+        return number + len(number) if isinstance(number, str) else number
+
+    def wrapped_by_a_library(function):
+        try:
+            return max("ab", key=function)
+        except TypeError as error:
+            LIBRARY_FAILS.side_effect.__cause__ = error
+            raise LIBRARY_FAILS.side_effect from error
+
+    for reference in (lambda function: max("ab", key=function), lambda function: sorted("ab", key=function)):
+        outcome = checked_with(reference).outcome(picky)
+        assert outcome.status == "TRY AGAIN" and "TypeError" in outcome.hint
+    assert checked_with(wrapped_by_a_library).outcome(picky).status == "TRY AGAIN"
+
+
+def test_an_object_that_can_not_be_used_is_no_broken_check():
+    @exercise("00.used", title="Used", level="core", minutes=5)
+    def check(answer):
+        with using("the answer"):
+            answer.missing.attribute  # noqa: B018 (reading it is what fails)
+
+    assert check.outcome({"a": 1}) == exercises.Outcome(
+        "00.used",
+        "Used",
+        "TRY AGAIN",
+        "The answer can't be used: AttributeError: 'dict' object has no attribute 'missing'",
+    )
 
 
 @pytest.mark.parametrize("answer", [..., lambda base, adapter: 7])
@@ -216,6 +295,19 @@ def test_progress_shows_what_is_done(ratio, capsys):
         "      00.second  Another (stretch, 20 minutes)\n"
         "1 of 2 exercises done.\n"
     )
+
+
+def test_a_lesson_shows_its_own_exercises_only(ratio, capsys):
+    exercise("01.other", title="Another lesson's", level="core", minutes=5)(lambda answer: None)
+    exercises.progress("00")
+    assert capsys.readouterr().out == (
+        "      00.ratio  How many times larger? (warm-up, 5 minutes)\n0 of 1 exercises done.\n"
+    )
+
+
+@pytest.mark.parametrize("lesson", sorted(ROOT.glob("lessons/[0-9]*.py")), ids=lambda path: path.stem)
+def test_each_lesson_asks_for_its_own(lesson):
+    assert f'progress("{lesson.stem[:2]}")' in lesson.read_text(encoding="utf-8")
 
 
 def test_the_first_pass_is_the_one_that_counts(ratio, own_record):

@@ -153,6 +153,14 @@ def merged_in_place(weight, A, B, alpha, use_rslora):
     return weight
 
 
+def narrow(old, rank, alpha):
+    """A layer that gives the first of its outputs only."""
+    layer = LoRALinear(old, rank, alpha)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)[..., :1]
+    return layer
+
+
 @pytest.mark.parametrize(
     "check, solution",
     [
@@ -211,6 +219,11 @@ def test_stub_is_to_do_and_solution_passes(check, solution):
         ),
         (lesson02.inject, lambda m, names, r, a: right_inject(m, names, a, r), "passed on in the right order"),
         (lesson02.inject, lambda m, names, r, a: right_inject(m, names, r, a, make=one_matrix), "A and B for each"),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(m, names, r, a, make=narrow),
+            "The model after your function can't be used: RuntimeError",
+        ),
         (lesson02.inject, lambda m, names, r, a: print(right_inject(m, names, r, a)), "Is a return missing"),
         (lesson02.count, lambda shapes, rank: sum(i * o for i, o in shapes), "full weights"),
         (lesson02.count, lambda shapes, rank: sum(rank * i * o for i, o in shapes), "multiplies the two sides"),

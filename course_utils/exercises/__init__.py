@@ -10,19 +10,25 @@ reference that can be trusted, and raises `TryAgain` with a hint that fits the m
             raise TryAgain("This is adapter over base. Turn the fraction over.")
         expect_close(ratio, 2.0, "the ratio")
 
-In a lesson, `size_ratio(my_answer)` shows PASS, TRY AGAIN with the hint, or TODO.
+In a lesson, `size_ratio(my_answer)` shows PASS, TRY AGAIN with the hint, or TODO. What
+the learner's code raises is a TRY AGAIN, too; where the check itself fails, it shows
+CHECK BROKEN with the versions that are installed. So a check calls the learner's
+function with `call_learner`, and uses what came back in a `with using("the answer"):`
+where that may raise.
+
 It raises only when the environment variable COURSE_STRICT is 1.
 """
 
 import contextlib
 import dis
 import functools
-import importlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
 import pkgutil
+import platform
 import sys
 import traceback
 from dataclasses import dataclass
@@ -51,12 +57,13 @@ class NotPassed(InputError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found: `status` is "PASS", "TRY AGAIN" or "TODO"."""
+    """What a check found: `status` is "PASS", "TRY AGAIN", "TODO" or "CHECK BROKEN", with the `error` that broke it."""
 
     name: str
     title: str
     status: str
     hint: str = ""
+    error: BaseException | None = None
 
     @property
     def passed(self):
@@ -94,11 +101,12 @@ class Exercise:
             except TryAgain as wrong:
                 return self._outcome("TRY AGAIN", str(wrong))
             except (Exception, SystemExit) as error:
-                got = ", ".join(describe(answer) for answer in answers) or "no answer"
-                return self._outcome(
-                    "TRY AGAIN",
-                    f"The check could not use what it was given ({got}): {_error_text(error)}",
-                )
+                if not answers or _comes_from_a_learner(error, self.test):
+                    got = ", ".join(describe(answer) for answer in answers) or "no answer"
+                    return self._outcome(
+                        "TRY AGAIN", f"The check could not use what it was given ({got}): {_error_text(error)}"
+                    )
+                return self._outcome("CHECK BROKEN", _what_broke(error), error)
         return self._outcome("PASS")
 
     def __call__(self, *answers, **given):
@@ -111,10 +119,10 @@ class Exercise:
         if outcome.passed:
             _record(self.name)
         elif os.environ.get("COURSE_STRICT") == "1":
-            raise NotPassed(str(outcome))
+            raise NotPassed(str(outcome)) from outcome.error
 
-    def _outcome(self, status, hint=""):
-        return Outcome(self.name, self.title, status, hint)
+    def _outcome(self, status, hint="", error=None):
+        return Outcome(self.name, self.title, status, hint, error)
 
 
 def exercise(name, *, title, level, minutes):
@@ -144,10 +152,10 @@ def all_exercises():
     return [_registry[name] for name in sorted(_registry)]
 
 
-def progress():
-    """Print which exercises are done, from runs/progress.json."""
+def progress(lesson=""):
+    """Print which exercises of a lesson ("01") are done, or which of all, from runs/progress.json."""
     passed = _read_record()
-    exercises = all_exercises()
+    exercises = [one for one in all_exercises() if one.name.startswith(lesson)]
     width = max((len(one.name) for one in exercises), default=0)
     for one in exercises:
         mark = "done" if one.name in passed else "    "
@@ -173,6 +181,20 @@ def call_learner(function, *arguments, **keywords):
     if value is ...:
         raise Todo
     return value
+
+
+@contextlib.contextmanager
+def using(name):
+    """Use the learner's object in here: what goes wrong is that it can't be used, and no fault of the check.
+
+    `name` says in the hint what it is ("the model after your function").
+    """
+    try:
+        yield
+    except (TryAgain, Todo):
+        raise
+    except (Exception, SystemExit) as error:
+        raise TryAgain(f"{_capital(name)} can't be used: {_error_text(error)}") from None
 
 
 def expect_type(value, types, name):
@@ -204,9 +226,11 @@ def expect_number(value, name):
             pass  # More than one element: described below as what it is.
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TryAgain(f"{_capital(name)} should be a number, but is {describe(value)}.{_forgot(value)}")
+    with using(name):
+        number = float(number)  # A whole number may be too large for it.
     if not math.isfinite(number):
         raise TryAgain(f"{_capital(name)} is {number}. Look for a division by zero or an empty mean.")
-    return float(number)
+    return number
 
 
 def expect_close(value, reference, name, tolerance=1e-6):
@@ -221,14 +245,28 @@ def expect_close(value, reference, name, tolerance=1e-6):
     return number
 
 
-def expect_tensor(value, shape, name="the result"):
-    """Return `value` if it is a torch tensor of `shape` (a tuple) with finite values.
+def expect_plain_tensor(value, name):
+    """Return `value` if it is a torch tensor of real numbers that are in memory, not sparse.
 
     Raises `TryAgain`, or `Todo` for `...`.
     """
     import torch
 
     expect_type(value, torch.Tensor, name)
+    if value.layout is not torch.strided or value.is_meta or value.is_complex() or value.dtype is torch.bool:
+        kind = f"{value.dtype}, {value.layout}, on {value.device}".replace("torch.", "")
+        raise TryAgain(f"{_capital(name)} should hold plain real numbers, but is {kind}.")
+    return value
+
+
+def expect_tensor(value, shape, name="the result"):
+    """Return `value` if it is a plain torch tensor of `shape` (a tuple) with finite numbers.
+
+    Raises `TryAgain`, or `Todo` for `...`.
+    """
+    import torch
+
+    expect_plain_tensor(value, name)
     if tuple(value.shape) != tuple(shape):
         raise TryAgain(f"{_capital(name)} has shape {tuple(value.shape)}, but {tuple(shape)} is expected.")
     if not bool(torch.isfinite(value).all()):
@@ -277,6 +315,43 @@ def _where(error, function):
         frame for frame in traceback.extract_tb(error.__traceback__) if code and frame.filename == code.co_filename
     ]
     return f" (at: {frames[-1].line})" if frames and frames[-1].line else ""
+
+
+def _comes_from_a_learner(error, check):
+    """Did a line of code that is neither the check's nor a library's lead to the error, or to its cause?"""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is not check.__code__ and not _is_installed(frame.f_globals.get("__name__") or "builtins"):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_installed(module):
+    """Does the module of this name come with the course, with Python, or with a package? What learners write does not."""
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names or root in ("course_utils", "adapter_checks"):
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None) or ""  # a notebook has none
+    return root != "__main__" and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _what_broke(error):
+    """Say that the check failed, where, and with which versions."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's own
+    return (
+        f"The check itself failed, which says nothing about your answer: {_error_text(error)} "
+        f"({Path(frames[0].filename).name}, line {frames[0].lineno}). Installed are {_versions()}. "
+        "`make setup` installs what the course is written for."
+    )
+
+
+def _versions():
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "peft", "trl"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
 
 
 def _does_nothing(answer):

@@ -1,6 +1,6 @@
 """Checks of lesson 1: weigh an adapter, borrow one, find the silent ones."""
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, expect_type
+from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, expect_type, using
 
 
 def tiny_adapted_model(names, silent=(), seed=0):
@@ -94,7 +94,7 @@ def borrow(function):
         for name in ("second", "first"):
             model.set_adapter(name)
             reference[name] = model(input_ids=input_ids).logits
-        logits = expect_tensor(call_learner(function, model, "second", input_ids), base.shape, "the logits")
+        logits = expect_tensor(call_learner(function, model, "second", input_ids), base.shape, "the logits").to(base)
         if torch.equal(logits, base):
             raise TryAgain(
                 "These are the base model's logits. disable_adapter() switches every adapter off; use set_adapter."
@@ -105,11 +105,11 @@ def borrow(function):
             )
         if not torch.allclose(logits, reference["second"], atol=1e-6):
             raise TryAgain("These are not the logits of the adapter that was asked for.")
-        if model.active_adapters != ["first"]:
-            raise TryAgain(
-                f"The model was left with {model.active_adapters} active, and it had ['first']. Put that back."
-            )
-        if not torch.equal(model(input_ids=input_ids).logits, reference["first"]):
+        with using("the model that you were given"):
+            active, logits = model.active_adapters, model(input_ids=input_ids).logits
+        if active != ["first"]:
+            raise TryAgain(f"The model was left with {active} active, and it had ['first']. Put that back.")
+        if not torch.equal(logits, reference["first"]):
             raise TryAgain(
                 "The right adapter is active again, but the model no longer gives what it gave before. Is it disabled?"
             )

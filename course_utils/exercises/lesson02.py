@@ -1,6 +1,6 @@
 """Checks of lesson 2: put LoRA into a model, count its parameters, cut a matrix to rank r, merge into a Conv1D."""
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor
+from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, using
 
 
 def tiny_model(seed=0):
@@ -71,11 +71,12 @@ def inject(function):
                 f"{expected} layers were replaced, and you returned {found:g}. Count the layers, not the names."
             )
         _check_trainable(model, old_parameters, expected)
-        with torch.no_grad():
-            if not torch.equal(model(input_ids=input_ids).logits, before):
-                raise TryAgain(
-                    "Before any training the output has changed. Hand the old layer over to LoRALinear, and leave B zero."
-                )
+        with torch.no_grad(), using("the model after your function"):
+            after = model(input_ids=input_ids).logits
+        if not torch.equal(after, before):
+            raise TryAgain(
+                "Before any training the output has changed. Hand the old layer over to LoRALinear, and leave B zero."
+            )
         for name in wanted:
             _check_change(model.get_submodule(name), old_layers[name], rank, alpha)
 
@@ -126,7 +127,9 @@ def _check_change(layer, old_layer, rank, alpha):
         torch.nn.init.normal_(A)
         torch.nn.init.normal_(B)
         x = torch.randn(5, inputs, dtype=A.dtype)
-        found, change = layer(x) - old_layer(x), x @ A.T @ B.T
+        change, before = x @ A.T @ B.T, old_layer(x)
+        with using("the new layer"):
+            found = layer(x) - before
     if not torch.allclose(found, alpha / rank * change, atol=1e-9):
         raise TryAgain(
             "The change of a layer is not (alpha / rank)·BA. Are rank and alpha passed on in the right order?"

@@ -1,6 +1,15 @@
 """Checks of lesson 6: judge a merge, measure agreement, merge a shard, join two adapters, count how often one was merged."""
 
-from course_utils.exercises import TryAgain, call_learner, describe, exercise, expect_number, expect_tensor, expect_type
+from course_utils.exercises import (
+    TryAgain,
+    call_learner,
+    describe,
+    exercise,
+    expect_number,
+    expect_plain_tensor,
+    expect_tensor,
+    expect_type,
+)
 
 VERDICTS = ("no effect", "differs", "same")
 PREFIX = "base_model.model."
@@ -269,7 +278,7 @@ def join(function):
             raise TryAgain(f"A and B are expected, and you returned {describe(found)}.")
         A, B = found
         for matrix, name in ((A, "A"), (B, "B")):
-            if expect_type(matrix, torch.Tensor, name).dim() != 2:
+            if expect_plain_tensor(matrix, name).dim() != 2:
                 raise TryAgain(f"{name} should be a matrix, and has the shape {tuple(matrix.shape)}.")
         rank, outputs, inputs = sum(ranks), adapters[0][1].shape[0], adapters[0][0].shape[1]
         products = [w * s * (b @ a) for (a, b, s), w in zip(adapters, weights, strict=True)]

@@ -1,0 +1,193 @@
+"""What holds of the checks of all lessons: whatever an answer returns or leaves behind, the learner gets a sentence about it,
+and when a library fails in the check itself, a sentence about that."""
+
+import functools
+import math
+from unittest.mock import Mock
+
+import numpy
+import pytest
+import torch
+
+import test_lesson01
+import test_lesson02
+import test_lesson03
+import test_lesson04
+import test_lesson05
+import test_lesson06
+from course_utils import paths
+from course_utils.exercises import all_exercises
+
+SOLUTIONS = {
+    "01.weigh": test_lesson01.right_weigh,
+    "01.borrow": test_lesson01.right_borrow,
+    "01.silent": test_lesson01.right_silent,
+    "02.inject": test_lesson02.right_inject,
+    "02.count": test_lesson02.right_count,
+    "02.truncate": test_lesson02.right_truncate,
+    "02.merge": test_lesson02.right_merge,
+    "03.labels": test_lesson03.right_labels,
+    "03.rate": test_lesson03.right_rate,
+    "03.stop": test_lesson03.right_stop,
+    "03.cut": test_lesson03.right_cut,
+    **{f"04.{name}": solution for name, solution in test_lesson04.SOLUTIONS.items()},
+    **{check.name: solution for check, solution in test_lesson05.SOLUTIONS.items()},
+    "06.verdict": test_lesson06.right_verdict,
+    "06.agreement": test_lesson06.right_agreement,
+    "06.shard": test_lesson06.right_shard,
+    "06.join": test_lesson06.right_join,
+    "06.times": test_lesson06.right_times,
+}
+CHECKS = {check.name: check for check in all_exercises()}
+
+
+class Hostile:
+    """An object that refuses every look."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("no")
+
+    def __eq__(self, other):
+        raise RuntimeError("no")
+
+    __hash__ = None
+
+
+VALUES = (None, 0, -1, 1e30, 1j, 10**400, True, "text", b"", [], [1], (1, 2), (1, 2, 3), ("a", None), {}, {"a": 1}, {1}, range(2),
+          object(), Hostile(), [Hostile()] * 2, (Hostile(),) * 3, [[1], [2]], [{}, {}], {"a": Hostile()}, int, len, iter("ab"),
+          torch.zeros(()), torch.zeros(0), torch.ones(3), torch.ones(2, 2), (torch.ones(2, 2),) * 2, (torch.ones(1),) * 3,
+          torch.ones(2, device="meta"), torch.tensor(1j), torch.nn.Linear(2, 2), numpy.ones(2), math.inf, -math.inf)  # fmt: skip
+
+
+def each(change):
+    """Change every tensor in a result, and every number."""
+
+    def changed(result):
+        if isinstance(result, dict):
+            return {name: changed(part) for name, part in result.items()}
+        if isinstance(result, (tuple, list)):
+            return type(result)(changed(part) for part in result)
+        if isinstance(result, torch.Tensor):
+            return change(result)
+        if isinstance(result, (int, float)) and not isinstance(result, bool):
+            return change(torch.tensor(result))
+        return Hostile() if isinstance(result, str) else result
+
+    return changed
+
+
+CHANGES = {
+    "complex": each(lambda tensor: tensor + 0j),
+    "whole": each(lambda tensor: tensor.int()),
+    "bool": each(lambda tensor: tensor.bool()),
+    "half": each(lambda tensor: tensor.half()),
+    "sparse": each(lambda tensor: tensor.to_sparse()),
+    "meta": each(lambda tensor: tensor.to("meta")),
+    "gradient": each(lambda tensor: tensor.detach().clone().double().requires_grad_()),
+    "NumPy": each(lambda tensor: tensor.detach().float().numpy()),
+    "list": each(lambda tensor: tensor.tolist()),
+    "turned": each(lambda tensor: tensor.T if tensor.dim() == 2 else tensor),
+    "shorter": each(lambda tensor: tensor[:-1] if tensor.dim() else tensor),
+    "deeper": each(lambda tensor: tensor[None]),
+    "huge": each(lambda tensor: tensor * 1e30),
+    "nothing": each(lambda tensor: tensor[..., :0]),
+    "words": each(lambda tensor: str(tensor)),
+    "hostile": each(lambda tensor: Hostile()),
+    "twice": lambda result: (result, result),
+    "half of it": lambda result: result[:1] if isinstance(result, (tuple, list)) else result,
+}
+
+
+def spoil(given):
+    """Leave behind what was given in a state that nobody asked for."""
+    for thing in given:
+        if isinstance(thing, torch.nn.Module):
+            for name, _ in list(thing.named_children()):
+                delattr(thing, name)
+        elif isinstance(thing, (dict, list)):
+            thing.clear()
+        elif isinstance(thing, torch.Tensor):
+            thing.data = torch.zeros(1, dtype=torch.long)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(paths.models_dir() / "base")
+    return lambda name, answer: CHECKS[name].outcome(answer, **({"tokenizer": tokenizer} if name == "03.cut" else {}))
+
+
+def test_no_exercise_is_forgotten():
+    assert set(SOLUTIONS) == set(CHECKS)
+
+
+def broken(judge, name, answers):
+    outcomes = {label: judge(name, answer) for label, answer in answers.items()}
+    assert {outcome.status for outcome in outcomes.values()} <= {"PASS", "TRY AGAIN", "TODO", "CHECK BROKEN"}
+    return {label: outcome.hint for label, outcome in outcomes.items() if outcome.status == "CHECK BROKEN"}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_a_value_that_is_none_of_those_expected(name, judge):
+    answers = {
+        str(number): functools.partial(lambda value, *given: value, value) for number, value in enumerate(VALUES)
+    }
+    assert broken(judge, name, answers) == {}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_the_right_result_in_another_guise(name, judge):
+    answers = {
+        label: functools.partial(lambda change, *given: change(SOLUTIONS[name](*given)), change)
+        for label, change in CHANGES.items()
+    }
+    assert broken(judge, name, answers) == {}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_the_right_result_and_what_was_given_in_ruins(name, judge):
+    def ruin(*given):
+        result = SOLUTIONS[name](*given)
+        spoil(given)
+        return result
+
+    def ruin_first(*given):
+        spoil(given[:1])
+        return 1
+
+    assert broken(judge, name, {"after": ruin, "before": ruin_first}) == {}
+
+
+@pytest.mark.parametrize("name, library", [
+    ("02.merge", "peft.get_peft_model"), ("02.truncate", "torch.linalg.svd"), ("04.quantise", "torch.bucketize"),
+    ("03.stop", "transformers.EarlyStoppingCallback.on_evaluate"), ("04.merge", "bitsandbytes.functional.dequantize_4bit"),
+    ("05.olora", "peft.get_peft_model"), ("05.olora", "torch.linalg.qr"), ("06.join", "torch.linalg.svd"),
+])  # fmt: skip
+def test_a_library_that_fails_in_the_check_breaks_the_check_and_not_the_answer(name, library, judge, monkeypatch):
+    results = []  # of the right function, which may need itself what fails below
+
+    def remembered(*given):
+        results.append(SOLUTIONS[name](*given))
+        return results[-1]
+
+    assert judge(name, remembered).passed
+    again = iter(results)
+    monkeypatch.setattr(library, Mock(side_effect=RuntimeError("no such kernel")))
+    outcome = judge(name, lambda *given: next(again))
+    assert outcome.status == "CHECK BROKEN" and "RuntimeError: no such kernel" in outcome.hint
+    assert f"(lesson{name[:2]}.py, line " in outcome.hint
+
+
+@pytest.mark.parametrize("name", sorted(SOLUTIONS.keys() - {"01.borrow"}))  # whose second call is meant to fail
+def test_an_answer_that_fails_at_a_later_call_is_not_right(name, judge):
+    calls = []
+
+    def fails_later(*given):
+        calls.append(given)
+        if len(calls) > 1:
+            raise RuntimeError("no such kernel")
+        return SOLUTIONS[name](*given)
+
+    outcome = judge(name, fails_later)
+    assert outcome.status == "TRY AGAIN" and "Your code stopped with RuntimeError" in outcome.hint
