@@ -77,6 +77,8 @@ def _why(given, test):
     if error:
         return f"the answer was stopped by {error}"
     printed = "".join(output.text for output in given.get("outputs", []) if output.output_type == "stream")
+    if re.search(r"^CHECK BROKEN ·", printed, re.MULTILINE):
+        return "the visible check is broken here, which says nothing about the answer"
     passes = "it passes the visible check and " if re.search(r"^PASS ·", printed, re.MULTILINE) else ""
     error = _error(test)
     return f"{passes}fails the hidden test" + ("" if error in ("", "AssertionError") else f", stopped by {error}")

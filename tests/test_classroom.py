@@ -514,6 +514,15 @@ def test_each_kind_of_submission_gets_its_points_and_a_word(graded, name):
 
 
 @needs_nbgrader
+def test_a_broken_check_is_not_the_learners_fault():
+    from classroom import report
+
+    output = nbformat.v4.new_output("stream", text="CHECK BROKEN · Share (01.share)\nThe check itself failed\n")
+    given = nbformat.v4.new_code_cell(outputs=[output])
+    assert report._why(given, nbformat.v4.new_code_cell()).startswith("the visible check is broken here")
+
+
+@needs_nbgrader
 def test_no_zero_is_without_a_reason(graded):
     _, rows, _ = graded
     for row in rows.values():
