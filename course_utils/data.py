@@ -86,11 +86,6 @@ def held_out_texts(tokenizer) -> list[str]:
     return [f"{tokenizer.bos_token or ''} {text}{tokenizer.eos_token or ''}" for text in texts]
 
 
-def results_dir() -> Path:
-    """The folder of the committed results of `experiments/`."""
-    return paths.project_root() / "experiments" / "results"
-
-
 def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
     """The rows of the results `name` of an experiment, committed ones unless a `folder` is given.
 
@@ -99,7 +94,7 @@ def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
     Raises InputError if there are no such results, or if a line is cut short, lacks a value, or holds a word where
     the others hold a number; the message names the line.
     """
-    folder = results_dir() if folder is None else Path(folder)
+    folder = paths.results_dir() if folder is None else Path(folder)
     path = folder / f"{name}.csv"
     remedy = f"Restore it with `git checkout -- experiments/results`, or delete it and run `python -m experiments.run {name}`."
     try:

@@ -41,14 +41,9 @@ def show(fig, alt: str) -> None:
     # Without the version of matplotlib in the file, the same figure is the same bytes.
     fig.savefig(picture, format="png", metadata={"Software": None})
     plt.close(fig)  # else the notebook shows it once more at the end of the cell
-    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
-        print(alt)
-        return
-    from IPython.display import display
-
     source = base64.b64encode(picture.getvalue()).decode("ascii")
     image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
-    display({"text/html": image, "text/plain": alt}, raw=True)
+    _display(alt, html=image)
 
 
 def table(header, rows) -> None:
@@ -64,12 +59,7 @@ def table(header, rows) -> None:
     text = "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) + " |" for line in lines
     )
-    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
-        print(text)
-        return
-    from IPython.display import display
-
-    display({"text/markdown": text, "text/plain": text}, raw=True)
+    _display(text, markdown=text)
 
 
 def token_strip(tokenizer, input_ids, labels) -> None:
@@ -93,12 +83,17 @@ def token_strip(tokenizer, input_ids, labels) -> None:
         text += f"⟦{''.join(tokens)}⟧" if carries_loss else "".join(tokens)
         page += f'<b><mark style="{_MARKED}">⟦{spans}⟧</mark></b>' if carries_loss else spans
     text = f"{count}\n{text}"
+    _display(text, html=f'<p>{count}</p><p style="line-height: 1.8">{page}</p>')
+
+
+def _display(text, **rich):
+    """Show `text` in a notebook in its rich form, which is named by its kind; elsewhere print it."""
     if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
         print(text)
         return
     from IPython.display import display
 
-    display({"text/html": f'<p>{count}</p><p style="line-height: 1.8">{page}</p>', "text/plain": text}, raw=True)
+    display({f"text/{kind}": form for kind, form in rich.items()} | {"text/plain": text}, raw=True)
 
 
 # A token's outline shows where it ends; white space in it is kept.

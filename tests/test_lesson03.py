@@ -158,16 +158,6 @@ def prompts_alone(rows, tokenizer, max_length):
 
 
 @pytest.mark.parametrize(
-    "name, solution", [("labels", right_labels), ("rate", right_rate), ("stop", right_stop), ("cut", right_cut)]
-)
-def test_stub_is_to_do_and_solution_passes(name, solution, tokenizer):
-    check, given = getattr(lesson03, name), {"tokenizer": tokenizer} if name == "cut" else {}
-    assert check.outcome(lambda *given: ..., **given).status == "TODO"
-    outcome = check.outcome(solution, **given)
-    assert outcome.passed, outcome
-
-
-@pytest.mark.parametrize(
     "name, wrong, hint",
     [
         ("labels", no_mask, "Every token carries loss"),

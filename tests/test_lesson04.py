@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import runtime
+from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from course_utils.exercises import lesson04
 from tools import build
 
-runtime.quiet_imports()
+quiet_imports()
 
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -197,14 +197,6 @@ def with_head(model, action):
 
 
 SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merge, "spoilt": right_spoilt}
-
-
-@pytest.mark.parametrize("name", SOLUTIONS)
-def test_stub_is_to_do_and_solution_passes(name):
-    check = getattr(lesson04, name)
-    assert check.outcome(lambda *given: ...).status == "TODO"
-    outcome = check.outcome(SOLUTIONS[name])
-    assert outcome.passed, outcome
 
 
 @pytest.mark.parametrize(

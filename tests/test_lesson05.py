@@ -172,13 +172,6 @@ def of_the_differences(A0, B0, A, B, alpha):
     return torch.cat([A - A0, 0 * A]), torch.cat([B - B0, 0 * B], dim=1), 2 * alpha
 
 
-@pytest.mark.parametrize("check", SOLUTIONS, ids=lambda check: check.name)
-def test_stub_is_to_do_and_solution_passes(check):
-    assert check.outcome(lambda *given: ...).status == "TODO"
-    outcome = check.outcome(SOLUTIONS[check])
-    assert outcome.passed, outcome
-
-
 def test_another_right_answer_passes():
     assert lesson05.olora.outcome(
         lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a)))
@@ -306,31 +299,6 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
     assert outcome.status == "TRY AGAIN"
     assert re.search(hint, outcome.hint), outcome.hint
-
-
-def boom(*given):
-    raise RuntimeError("boom")
-
-
-@pytest.mark.parametrize("check", SOLUTIONS, ids=lambda check: check.name)
-@pytest.mark.parametrize(
-    "answer",
-    [
-        None,
-        3,
-        "text",
-        boom,
-        lambda *given: print(end=""),
-        lambda *given: float("nan"),
-        lambda *given: [None] * 3,
-        lambda *given: (torch.tensor(float("nan")),) * 3,
-        lambda: 1,
-        lambda *given: object(),
-    ],
-)
-def test_anything_else_gets_a_sentence(check, answer):
-    outcome = check.outcome(answer)
-    assert outcome.status == "TRY AGAIN" and len(outcome.hint) > 20
 
 
 # What PEFT does, as the lesson shows it

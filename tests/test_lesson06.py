@@ -298,11 +298,6 @@ def ratio_over_all_keys(base, merged, changes):
 @pytest.mark.parametrize(
     "check, solution",
     [
-        (lesson06.verdict, right_verdict),
-        (lesson06.agreement, right_agreement),
-        (lesson06.shard, right_shard),
-        (lesson06.join, right_join),
-        (lesson06.times, right_times),
         (lesson06.verdict, close_to(rtol=0, effect_too=True)),
         (lesson06.join, by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters))),
         (
@@ -322,8 +317,7 @@ def ratio_over_all_keys(base, merged, changes):
         ),
     ],
 )
-def test_stub_is_to_do_and_solution_passes(check, solution):
-    assert check.outcome(lambda *given: ...).status == "TODO"
+def test_other_right_answers_pass(check, solution):
     outcome = check.outcome(solution)
     assert outcome.passed, outcome
 
@@ -543,15 +537,6 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     outcome = check.outcome(wrong)
     assert outcome.status == "TRY AGAIN"
     assert re.search(hint, outcome.hint), outcome.hint
-
-
-@pytest.mark.parametrize("check", [lesson06.verdict, lesson06.agreement, lesson06.shard, lesson06.join, lesson06.times])
-@pytest.mark.parametrize(
-    "answer", [None, 3, "text", lambda *_: print(end=""), lambda *_: math.nan, lambda *_: 1 / 0, lambda: 1]
-)
-def test_whatever_is_handed_in_gets_a_sentence(check, answer):
-    outcome = check.outcome(answer)
-    assert outcome.status == "TRY AGAIN" and outcome.hint and "Traceback" not in outcome.hint
 
 
 # The sweeps, on a model made for the test

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from course_utils import data, runtime
+from adapter_checks.bitsandbytes_workarounds import quiet_imports
+from course_utils import data
 from support import set_constants
 
-runtime.quiet_imports()
+quiet_imports()
 
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -8,7 +8,8 @@ reference that can be trusted, and raises `TryAgain` with a hint that fits the m
         ratio = expect_number(call_learner(function, 200, 100), "the ratio")
         if ratio == 0.5:
             raise TryAgain("This is adapter over base. Turn the fraction over.")
-        expect_close(ratio, 2.0, "the ratio")
+        if ratio != 2:
+            raise TryAgain("This is not the larger number over the smaller.")
 
 In a lesson, `size_ratio(my_answer)` shows PASS, TRY AGAIN with the hint, or TODO. What
 the learner's code raises is a TRY AGAIN, too; where the check itself fails, it shows
@@ -230,18 +231,6 @@ def expect_number(value, name):
         number = float(number)  # A whole number may be too large for it.
     if not math.isfinite(number):
         raise TryAgain(f"{_capital(name)} is {number}. Look for a division by zero or an empty mean.")
-    return number
-
-
-def expect_close(value, reference, name, tolerance=1e-6):
-    """Return the number `value` if it is within `tolerance` (relative) of `reference`.
-
-    The hint says on which side it lies, not what the reference is. Raises like `expect_number`.
-    """
-    number = expect_number(value, name)
-    if not math.isclose(number, reference, rel_tol=tolerance, abs_tol=tolerance):
-        side = "large" if number > reference else "small"
-        raise TryAgain(f"{_capital(name)} is {number:.6g}, which is too {side}.")
     return number
 
 
