@@ -17,7 +17,8 @@ from nbgrader.api import MissingEntry
 from adapter_checks.errors import InputError
 from classroom import watch
 from classroom.collect import collect
-from tools.build import ROOT, save_text
+from course_utils.files import write_text
+from tools.build import ROOT
 
 ATTEMPTS = 3  # A cell that brings the kernel down is left out, and the rest graded; so often at most.
 
@@ -77,7 +78,7 @@ def _note(record, one, found):
 
 
 def _save(course, record):
-    save_text(course.root / "grading.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_text(course.root / "grading.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def _not_graded(one, problem):

@@ -13,6 +13,7 @@ from nbgrader.converters import GenerateFeedback
 from nbgrader.utils import capture_log
 
 from adapter_checks.errors import InputError
+from course_utils.files import write_text
 from tools import build
 
 COLUMNS = ["learner", "lesson", "exercise", "score", "max_score", "status", "note"]
@@ -105,14 +106,14 @@ def write(course, source=None, complaints=()):
     about = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if source is not None:
         about[str(Path(source).resolve())] = list(complaints)
-        build.save_text(kept, json.dumps(about, indent=1, sort_keys=True) + "\n")
+        write_text(kept, json.dumps(about, indent=1, sort_keys=True) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
-    build.save_text(course.root / "scores.csv", text.getvalue())
+    write_text(course.root / "scores.csv", text.getvalue())
     summary = _summary(course.record(), found, [one for said in about.values() for one in said])
-    build.save_text(course.root / "report.md", summary)
+    write_text(course.root / "report.md", summary)
     return summary
 
 
@@ -153,7 +154,7 @@ def feedback(course, images=build.ROOT / "images"):
             page = course.root / "feedback" / learner / lesson / f"{lesson}.html"
             if entry["status"] == "not graded":
                 problems = "".join(f"<li>{html.escape(_sentence(one))}</li>" for one in entry["problems"])
-                build.save_text(
+                write_text(
                     page,
                     f"<!doctype html><meta charset='utf-8'><title>{lesson}</title>\n"
                     f"<h1>{lesson}: not graded</h1><ul>{problems}</ul>\n",
@@ -165,7 +166,7 @@ def feedback(course, images=build.ROOT / "images"):
                 if not result["success"]:
                     complaints.append(f"{learner}, {lesson}: {result.get('log', result['error'])}")
                     continue
-                build.save_text(page, _with_pictures(page.read_text(encoding="utf-8"), images))
+                write_text(page, _with_pictures(page.read_text(encoding="utf-8"), images))
             pages += 1
     return pages, "\n".join(complaints)
 

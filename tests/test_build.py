@@ -380,19 +380,6 @@ def test_the_build_tells_what_is_wrong_with_a_notebooks_form(course, tmp_path):
     assert build.build(course, tmp_path) == ["notebooks: count-the-apples-1 has text on stderr"]
 
 
-def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "a.ipynb"
-    build.save_text(path, "old")
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        build.save_text(path, "new")
-    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["a.ipynb"]
-
-
 def test_the_classroom_edition_goes_where_nbgrader_looks(course, tmp_path):
     course.write_text(LESSON.replace("{{time}}", "2"), encoding="utf-8")
     build.build_classroom(course, tmp_path)

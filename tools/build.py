@@ -17,18 +17,19 @@ in `course_utils` is not noticed: FORCE=1 runs the lesson whatever has changed.
 import argparse
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 
+from course_utils import paths
+from course_utils.files import write_text
 from tools import claims, editions, notebook_lint
 from tools.editions import BuildError
 from tools.execute import execute
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = paths.project_root()
 TABLE_BEGIN, TABLE_END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 NOTICEABLE = 0.3  # A measurement is recorded when it moved by more than this fraction.
 INPUTS = ("models", "data", "experiments/results", "constraints.txt")  # What outputs depend on, beside the code.
@@ -133,7 +134,7 @@ def build(path, root, force=False):
         complaints = notebook_lint.complaints(edition, target, name == "notebooks")
         found += [f"{name}: {complaint}" for complaint in complaints]
     # Last, as it says which inputs the saved outputs are of.
-    save_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_text(root / "lessons" / "measured.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     return found
 
 
@@ -168,21 +169,7 @@ def with_table(readme, text):
 def save_notebook(path, notebook):
     """Check the notebook against the format and save it in one step."""
     nbformat.validate(notebook)
-    save_text(path, nbformat.writes(notebook, version=4) + "\n")
-
-
-def save_text(path, text):
-    """Write `text` to `path` so that a full disk or a kill leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read.
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, nbformat.writes(notebook, version=4) + "\n")
 
 
 def main(arguments=None, root=ROOT):
@@ -201,7 +188,7 @@ def main(arguments=None, root=ROOT):
                 found += [f"{path.stem}, {complaint}" for complaint in build(path, root, chosen.force)]
         if chosen.edition == "notebooks":
             readme = Path(root, "README.md")
-            save_text(readme, with_table(readme.read_text(encoding="utf-8"), table(root)))
+            write_text(readme, with_table(readme.read_text(encoding="utf-8"), table(root)))
     except (BuildError, OSError) as error:
         return str(error)
     return "\n".join(found) or 0
