@@ -14,6 +14,7 @@ import torch
 import transformers
 from peft import PeftModel
 
+from adapter_checks.generation import evaluating
 from course_utils import validation
 from experiments import quantised, training
 
@@ -44,8 +45,8 @@ def witnesses(tokenizer, rows):
 
 def loss(model, batch, answers):
     """Mean of -log p over the tokens of the answers."""
-    with torch.no_grad():
-        logits = model.eval()(**batch).logits[:, :-1][answers[:, :-1]]
+    with evaluating(model), torch.no_grad():
+        logits = model(**batch).logits[:, :-1][answers[:, :-1]]
     return torch.nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][answers[:, :-1]]).item()
 
 
