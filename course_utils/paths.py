@@ -116,14 +116,13 @@ def base_model() -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    """`organisation/name`; the hub still knows a few old ids without an organisation, but such a name is a mistyped folder."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # a quarter of a second, so only here
 
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name
+    return True
 
 
 def is_shipped_base() -> bool:
