@@ -22,7 +22,7 @@ help:
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
-	@echo "make lock        renew the constraints from requirements.txt and requirements-instructor.txt"
+	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "For instructors (classroom/README.md), with nbgrader, which the first of these installs:"
 	@echo "make classroom   stage the lessons as assignments, and pack the hand-out (ONLY=01 for one lesson)"
 	@echo "make grade       SUBMISSIONS=folder or zip, to classroom/staging/scores.csv and report.md (OPTIONS=...)"
@@ -46,7 +46,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml adapter_checks/pyproje
 setup: $(STAMP)
 
 # What an instructor needs beside the course, in the same environment.
-$(INSTRUCTOR): $(STAMP) requirements-instructor.txt constraints-instructor.txt
+$(INSTRUCTOR): $(STAMP) requirements-instructor.txt
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-instructor.txt
 	@touch $(INSTRUCTOR)
 
@@ -96,5 +96,8 @@ experiments: $(STAMP)
 base-model: $(STAMP)
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=500000000 $(RUN) -m pretraining.run
 
+# One resolution for every system and Python. "-c constraints.txt" itself is left out: it would allow no change.
 lock: $(STAMP)
-	$(RUN) -m tools.lock
+	cat requirements.txt requirements-instructor.txt | grep -v '^-[cr]' | UV_CUSTOM_COMPILE_COMMAND="make lock" \
+		$(RUN) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+		--no-emit-package course-utils --no-emit-package adapter-checks $(OPTIONS) --output-file constraints.txt -

@@ -938,11 +938,12 @@ def test_the_guides_worked_change_fits_the_lesson():
     editions.parse(lesson.replace(before, after))
 
 
-def test_the_dockerfile_copies_what_is_there():
-    for line in (build.ROOT / "classroom" / "Dockerfile").read_text(encoding="utf-8").splitlines():
-        if line.startswith("COPY "):
-            for name in line.split()[1:-1]:
-                assert list(build.ROOT.glob(name)), name
+def test_the_dockerfile_copies_what_is_there_and_what_is_installed():
+    lines = (build.ROOT / "classroom" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert [name for name in copied if not list(build.ROOT.glob(name))] == []
+    installed = re.findall(r"^-e \./(\S+)", (build.ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert installed and set(installed) <= set(copied)
 
 
 @slow

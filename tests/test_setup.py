@@ -11,12 +11,12 @@ import warnings
 import pytest
 from packaging.requirements import Requirement
 
-from tools import lock
 from tools.build import ROOT
 from tools.check_python import OLDEST, complaint
 
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+INSTRUCTOR = (ROOT / "requirements-instructor.txt").read_text(encoding="utf-8")
 SET_UP = ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "adapter_checks/pyproject.toml")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -73,8 +73,10 @@ def test_make_stops_at_an_old_python_before_it_makes_anything(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_the_package_asks_for_the_same_python():
-    assert PYPROJECT["project"]["requires-python"] == f">={OLDEST[0]}.{OLDEST[1]}"
+def test_the_oldest_python_is_the_same_everywhere():
+    oldest = ".".join(map(str, OLDEST))
+    assert PYPROJECT["project"]["requires-python"] == f">={oldest}"
+    assert f"--python-version {oldest} " in (ROOT / "Makefile").read_text(), "the constraints are for it, too"
 
 
 # What make does
@@ -175,9 +177,7 @@ def test_notebooks_runs_what_is_asked_for(checkout):
     ]
 
 
-def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
-    (checkout / "notebooks").mkdir()
-    (checkout / "notebooks" / "01_apples.ipynb").touch()
+def test_test_runs_the_checks_and_every_notebook_of_both_editions(checkout):
     make("setup", "PYTHON=./python", folder=checkout)
     script(checkout / ".venv" / "bin" / "python", 'echo "$COURSE_STRICT|$COURSE_RUNS|$*" >> calls')
     calls(checkout)
@@ -193,8 +193,7 @@ def test_test_runs_the_tests_and_every_notebook_of_both_editions(checkout):
 
 
 def test_what_an_instructor_needs_is_installed_once_beside_the_course(checkout):
-    for name in ("requirements-instructor.txt", "constraints-instructor.txt"):
-        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    (checkout / "requirements-instructor.txt").write_text(INSTRUCTOR, encoding="utf-8")
     assert make("report", "PYTHON=./python", folder=checkout)[0] == 0
     installs = [*INSTALLS, "-m pip install --disable-pip-version-check -r requirements-instructor.txt"]
     assert calls(checkout) == [*installs, "-m classroom report"]
@@ -215,14 +214,23 @@ def test_ci_runs_every_test():
     assert lines[-2:] == ["make test", "exec make test-classroom"] and "set -eu" in lines, "the first failure ends it"
 
 
+def goals():
+    """Return the names of make's phony targets."""
+    return set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+
+
 def test_every_goal_of_make_is_explained():
-    text = (ROOT / "Makefile").read_text()
-    goals = set(re.search(r"^\.PHONY: (.*)", text, re.MULTILINE)[1].split())
     said = make("help")[1]
-    assert goals - set(re.findall(r"make ([\w-]+)", said)) == {"help", "setup", "test-notebooks"}
+    assert goals() - set(re.findall(r"make ([\w-]+)", said)) == {"help", "setup", "test-notebooks"}
 
 
 # What is pinned
+
+
+def pins(text):
+    """Return the `Requirement`s of a requirements or constraints file, without options and comments."""
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
 
 
 def test_every_direct_dependency_is_pinned_and_says_what_needs_it():
@@ -234,7 +242,6 @@ def test_every_direct_dependency_is_pinned_and_says_what_needs_it():
         ), line
     names = {line.split("==")[0] for line in lines}
     assert {"jupyterlab", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "torch"} <= names
-    assert "torch==2.13.0 " in REQUIREMENTS
 
 
 def test_requirements_install_the_package_under_the_constraints():
@@ -242,72 +249,40 @@ def test_requirements_install_the_package_under_the_constraints():
     assert options == ["-c constraints.txt", "-e ./adapter_checks", "-e ."]
 
 
-def test_constraints_are_portable_and_repeat_no_direct_dependency():
-    pins = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
-    assert len(pins) > 50
-    for line in pins:
-        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line  # No "+cpu".
-        assert not re.match(r"nvidia|cuda|triton|pywin|appnope|colorama|pexpect", line), line
-    direct = {requirement.name for requirement in lock.direct_requirements(REQUIREMENTS)}
-    assert not direct & {line.split("==")[0] for line in pins}
+def test_what_an_instructor_needs_is_added_to_the_course_and_is_pinned():
+    assert [line for line in INSTRUCTOR.splitlines() if line.startswith("-")] == ["-r requirements.txt"]
+    assert all(str(pin.specifier).startswith("==") for pin in pins(INSTRUCTOR)) and "nbgrader" in INSTRUCTOR
 
 
-def test_the_instructors_requirements_add_to_the_courses_and_change_none():
-    text = (ROOT / "requirements-instructor.txt").read_text(encoding="utf-8")
-    options = [line for line in text.splitlines() if line.startswith("-")]
-    assert options == ["-r requirements.txt", "-c constraints-instructor.txt"]
-    added = [str(one) for one in lock.direct_requirements(text)]
-    pins = (ROOT / "constraints-instructor.txt").read_text(encoding="utf-8").splitlines()
-    assert added == ["nbgrader==0.9.6"] and all(line.startswith("#") or "==" in line for line in pins)
-    known = {line.split("==")[0] for line in CONSTRAINTS.splitlines()}
-    known |= {one.name for one in lock.direct_requirements(REQUIREMENTS)}
-    assert not known & {line.split("==")[0] for line in pins if "==" in line}
-
-
-def test_lock_writes_for_instructors_only_what_they_need_more():
-    assert lock.added("# head\na==1\n", "# head\na==1\nb==2\n") == lock.INSTRUCTOR_HEADER + "b==2\n"
+def test_constraints_are_portable_and_agree_with_the_requirements():
+    constraints = {}
+    for pin in pins(CONSTRAINTS):
+        assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)), f"{pin}: a local version, such as +cpu?"
+        assert not re.match("nvidia|cuda|triton", pin.name), f"add {pin.name} to exclude-dependencies in pyproject.toml"
+        constraints.setdefault(pin.name, []).append(pin)
+    assert len(constraints) > 80
+    for pin in pins(REQUIREMENTS) + pins(INSTRUCTOR):
+        assert constraints.get(pin.name) == [pin], f"{pin.name} is not what constraints.txt holds: run make lock"
 
 
 def test_the_installed_versions_are_the_pinned_ones():
     from importlib.metadata import PackageNotFoundError, version
 
-    for line in [*map(str, lock.direct_requirements(REQUIREMENTS)), *CONSTRAINTS.splitlines()]:
-        if line.startswith("#"):
+    direct = {pin.name for pin in pins(REQUIREMENTS)}
+    for pin in pins(CONSTRAINTS):
+        if pin.marker and not pin.marker.evaluate():
             continue
-        requirement = Requirement(line)
         try:
-            installed = version(requirement.name)
+            assert pin.specifier.contains(version(pin.name)), f"{pin} is pinned, {version(pin.name)} installed"
         except PackageNotFoundError:
-            pytest.fail(f"{requirement.name} is pinned and not installed: run make setup")
-        assert requirement.specifier.contains(installed), f"{requirement.name} {installed}"
+            assert pin.name not in direct, f"{pin.name} is pinned and not installed: run make setup"
 
 
-def reported(name, version, *requires):
-    return {"metadata": {"name": name, "version": version, "requires_dist": list(requires)}}
-
-
-def test_lock_keeps_what_every_system_needs_and_nothing_else():
-    report = {
-        "install": [
-            reported(
-                "Torch", "2.13.0+cpu", "gpu-driver>1; platform_system == 'Linux'", "maths", "extra-tool; extra == 'all'"
-            ),
-            reported("gpu_driver", "13.0", "driver-part"),
-            reported("driver.part", "1.0"),
-            reported("maths", "1.4+cpu", "Tidy_Name[fast]"),
-            reported("tidy-name", "2.0", "speed; extra == 'fast'", "only-mac; sys_platform == 'darwin'"),
-            reported("speed", "3.0"),
-            reported("only-mac", "1.0"),
-            reported("extra-tool", "1.0"),
-        ]
-    }
-    text = lock.constraints([Requirement("torch==2.13.0")], report)
-    assert text == lock.HEADER + "maths==1.4\nspeed==3.0\ntidy-name==2.0\n"
-
-
-def test_lock_reads_requirements_without_options_and_comments():
-    found = lock.direct_requirements("# note\n-c constraints.txt\n-e .\n\ntorch==2.13.0   # all lessons\n")
-    assert list(map(str, found)) == ["torch==2.13.0"]
+@pytest.mark.parametrize("name", ["README.md", "classroom/README.md", "classroom/Dockerfile", "Makefile"])
+def test_a_pinned_version_stands_in_the_requirements_only(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    repeated = [pin.name for pin in pins(CONSTRAINTS) if re.search(rf"\b{pin.name}(==| )\d+\.\d+", text)]
+    assert not repeated, f"{name} names the version of {repeated}"
 
 
 # The package
@@ -329,7 +304,6 @@ def test_no_file_of_the_set_up_names_a_host():
         "constraints.txt",
         ".ci/run",
         "requirements-instructor.txt",
-        "constraints-instructor.txt",
         "classroom/Dockerfile",
     ):
         assert "://" not in (ROOT / name).read_text(encoding="utf-8"), name
