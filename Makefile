@@ -1,7 +1,7 @@
 # Every target makes its environment first; a stamp keeps it from installing twice.
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+RUN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 STAMP := $(VENV)/.installed
 INSTRUCTOR := $(VENV)/.instructor
 FIRST_LESSON := work/01_load_lora_adapter.ipynb
@@ -11,18 +11,21 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
-.PHONY: help setup lab test check test-notebooks notebooks experiments base-model lock classroom grade report feedback formgrader test-classroom
+.PHONY: help setup lab test check lint types test-code test-notebooks notebooks experiments base-model lock newest classroom grade report feedback formgrader test-classroom
 
 help:
 	@echo "make lab         open your copies of the lessons, in work/, in JupyterLab (NO_BROWSER=1 serves without a browser;"
 	@echo "                 UPDATE=01 takes a newer edition of that lesson, and keeps your copy beside it)"
 	@echo "make test        all tests: code, then every notebook of both editions"
-	@echo "make check       the tests that run no notebook"
+	@echo "make check       lint, types, and the tests that run no notebook: what every commit passes"
+	@echo "make lint        form and lint of the code (ruff)"
+	@echo "make types       types of adapter_checks (mypy)"
 	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson); those whose code"
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
+	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
 	@echo "For instructors (classroom/README.md), with nbgrader, which the first of these installs:"
 	@echo "make classroom   stage the lessons as assignments, and pack the hand-out (ONLY=01 for one lesson)"
 	@echo "make grade       SUBMISSIONS=folder or zip, to classroom/staging/scores.csv and report.md (OPTIONS=...)"
@@ -59,7 +62,16 @@ lab: $(STAMP)
 
 test: check test-notebooks
 
-check: $(STAMP)
+check: lint types test-code
+
+lint: $(STAMP)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+types: $(STAMP)
+	$(RUN) -m mypy --config-file adapter_checks/pyproject.toml adapter_checks/src
+
+test-code: $(STAMP)
 	$(PYTEST)
 
 test-notebooks: $(STAMP)
@@ -101,3 +113,6 @@ lock: $(STAMP)
 	cat requirements.txt requirements-instructor.txt | grep -v '^-[cr]' | UV_CUSTOM_COMPILE_COMMAND="make lock" \
 		$(RUN) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 		--no-emit-package course-utils --no-emit-package adapter-checks $(OPTIONS) --output-file constraints.txt -
+
+newest:
+	"$(PYTHON)" -m tools.newest

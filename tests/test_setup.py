@@ -9,6 +9,7 @@ import tomllib
 import warnings
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from tools.build import ROOT
@@ -17,6 +18,7 @@ from tools.check_python import OLDEST, complaint
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 INSTRUCTOR = (ROOT / "requirements-instructor.txt").read_text(encoding="utf-8")
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 SET_UP = ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "adapter_checks/pyproject.toml")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -184,6 +186,9 @@ def test_test_runs_the_checks_and_every_notebook_of_both_editions(checkout):
     assert make("test", "PYTHON=./python", folder=checkout)[0] == 0
     runs = checkout / "runs" / "testing"
     assert calls(checkout) == [
+        "||-m ruff check",
+        "||-m ruff format --check",
+        "||-m mypy --config-file adapter_checks/pyproject.toml adapter_checks/src",
         "||-m pytest -n 2 --dist loadfile",
         f"|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 notebooks",
         f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 solutions",
@@ -221,7 +226,45 @@ def goals():
 
 def test_every_goal_of_make_is_explained():
     said = make("help")[1]
-    assert goals() - set(re.findall(r"make ([\w-]+)", said)) == {"help", "setup", "test-notebooks"}
+    assert goals() - set(re.findall(r"make ([\w-]+)", said)) == {"help", "setup", "test-code", "test-notebooks"}
+
+
+# What GitHub and git run
+
+
+def runnable(command):
+    """Is `command` a call of make with goals that it has, or a script of the checkout?"""
+    first, *rest = command.split()
+    if first != "make":
+        return os.access(ROOT / first, os.X_OK)
+    return {word for word in rest if "=" not in word} <= goals()
+
+
+def test_every_step_of_a_workflow_is_a_goal_of_make_or_a_script():
+    steps = [
+        step
+        for path in WORKFLOWS
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+        for step in job["steps"]
+    ]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert {".ci/run", "make newest"} <= set(commands)
+    assert [command for command in commands if not runnable(command)] == []
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_the_workflow_checks_every_system_from_the_oldest_python_on():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text(encoding="utf-8"))["jobs"]
+    matrix = jobs["check"]["strategy"]["matrix"]
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    assert matrix["python"] == [f"{OLDEST[0]}.{OLDEST[1] + later}" for later in range(len(matrix["python"]))]
+
+
+def test_every_hook_is_a_goal_of_make_or_git_itself():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    entries = [hook["entry"] for repository in hooks for hook in repository["hooks"]]
+    assert [entry for entry in entries if not entry.startswith("git ") and not runnable(entry)] == []
+    assert {"make lint", "make check"} <= set(entries)
 
 
 # What is pinned
@@ -265,6 +308,7 @@ def test_constraints_are_portable_and_agree_with_the_requirements():
         assert constraints.get(pin.name) == [pin], f"{pin.name} is not what constraints.txt holds: run make lock"
 
 
+@pytest.mark.pinned
 def test_the_installed_versions_are_the_pinned_ones():
     from importlib.metadata import PackageNotFoundError, version
 
@@ -305,6 +349,8 @@ def test_no_file_of_the_set_up_names_a_host():
         ".ci/run",
         "requirements-instructor.txt",
         "classroom/Dockerfile",
+        ".pre-commit-config.yaml",
+        *(path.relative_to(ROOT) for path in WORKFLOWS),
     ):
         assert "://" not in (ROOT / name).read_text(encoding="utf-8"), name
 
