@@ -1,5 +1,6 @@
 """Stage the lessons as nbgrader's assignments, and pack what learners get."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from adapter_checks.errors import InputError
 from tools import build, editions
 
 HERE = Path(__file__).resolve().parent
-# What a learner needs. Not in it: lessons/, solutions/ and tests/, which hold the answers.
+# What a learner needs. Not in it: lessons/, solutions/, tests/ and docs/template/, which hold answers.
 HANDED_OUT = (
     "course_utils",
+    "adapter_checks/README.md",
+    "adapter_checks/pyproject.toml",
+    "adapter_checks/src",
     "models",
     "data",
     "experiments/results",
     "images",
-    "docs",
+    "docs/*.md",
     "tools/check_python.py",
     "tools/lab.py",
     "Makefile",
@@ -60,10 +64,9 @@ def pack(course, root=build.ROOT):
 
 
 def _files(root):
-    for name in HANDED_OUT:
-        path = Path(root, name)
+    for path in (path for name in HANDED_OUT for path in sorted(Path(root).glob(name))):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        yield from (file for file in found if file.is_file() and "__pycache__" not in file.parts)
+        yield from (file for file in found if file.is_file() and not re.search(r"__pycache__|\.egg-info$", file.parent.name))
 
 
 def _with_outputs(notebook, built):

@@ -842,8 +842,10 @@ def test_the_hand_out_has_what_a_learner_needs_and_no_answer(real):
     with zipfile.ZipFile(path) as archive:
         names = [name.removeprefix("lora-course/") for name in archive.namelist()]
         notebooks = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".ipynb")}
-    assert not [name for name in names if name.startswith(("lessons/", "solutions/", "tests/", "classroom/", "runs/"))]
+    assert not [name for name in names if re.match("(lessons|solutions|tests|classroom|runs|docs/template)/", name)]
+    installed = re.findall(r"^-e \./(\S+)", (build.ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
     for needed in (
+        *(f"{package}/pyproject.toml" for package in installed),
         "README.md",
         "Makefile",
         "requirements.txt",
@@ -896,9 +898,9 @@ def test_lesson_1_is_graded_on_the_real_model(real, tmp_path):
 GUIDE = (build.ROOT / "classroom" / "README.md").read_text(encoding="utf-8")
 
 
-def block(heading, language):
-    """Return the first fenced block of `language` below the guide's `heading`."""
-    below = GUIDE.split(f"\n{heading}\n", 1)[1]
+def block(heading, language, text=GUIDE):
+    """Return the first fenced block of `language` below `heading`."""
+    below = text.split(f"\n{heading}\n", 1)[1]
     return re.search(rf"^```{language}\n(.*?)^```", below, re.MULTILINE | re.DOTALL)[1]
 
 
@@ -947,14 +949,15 @@ def test_the_dockerfile_copies_what_is_there_and_what_is_installed():
 
 
 @slow
-def test_a_lesson_07_is_added_by_the_guides_commands(tmp_path):
-    """A copy of the checkout, in which the guide's own lines are run as they stand."""
+def test_a_lesson_is_added_by_the_commands_of_contributing(tmp_path):
+    """A copy of the checkout, in which CONTRIBUTING's own lines are run as they stand."""
     root = tmp_path / "course"
     for name in (
         "lessons",
         "notebooks",
         "solutions",
         "course_utils",
+        "adapter_checks",
         "tools",
         "tests",
         "classroom",
@@ -984,7 +987,7 @@ def test_a_lesson_07_is_added_by_the_guides_commands(tmp_path):
         name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TEST_", "PYTEST"))
     }
     done = subprocess.run(
-        ["bash", "-e", "-x", "-c", block("## Add a lesson of your own", "bash")],
+        ["bash", "-e", "-x", "-c", block("## Add a lesson", "bash", CONTRIBUTING)],
         cwd=root,
         text=True,
         env={**kept, "PYTHONPATH": str(root)},
@@ -992,8 +995,8 @@ def test_a_lesson_07_is_added_by_the_guides_commands(tmp_path):
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "[07 Ask one question](notebooks/07_new_lesson.ipynb)" in (root / "README.md").read_text(encoding="utf-8")
-    notebook = nbformat.read(root / "notebooks" / "07_new_lesson.ipynb", as_version=4)
+    assert "[99 Ask one question](notebooks/99_new_lesson.ipynb)" in (root / "README.md").read_text(encoding="utf-8")
+    notebook = nbformat.read(root / "notebooks" / "99_new_lesson.ipynb", as_version=4)
     assert "TODO · What fraction?" in str(notebook.cells)
 
 
