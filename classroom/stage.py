@@ -66,7 +66,9 @@ def pack(course, root=build.ROOT):
 def _files(root):
     for path in (path for name in HANDED_OUT for path in sorted(Path(root).glob(name))):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        yield from (file for file in found if file.is_file() and not re.search(r"__pycache__|\.egg-info$", file.parent.name))
+        yield from (
+            file for file in found if file.is_file() and not re.search(r"__pycache__|\.egg-info$", file.parent.name)
+        )
 
 
 def _with_outputs(notebook, built):

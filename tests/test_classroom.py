@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -896,12 +897,13 @@ def test_lesson_1_is_graded_on_the_real_model(real, tmp_path):
 # The guide and what goes with it ----------------------------------------------------------------------------------
 
 GUIDE = (build.ROOT / "classroom" / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (build.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def block(heading, language, text=GUIDE):
     """Return the first fenced block of `language` below `heading`."""
     below = text.split(f"\n{heading}\n", 1)[1]
-    return re.search(rf"^```{language}\n(.*?)^```", below, re.MULTILINE | re.DOTALL)[1]
+    return textwrap.dedent(re.search(rf"^ *```{language}\n(.*?)^ *```", below, re.MULTILINE | re.DOTALL)[1])
 
 
 def test_the_guides_table_has_every_lesson_with_its_minutes():

@@ -267,6 +267,24 @@ def test_every_hook_is_a_goal_of_make_or_git_itself():
     assert {"make lint", "make check"} <= set(entries)
 
 
+# What a release carries
+
+
+def test_the_newest_release_of_the_changelog_is_the_packages_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)", text, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(PYPROJECT['project']['version'])}\] - \d{{4}}-\d\d-\d\d", headings[1])
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", ".github/pull_request_template.md", "README.md"])
+def test_a_page_names_goals_of_make_and_files_that_are_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= goals()
+    links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
+    assert [link for link in links if link and not (ROOT / link).exists()] == []
+
+
 # What is pinned
 
 
