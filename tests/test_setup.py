@@ -87,6 +87,8 @@ def test_the_oldest_python_is_the_same_everywhere():
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with spaces and accents, whose Python only notes what it was asked to do."""
+    if os.name == "nt":
+        pytest.skip("a shell script stands in for Python")
     folder = tmp_path / "un été là-bas"
     (folder / "tools").mkdir(parents=True)
     (folder / "adapter_checks").mkdir()
