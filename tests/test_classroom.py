@@ -969,6 +969,9 @@ def test_a_lesson_is_added_by_the_commands_of_contributing(tmp_path):
         shutil.copytree(build.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "staging"))
     for name in (
         "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
         "LICENSE",
         "Makefile",
         "pyproject.toml",

@@ -76,9 +76,7 @@ def test_a_failed_test_is_in_the_summary_and_in_the_exit_status(checkout):
     assert re.search(r"\| peft \| [\d.]+ \| 99 \|", summary) and "- `FAILED tests/test_a.py::test_b`" in summary
     (_, _), (command, environment) = checkout.commands
     assert command == "make" and environment == {"PYTEST_ADDOPTS": "-m 'not pinned'"}
-    assert (checkout.root / "build" / "newest" / ".installed").read_text() == str(checkout.root), (
-        "make installs nothing"
-    )
+    assert (checkout.root / "runs" / "newest" / ".installed").read_text() == str(checkout.root), "make installs nothing"
 
 
 def test_libraries_that_do_not_go_together_are_a_failure(checkout):

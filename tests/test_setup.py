@@ -280,11 +280,9 @@ def test_the_newest_release_of_the_changelog_is_the_packages_version():
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", ".github/pull_request_template.md", "README.md"])
-def test_a_page_names_goals_of_make_and_files_that_are_there(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert set(re.findall(r"`make ([\w-]+)", text)) <= goals()
-    links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
-    assert [link for link in links if link and not (ROOT / link).exists()] == []
+def test_a_page_names_goals_that_make_has(name):
+    named = set(re.findall(r"`make ([\w-]+)", (ROOT / name).read_text(encoding="utf-8")))
+    assert named and named <= goals()
 
 
 # What is pinned

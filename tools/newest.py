@@ -2,7 +2,7 @@
 
     make newest
 
-The libraries go into an environment of their own, build/newest, made anew each time. The report is Markdown; it is
+The libraries go into an environment of their own, runs/newest, made anew each time. The report is Markdown; it is
 also written to the job's summary page where there is one ($GITHUB_STEP_SUMMARY). The exit status is that of the tests.
 Runs on a bare Python: nothing of the course need be installed.
 """
@@ -79,7 +79,7 @@ def run(command, **environment):
 
 def main():
     """Install, run the tests and write the report. Returns an exit status."""
-    folder = ROOT / "build" / "newest"
+    folder = ROOT / "runs" / "newest"
     venv.create(folder, clear=True, with_pip=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     requirements = folder / "requirements.txt"
@@ -92,7 +92,7 @@ def main():
         )  # what make sees as an environment that is ready
         listing = subprocess.check_output([str(python), "-m", "pip", "list", "--format=json"], text=True)
         changes = changed((ROOT / "constraints.txt").read_text(encoding="utf-8"), json.loads(listing))
-        command = ["make", "--keep-going", *TARGETS, "VENV=build/newest"]
+        command = ["make", "--keep-going", *TARGETS, "VENV=runs/newest"]
         status, output = run(command, PYTEST_ADDOPTS="-m 'not pinned'")
         failures = broken(output)
     text = report(changes, failures)
