@@ -514,7 +514,7 @@ def test_only_the_positions_that_are_named_count():
 
 
 def test_base_changed_in_place_is_no_reference(saved):
-    """The break-it of lesson 1: 'base and tuned give the same output'."""
+    """'Base and tuned give the same output': the base was kept as a reference, and PEFT changed it in place."""
     base = make_base()
     tuned = PeftModel.from_pretrained(base, saved / "one")
     assert torch.equal(output(base), output(tuned))

@@ -286,7 +286,7 @@ def test_what_is_no_model_config_is_named(config):
         counting.count_lora_parameters(config, lora(target_modules=["q_proj"]))
 
 
-def test_config_that_no_model_fits_is_a_course_error():
+def test_a_config_that_no_model_fits_is_refused():
     config = make_config("Bert")
     config.hidden_size = 65
     with pytest.raises(InputError, match="No model can be built from this BertConfig"):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from adapter_checks import MergedReport, check_merged_folder, merged_folder, merging
+from adapter_checks.bitsandbytes_workarounds import quiet_imports
+from adapter_checks.generation import generate
 from adapter_checks.merged_folder import local_folder
-from course_utils import evaluation, runtime
 from tiny_models import make_tiny_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -413,7 +414,7 @@ def test_merged_into_a_dequantised_base(damage, code, dtype, root, tiny_tokenize
 @pytest.mark.parametrize("forward_first", [False, True])
 def test_merged_after_a_4_bit_forward(forward_first, root, tiny_tokenizer, tmp_path):
     """The real thing: where the processor has AVX512-BF16, an eval forward leaves weights that are dequantised wrongly."""
-    runtime.quiet_imports()
+    quiet_imports()
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 
@@ -432,7 +433,7 @@ def test_merged_after_a_4_bit_forward(forward_first, root, tiny_tokenizer, tmp_p
 
 
 def test_a_quantised_merged_model_is_not_compared(root, tiny_tokenizer, tmp_path):
-    runtime.quiet_imports()
+    quiet_imports()
     from transformers import BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -594,7 +595,7 @@ def rows(root):
     """Prompts with the adapter's own answers as the right ones."""
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
     prompts = [[{"role": "user", "content": f"word {i}"}] for i in range(8)]
-    answers = evaluation.generate(load(root, "one"), tokenizer, prompts)
+    answers = generate(load(root, "one"), tokenizer, prompts)
     return [
         {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
         for prompt, answer in zip(prompts, answers, strict=True)

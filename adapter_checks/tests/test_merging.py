@@ -329,8 +329,7 @@ SERVER = """
     import torch, transformers, peft, psutil, safetensors.torch
     from transformers import LlamaForCausalLM
     from adapter_checks import merging
-    from course_utils import runtime
-    runtime.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
     def status(field):
         lines = open("/proc/self/status").read().splitlines()

@@ -12,17 +12,19 @@ import warnings
 import pytest
 import torch
 
-from adapter_checks import InputError
+from adapter_checks import InputError, check_quantised, check_quantization_config
+from adapter_checks.bitsandbytes_workarounds import quiet_imports, quiet_int8, stop_repacking
 from adapter_checks.comparison import MERGE_ATOL
 from adapter_checks.names import plain_name
 from adapter_checks.quantised import read_back
-from course_utils import data, runtime, validation
+from tiny_models import CPU_TRAINING
 
-runtime.quiet_imports()
+quiet_imports()
 
 import bitsandbytes
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from trl import SFTConfig, SFTTrainer
@@ -96,7 +98,7 @@ def evaluate(model):
 def test_an_eval_forward_cuts_gradients_and_spoils_weights_unless_it_is_stopped(helped, tiny_model_folder):
     model = load(tiny_model_folder)
     if helped:
-        assert runtime.stop_repacking(model) is model
+        assert stop_repacking(model) is model
     torch.manual_seed(0)
     model = get_peft_model(model, lora())
     for name, weight in model.named_parameters():
@@ -127,15 +129,15 @@ def test_a_repacked_model_is_refused(tiny_model_folder):
     model = load(tiny_model_folder)
     plant_repacking(layers_of(model)["model.layers.1.mlp.up_proj"])
     with pytest.raises(InputError, match="1 of 14 4-bit layers.*model.layers.1.mlp.up_proj.*afresh"):
-        runtime.stop_repacking(model)
+        stop_repacking(model)
 
 
 def test_models_without_4_bit_layers_are_left_alone(tiny_model, tiny_model_folder):
     before = copy.deepcopy(tiny_model.state_dict())
-    assert runtime.stop_repacking(tiny_model) is tiny_model and all(
+    assert stop_repacking(tiny_model) is tiny_model and all(
         torch.equal(before[name], weight) for name, weight in tiny_model.state_dict().items()
     )
-    assert runtime.stop_repacking(load(tiny_model_folder, BitsAndBytesConfig(load_in_8bit=True)))
+    assert stop_repacking(load(tiny_model_folder, BitsAndBytesConfig(load_in_8bit=True)))
 
 
 @pytest.mark.parametrize("inputs, outputs", [(96, 64), (64, 48), (101, 64)])
@@ -149,17 +151,9 @@ def test_sizes_that_the_kernel_refuses_work_when_it_is_stopped(inputs, outputs):
     if has_avx512bf16():
         with pytest.raises((RuntimeError, AssertionError)), torch.no_grad():
             copy.deepcopy(model)(x)
-    runtime.stop_repacking(model)
+    stop_repacking(model)
     with torch.no_grad():
         assert torch.allclose(model(x), x @ read(model)["0"].T, atol=1e-5)
-
-
-def test_every_4_bit_model_of_the_course_is_kept_from_repacking():
-    """Whoever loads in 4 bits in a lesson or a sweep calls the helper, and so does this file's road."""
-    root = runtime.project_root()
-    for path in [*(root / "lessons").glob("*.py"), *(root / "experiments").glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        assert "load_in_4bit=True" not in text or "runtime.stop_repacking(" in text, path.name
 
 
 # ---------------------------------------------------------------------------------------------- the notice of int8
@@ -176,7 +170,7 @@ def test_the_notice_of_int8_is_hidden_and_nothing_else(tiny_model_folder):
         evaluate(model)
         assert len(seen) == 14 and all("cast from torch.float32 to float16" in line for line in seen)
         seen.clear()
-        runtime.quiet_int8()
+        quiet_int8()
         evaluate(model)
         logger.warning("MatMul8bitLt: something else")
         assert seen == ["MatMul8bitLt: something else"]
@@ -194,29 +188,29 @@ def test_a_healthy_model(tiny_model_folder):
         (four_bit(bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="fp4"), "FP4"),
         (BitsAndBytesConfig(load_in_8bit=True), "int8"),
     ):
-        model = runtime.stop_repacking(load(tiny_model_folder, settings))
-        runtime.quiet_int8()
+        model = stop_repacking(load(tiny_model_folder, settings))
+        quiet_int8()
         evaluate(model)
-        report = validation.check_quantised(model, tiny_model_folder)
+        report = check_quantised(model, tiny_model_folder)
         assert report.ok and report.codes == [], report
         assert f"14 layers are quantised ({kind})" in text(report) and "14 weights are those of the base" in text(
             report
         )
-        assert validation.check_quantised(get_peft_model(model, lora()), tiny_model_folder).codes == []
+        assert check_quantised(get_peft_model(model, lora()), tiny_model_folder).codes == []
 
 
 def test_a_base_in_bf16_is_compared_in_bf16(tiny_model_folder):
-    model = runtime.stop_repacking(load(tiny_model_folder, dtype=torch.bfloat16))
-    assert validation.check_quantised(model, tiny_model_folder).codes == []
+    model = stop_repacking(load(tiny_model_folder, dtype=torch.bfloat16))
+    assert check_quantised(model, tiny_model_folder).codes == []
 
 
 @avx512bf16
 def test_a_model_that_will_be_repacked_and_one_that_was(tiny_model_folder):
     model = load(tiny_model_folder)
-    report = validation.check_quantised(model)
+    report = check_quantised(model)
     assert report.ok and report.codes == ["will_be_repacked"]
     evaluate(model)
-    report = validation.check_quantised(model, tiny_model_folder)
+    report = check_quantised(model, tiny_model_folder)
     assert (
         not report.ok
         and report.codes[0] == "repacked"
@@ -227,9 +221,9 @@ def test_a_model_that_will_be_repacked_and_one_that_was(tiny_model_folder):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_planted_repacking_is_found(double, tiny_model_folder):
-    model = runtime.stop_repacking(load(tiny_model_folder, four_bit(bnb_4bit_use_double_quant=double)))
+    model = stop_repacking(load(tiny_model_folder, four_bit(bnb_4bit_use_double_quant=double)))
     plant_repacking(layers_of(model)["model.layers.0.self_attn.k_proj"])
-    report = validation.check_quantised(get_peft_model(model, lora()), tiny_model_folder)
+    report = check_quantised(get_peft_model(model, lora()), tiny_model_folder)
     assert (
         report.codes == ["repacked"] and "1 of 14" in text(report) and "model.layers.0.self_attn.k_proj" in text(report)
     )
@@ -242,42 +236,42 @@ def test_what_was_saved_after_repacking_is_found(double, codes, tiny_model_folde
     for layer in layers_of(model).values():
         plant_repacking(layer)
     model.save_pretrained(tmp_path / "saved")
-    back = runtime.stop_repacking(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
-    report = validation.check_quantised(back, tiny_model_folder)
+    back = stop_repacking(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    report = check_quantised(back, tiny_model_folder)
     assert report.codes == codes, report
-    assert validation.check_quantised(back).codes == [], "without the base there is nothing to compare with"
+    assert check_quantised(back).codes == [], "without the base there is nothing to compare with"
 
 
 def test_a_changed_weight_and_another_base_are_found(tiny_model_folder, tiny_model):
-    model = runtime.stop_repacking(load(tiny_model_folder))
+    model = stop_repacking(load(tiny_model_folder))
     weight = layers_of(model)["model.layers.1.mlp.down_proj"].weight
     weight.data = weight.data.flip(0)
-    report = validation.check_quantised(model, tiny_model_folder)
+    report = check_quantised(model, tiny_model_folder)
     assert report.codes == ["damaged"] and "1 of 14" in text(report) and "model.layers.1.mlp.down_proj" in text(report)
     other = copy.deepcopy(tiny_model)
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
-    assert validation.check_quantised(runtime.stop_repacking(load(tiny_model_folder)), other).codes == ["damaged"]
+    assert check_quantised(stop_repacking(load(tiny_model_folder)), other).codes == ["damaged"]
 
 
 def test_gpt2s_layers_that_lie_on_their_side_are_compared_upright(tmp_path):
     config = GPT2Config(vocab_size=90, n_embd=64, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    model = runtime.stop_repacking(load(tmp_path / "gpt2"))
-    report = validation.check_quantised(model, tmp_path / "gpt2")
+    model = stop_repacking(load(tmp_path / "gpt2"))
+    report = check_quantised(model, tmp_path / "gpt2")
     assert report.codes == [] and "4 weights are those of the base" in text(report)
 
 
 def test_a_merge_into_4_bits_is_announced_and_found(tiny_model_folder):
     torch.manual_seed(0)
-    model = get_peft_model(runtime.stop_repacking(load(tiny_model_folder)), lora())
+    model = get_peft_model(stop_repacking(load(tiny_model_folder)), lora())
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    assert "would merge into the quantised weights" in text(validation.check_quantised(model))
+    assert "would merge into the quantised weights" in text(check_quantised(model))
     with warnings.catch_warnings(action="ignore"):
         model.merge_adapter()
-    report = validation.check_quantised(model, tiny_model_folder)
+    report = check_quantised(model, tiny_model_folder)
     assert (
         "merged_into_quantised" in report.codes
         and "14 quantised layers" in text(report)
@@ -285,23 +279,21 @@ def test_a_merge_into_4_bits_is_announced_and_found(tiny_model_folder):
     )
     with warnings.catch_warnings(action="ignore"):
         merged = model.merge_and_unload()
-    assert validation.check_quantised(merged, tiny_model_folder).codes == ["damaged"]
+    assert check_quantised(merged, tiny_model_folder).codes == ["damaged"]
 
 
 @pytest.mark.parametrize(
     "thing, code", [(None, "bad_argument"), ("model", "bad_argument"), (torch.nn.Linear(4, 4), "not_quantised")]
 )
 def test_what_is_no_quantised_model_gets_a_sentence(thing, code):
-    assert validation.check_quantised(thing).codes == [code]
+    assert check_quantised(thing).codes == [code]
 
 
 @pytest.mark.parametrize("original", [3, "no/such/folder"])
 def test_an_original_that_is_none_gets_a_sentence(original, tiny_model_folder):
-    report = validation.check_quantised(runtime.stop_repacking(load(tiny_model_folder)), original)
+    report = check_quantised(stop_repacking(load(tiny_model_folder)), original)
     assert report.codes == ["bad_argument"] and "original_base" in text(report)
-    assert validation.check_quantised(runtime.stop_repacking(load(tiny_model_folder)), torch.nn.Linear(4, 4)).codes == [
-        "not_compared"
-    ]
+    assert check_quantised(stop_repacking(load(tiny_model_folder)), torch.nn.Linear(4, 4)).codes == ["not_compared"]
 
 
 # ---------------------------------------------------------------------------------------------- check_quantization_config
@@ -323,7 +315,7 @@ def test_settings(settings, codes, said, tiny_model):
     for name, value in settings.items():
         setattr(given, name, value)
     for model in (tiny_model, tiny_model.config):
-        report = validation.check_quantization_config(model, given)
+        report = check_quantization_config(model, given)
         assert report.codes == codes and said in text(report), report
 
 
@@ -341,30 +333,30 @@ def test_sizes_that_some_processors_refuse_are_named(hidden, odd):
     config = LlamaConfig(
         vocab_size=90, hidden_size=hidden, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2
     )
-    report = validation.check_quantization_config(config, four_bit())
+    report = check_quantization_config(config, four_bit())
     assert report.ok and report.codes == (["odd_size"] if odd else []), report
     if odd:
         assert f"{odd} layers" in text(report) and "(96 → 96)" in text(report) and "stop_repacking" in text(report)
-    assert validation.check_quantization_config(config, BitsAndBytesConfig(load_in_8bit=True)).codes == []
+    assert check_quantization_config(config, BitsAndBytesConfig(load_in_8bit=True)).codes == []
 
 
 def test_a_missing_package_and_a_missing_build_get_a_sentence(tiny_model, monkeypatch):
     from bitsandbytes import cextension
 
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("planted"))
-    report = validation.check_quantization_config(tiny_model, four_bit())
+    report = check_quantization_config(tiny_model, four_bit())
     assert report.ok and report.codes == ["no_build"] and "plain PyTorch" in text(report)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    report = validation.check_quantization_config(tiny_model, four_bit())
+    report = check_quantization_config(tiny_model, four_bit())
     assert not report.ok and report.codes == ["no_build"] and "python -m bitsandbytes" in text(report)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    report = validation.check_quantization_config(tiny_model, four_bit())
+    report = check_quantization_config(tiny_model, four_bit())
     assert report.codes == ["not_installed"] and "requirements.txt" in text(report)
 
 
 @pytest.mark.parametrize("model, settings", [(None, None), ("x", four_bit()), (LlamaConfig(), {"load_in_4bit": True})])
 def test_wrong_arguments_get_a_sentence(model, settings):
-    assert validation.check_quantization_config(model, settings).codes == ["bad_argument"]
+    assert check_quantization_config(model, settings).codes == ["bad_argument"]
 
 
 # ---------------------------------------------------------------------------------------------- the whole road
@@ -378,10 +370,14 @@ def walk(folder, tokenizer, output_dir, helped=True):
     """
     model = load(folder)
     if helped:
-        runtime.stop_repacking(model)
+        stop_repacking(model)
     weights = read(model)
     evaluate(model)  # the score before
-    rows = data.load_task("mood", "train").select(range(24)).select_columns(["prompt", "completion"])
+    rows = Dataset.from_list([
+        {"prompt": [{"role": "user", "content": f"Is {number} odd or even?"}],
+         "completion": [{"role": "assistant", "content": ("even", "odd")[number % 2]}]}
+        for number in range(24)
+    ])  # fmt: skip
     trainer = SFTTrainer(
         model,
         SFTConfig(
@@ -394,7 +390,7 @@ def walk(folder, tokenizer, output_dir, helped=True):
             save_strategy="no",
             eval_strategy="steps",
             eval_steps=3,
-            **runtime.trainer_settings(),
+            **CPU_TRAINING,
         ),
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
@@ -405,7 +401,7 @@ def walk(folder, tokenizer, output_dir, helped=True):
     trainer.train()
     model = trainer.model
     trained = evaluate(model)
-    fresh = in_float32(get_peft_model(runtime.stop_repacking(load(folder)), lora()))
+    fresh = in_float32(get_peft_model(stop_repacking(load(folder)), lora()))
     fresh.load_state_dict({name: weight for name, weight in model.named_parameters() if "lora_" in name}, strict=False)
     healthy, found = gradients(fresh), gradients(model)
     same_gradients = all(torch.allclose(healthy[name], found[name], rtol=1e-4, atol=1e-6) for name in healthy)
@@ -456,12 +452,12 @@ def test_the_road_goes_wrong_without_the_helper_on_this_processor(road_folder, t
 
 def test_the_dequantised_route_of_the_libraries_is_the_road_by_hand(road_folder):
     torch.manual_seed(0)
-    trained = get_peft_model(runtime.stop_repacking(load(road_folder)), lora())
+    trained = get_peft_model(stop_repacking(load(road_folder)), lora())
     for name, weight in trained.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     adapter = {name: weight.detach().clone() for name, weight in trained.named_parameters() if "lora_" in name}
-    dequantised = get_peft_model(runtime.stop_repacking(load(road_folder)).dequantize(), lora())
+    dequantised = get_peft_model(stop_repacking(load(road_folder)).dequantize(), lora())
     dequantised.load_state_dict(adapter, strict=False)
     merged = dequantised.merge_and_unload()
     assert not layers_of(merged) and isinstance(merged.model.layers[0].mlp.up_proj, torch.nn.Linear)

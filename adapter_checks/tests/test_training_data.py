@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 from trl import SFTConfig, SFTTrainer
 
 from adapter_checks import check_lora_config, check_sft_data, check_supervision, check_training
-from course_utils import runtime
-from tiny_models import make_tiny_model, make_tiny_tokenizer
+from adapter_checks.bitsandbytes_workarounds import quiet_imports
+from tiny_models import CPU_TRAINING, make_tiny_model, make_tiny_tokenizer
 
-runtime.quiet_imports()
+quiet_imports()
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -33,7 +33,7 @@ def lora(**changes):
 
 
 def settings(folder, **changes):
-    usual = runtime.trainer_settings() | {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    usual = CPU_TRAINING | {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     return {"output_dir": str(folder), **usual, "lr_scheduler_type": "constant", "save_strategy": "no", **changes}
 
 

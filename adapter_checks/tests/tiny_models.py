@@ -2,6 +2,16 @@
 
 import pytest
 
+# For TrainingArguments and SFTConfig; TRL's own defaults, bf16 and activation checkpointing, are for a GPU.
+CPU_TRAINING = {
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' }}"
@@ -28,7 +38,7 @@ def make_tiny_tokenizer():
 
 
 def make_tiny_model(tokenizer, seed=0):
-    """A random two-layer Llama, every linear dimension a multiple of 64 as in the shipped one."""
+    """A random two-layer Llama, every linear dimension a multiple of 64, as kernels want it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
