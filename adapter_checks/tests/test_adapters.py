@@ -827,7 +827,7 @@ def test_config_that_peft_refuses(folder):
     reconfigure(folder, target_modules=".*(", r=4)
     assert not check_adapter_folder(folder, make_base()).ok
     reconfigure(folder, target_modules=["q_proj", "v_proj"], r="four")
-    assert check_adapter_folder(folder).codes == ["rank_mismatch"]
+    assert check_adapter_folder(folder).codes == ["bad_config"]
 
 
 def test_other_methods_are_checked_for_safety_only(tmp_path):

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from adapter_checks import check_adapter_folder, check_adapters, check_lora_config
-from adapter_checks.initialisation import taken_out
+from adapter_checks.initialisation import subtracted_initialisation
 
 
 def make_base(dtype=torch.float32):
@@ -99,11 +99,13 @@ def test_also_in_bfloat16(start):
 def test_another_change_is_not_called_a_start():
     torch.manual_seed(2)
     weight = torch.randn(20, 12)
-    assert taken_out(weight, torch.randn(20, 12)) is None
-    assert taken_out(weight, torch.randn(20, 2) @ torch.randn(2, 12)) is None
+    assert subtracted_initialisation(weight, torch.randn(20, 12)) is None
+    assert subtracted_initialisation(weight, torch.randn(20, 2) @ torch.randn(2, 12)) is None
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    assert taken_out(weight, U[:, -2:] * S[-2:] @ Vh[-2:]) is None, "the smallest directions are no start"
-    assert taken_out(weight, U[:, :2] * S[:2] @ Vh[:2]) == "PiSSA of rank 2"
+    assert subtracted_initialisation(weight, U[:, -2:] * S[-2:] @ Vh[-2:]) is None, (
+        "the smallest directions are no start"
+    )
+    assert subtracted_initialisation(weight, U[:, :2] * S[:2] @ Vh[:2]) == "PiSSA of rank 2"
 
 
 def test_unloaded_base_is_found_with_no_adapter_left(start):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from adapter_checks import MergedReport, check_merged_folder, merged_folder, merging
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.generation import generate
-from adapter_checks.merged_folder import local_folder
+from adapter_checks.model_folder import SAFE_FILES, local_folder
 from tiny_models import make_tiny_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -738,4 +738,4 @@ def test_a_hub_id_is_fetched_without_its_pickles(root, healthy, tmp_path, monkey
         assert check_merged_folder("someone/model", tmp_path / "one", healthy).codes == codes
     report = check_merged_folder("someone/model", root / "one", "someone/else")
     assert report.codes == ["no_folder"] and "someone/else" in str(report) and "offline" in str(report)
-    assert tuple(asked[0][1]) == merged_folder.SAFE_FILES
+    assert tuple(asked[0][1]) == SAFE_FILES

@@ -16,7 +16,7 @@ from adapter_checks import InputError, check_quantised, check_quantization_confi
 from adapter_checks.bitsandbytes_workarounds import quiet_imports, quiet_int8, stop_repacking
 from adapter_checks.comparison import MERGE_ATOL
 from adapter_checks.names import plain_name
-from adapter_checks.quantised import read_back
+from adapter_checks.quantised import dequantised
 from tiny_models import CPU_TRAINING
 
 quiet_imports()
@@ -412,7 +412,7 @@ def walk(folder, tokenizer, output_dir, helped=True):
     )
     for name, layer in layers_of(model).items():  # into the dequantised weights, by hand
         change = model.get_submodule(name.removesuffix(".base_layer")).get_delta_weight("default").detach()
-        merged.get_submodule(plain_name(name)).weight.data = read_back(layer).float() + change
+        merged.get_submodule(plain_name(name)).weight.data = dequantised(layer).float() + change
     return (evaluate(merged) - trained).abs().max().item(), same_weights, same_gradients
 
 

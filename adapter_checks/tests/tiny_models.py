@@ -75,3 +75,32 @@ def tiny_model_folder(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_tiny_adapter(model, seed=1, **changes):
+    """A LoRA adapter on all linear layers that changes the output, as if it had been trained; `model` is wrapped."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes
+    adapted = get_peft_model(model, LoraConfig(**config))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return adapted.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tiny_tokenizer, tmp_path_factory):
+    """A folder with `base`, `adapter` and `merged`: a healthy set. Tests copy what they spoil."""
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("tiny folders")
+    make_tiny_model(tiny_tokenizer).save_pretrained(root / "base")
+    adapted = make_tiny_adapter(AutoModelForCausalLM.from_pretrained(root / "base"))
+    adapted.save_pretrained(root / "adapter")
+    adapted.merge_and_unload().save_pretrained(root / "merged")
+    for folder in ("base", "merged"):
+        tiny_tokenizer.save_pretrained(root / folder)
+    return root

@@ -26,6 +26,8 @@ from adapter_checks.report import Finding, Report
 from adapter_checks.training import check_lora_config, check_training
 from adapter_checks.training_data import check_sft_data, check_supervision
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Comparison",
     "Finding",

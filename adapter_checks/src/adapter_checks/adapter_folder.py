@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from adapter_checks.adapter_config import CONFIG, HEADS, read_adapter_config
 from adapter_checks.base_shapes import check_fit
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
-from adapter_checks.report import Report, never_raises, some
+from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.safetensors_header import read_safetensors_header
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # What a Trainer leaves in its checkpoints; PEFT does not read these, but Trainer's resume does.
 _TRAINER_STATE = re.compile(r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth")
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(\.\w+)*)$")
 
 
 @never_raises("Adapter's folder")
-def check_adapter_folder(folder, base=None) -> Report:
+def check_adapter_folder(
+    folder: str | os.PathLike[str], base: torch.nn.Module | PreTrainedConfig | str | os.PathLike[str] | None = None
+) -> Report:
     """Look at an adapter on disk before any library loads it.
 
     folder  what is given to PeftModel.from_pretrained: holds adapter_config.json and adapter_model.safetensors
@@ -33,13 +40,13 @@ def check_adapter_folder(folder, base=None) -> Report:
     other methods for completeness and safety only.
     """
     report = Report("Adapter's folder")
-    folder = _existing_folder(report, folder)
-    if folder is None:
+    path = _existing_folder(report, folder)
+    if path is None:
         return report
-    report.title = f"Adapter's folder {folder.name}"
-    _check_files(report, folder)
-    config = _read_config(report, folder)
-    shapes = _read_shapes(report, folder)
+    report.title = f"Adapter's folder {path.name}"
+    _check_files(report, path)
+    config = read_adapter_config(report, path)
+    shapes = _read_shapes(report, path)
     if config is None or shapes is None:
         return report
     if config.get("peft_type") != "LORA":
@@ -51,19 +58,20 @@ def check_adapter_folder(folder, base=None) -> Report:
         return report
     pairs = _check_tensors(report, config, shapes)
     if pairs:
-        _check_numbers(report, folder)
+        _check_complete(report, config, pairs, shapes)
+        _check_numbers(report, path)
         _check_ranks(report, config, pairs)
         if base is not None:
             check_fit(report, config, pairs, base)
         if changes_base(config):
             report.warn(
                 "changes_base",
-                f"Its start is {config['init_lora_weights']!r}: loading it changes the base's weights, and low_cpu_mem_usage=True "
+                f"Its initialisation is {config['init_lora_weights']!r}: loading it changes the base's weights, and low_cpu_mem_usage=True "
                 "fails with an error about tensor types.",
                 "Load it on a copy of the base that nothing else uses, and share it converted to plain LoRA "
                 "(path_initial_model_for_weight_conversion).",
             )
-        size = (folder / WEIGHTS).stat().st_size
+        size = (path / WEIGHTS).stat().st_size
         report.note(
             "adapter",
             f"LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, on {len(pairs)} layers, "
@@ -72,72 +80,51 @@ def check_adapter_folder(folder, base=None) -> Report:
     return report
 
 
-def _existing_folder(report, folder) -> Path | None:
+def _existing_folder(report, folder: Any) -> Path | None:
     if not isinstance(folder, (str, os.PathLike)) or not str(folder).strip():
-        problem, code = f"The folder is given as {folder!r}, which is no path.", "bad_argument"
-    elif not (path := Path(folder).expanduser()).exists():
-        problem, code = f"There is no folder {folder}. PEFT would take such a name for a hub id.", "no_folder"
-    elif not path.is_dir():
-        problem, code = f"{folder} is a file, not a folder.", "not_a_folder"
+        problem, code = f"The folder is given as {folder!r:.60}, which is not a path.", "bad_argument"
     else:
-        return path
+        try:
+            path = Path(folder).expanduser()
+            if path.is_dir():
+                next(path.iterdir(), None)
+                return path
+            problem, code = f"There is no folder {folder}. PEFT would take such a name for a hub id.", "no_folder"
+            if path.exists():
+                problem, code = f"{folder} is a file, not a folder.", "not_a_folder"
+        except (OSError, RuntimeError) as error:  # no permission, or no such user after a tilde
+            problem, code = f"{folder} can't be read: {error}.", "not_readable"
     report.fail(code, problem, "Pass the folder that save_pretrained wrote the adapter to.")
     return None
 
 
 def _check_files(report, folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    state = [name for name in names if _TRAINER_STATE.fullmatch(name)]
-    pickles = [name for name in names if name.endswith(PICKLES) and name not in state]
+    trainer_state = [name for name in names if _TRAINER_STATE.fullmatch(name)]
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES) and name not in trainer_state]
     if pickles:
         report.fail(
             "pickle",
-            f"The folder holds {some(pickles)}, which is a pickle: reading one can run any code that its author put into "
+            f"The folder holds {first_few(pickles)}, which is a pickle: reading one can run any code that its author put into "
             "it, unless the reader allows tensors only, as PEFT does today. PEFT would read adapter_model.bin when there is no "
             "safetensors file.",
             "Ask its author for safetensors (save_pretrained writes it), or convert it where that risk is acceptable; "
             "delete the file here.",
         )
-    if state:
+    if trainer_state:
         report.warn(
             "trainer_state",
-            f"The folder holds a Trainer's state in pickles: {some(state)}.",
+            f"The folder holds a Trainer's state in pickles: {first_few(trainer_state)}.",
             "Fine in your own runs; delete them before sharing the folder, and never resume from somebody else's.",
         )
     merged = [n for n in names if re.fullmatch(r"config\.json|model.*\.safetensors(\.index\.json)?|pytorch_model.*", n)]
     if merged:
         report.fail(
             "merged_model_beside",
-            f"A whole model lies beside the adapter: {some(merged)}. AutoModelForCausalLM.from_pretrained on this folder "
+            f"A whole model lies beside the adapter: {first_few(merged)}. AutoModelForCausalLM.from_pretrained on this folder "
             "loads the model and puts the adapter on top, so a merged model gets its change twice.",
             "Save the merged model to a folder of its own and move these files there.",
         )
-
-
-def _read_config(report, folder: Path) -> dict | None:
-    if not (folder / CONFIG).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        report.fail(
-            "no_config",
-            f"{folder.name} has no {CONFIG}, so it is no adapter.",
-            f"Adapters are one level down: {some(inside, 4)}. save_pretrained puts every adapter that is not named 'default' "
-            "into a folder of its name."
-            if inside
-            else "Pass the folder that save_pretrained wrote the adapter to.",
-        )
-        return None
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "peft_type" not in config:
-            raise ValueError("it should be an object with a peft_type")
-    except (OSError, ValueError) as error:
-        report.fail(
-            "bad_config",
-            f"{folder / CONFIG} is not an adapter's configuration: {error}.",
-            "Save the adapter again, or copy the file again.",
-        )
-        return None
-    return config
 
 
 def _read_shapes(report, folder: Path) -> dict | None:
@@ -152,25 +139,26 @@ def _read_shapes(report, folder: Path) -> dict | None:
     try:
         return {name: shape for name, (_, shape) in read_safetensors_header(folder / WEIGHTS).items()}
     except InputError as error:
-        report.fail("damaged_weights", str(error), "Do not train or answer with it: no part of it can be trusted.")
+        report.fail("damaged_weights", str(error), "Do not train or generate with it: no part of it can be trusted.")
         return None
 
 
 def _check_tensors(report, config, shapes) -> dict:
     """Sort the tensors into {module: {"A": shape, "B": shape}}; say what does not belong into a LoRA adapter."""
-    pairs, named, strangers = {}, [], []
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    with_adapter_name, unexpected = [], []
     for name, shape in shapes.items():
         match = _FACTOR.match(name)
         if match and match["rest"] not in ("", ".weight", ".bias"):
-            named.append(name)
+            with_adapter_name.append(name)
         elif match and match["rest"] != ".bias":
             pairs.setdefault(match["module"], {})[match["factor"][-1]] = shape
-        elif not match and not _allowed(config, name):
-            strangers.append(name)
-    if named:
+        elif not match and not _is_expected(config, name):
+            unexpected.append(name)
+    if with_adapter_name:
         report.fail(
             "adapter_name_in_keys",
-            f"{len(named)} tensors carry an adapter's name in theirs: {some(named, 1)}. PEFT inserts the name itself on "
+            f"{len(with_adapter_name)} tensors carry an adapter's name in their own: {first_few(with_adapter_name, 1)}. PEFT inserts the name itself on "
             "loading, so under any other name nothing is found and B stays zero.",
             "Save with model.save_pretrained(folder), not from model.state_dict().",
         )
@@ -183,21 +171,21 @@ def _check_tensors(report, config, shapes) -> dict:
     elif not pairs:
         report.fail(
             "merged_in_disguise",
-            f"None of the {len(shapes)} tensors is a LoRA factor (lora_A, lora_B); there are {some(shapes)}. This is a "
-            "whole model under an adapter's name.",
+            f"None of the {len(shapes)} tensors is a LoRA factor (lora_A, lora_B); there are {first_few(shapes)}. This is a "
+            "whole model under the name of an adapter.",
             "Load it as a model, without PEFT, or save the adapter before merging.",
         )
-    elif strangers:
+    elif unexpected:
         report.warn(
             "extra_tensors",
-            f"{len(strangers)} tensors are neither LoRA factors nor announced by the configuration: {some(strangers)}.",
-            "PEFT drops them in silence: see where the file comes from.",
+            f"{len(unexpected)} tensors are neither LoRA factors nor named by the configuration: {first_few(unexpected)}.",
+            "PEFT drops them without a message: see where the file comes from.",
         )
-    doubled = [module for module in pairs if module.startswith("base_model.model.base_model.")]
-    if doubled:
+    nested = [module for module in pairs if module.startswith("base_model.model.base_model.")]
+    if nested:
         report.fail(
             "nested_keys",
-            f"The tensors' names carry PeftModel's prefix twice: {some(doubled, 1)}. The adapter was saved from a "
+            f"The tensors' names carry PeftModel's prefix twice: {first_few(nested, 1)}. The adapter was saved from a "
             "PeftModel inside a PeftModel and fits no plain base.",
             "Train and save again from a model that was wrapped once.",
         )
@@ -205,13 +193,49 @@ def _check_tensors(report, config, shapes) -> dict:
     if unpaired:
         report.fail(
             "unpaired",
-            f"{len(unpaired)} layers have only one of A and B: {some(unpaired)}.",
+            f"{len(unpaired)} layers have only one of A and B: {first_few(unpaired)}.",
             "Part of the file is missing: save the adapter again.",
         )
-    return {module: pair for module, pair in pairs.items() if pair.keys() == {"A", "B"}}
+    whole = {module: pair for module, pair in pairs.items() if pair.keys() == {"A", "B"}}
+    malformed = [
+        f"{module} {tuple(pair.values())}" for module, pair in whole.items() if min(map(len, pair.values())) < 2
+    ]
+    if malformed:
+        report.fail(
+            "malformed_factors",
+            f"In {len(malformed)} layers A or B is not a matrix: {first_few(malformed, 1)}.",
+            "They were cut, flattened or packed by some other program: save the adapter again.",
+        )
+        return {}
+    return whole
 
 
-def _allowed(config, name: str) -> bool:
+def _check_complete(report, config, pairs, shapes) -> None:
+    """Are there tensors of all that the configuration says was trained? PEFT fills what is missing with initial values."""
+
+    def absent(names) -> list[str]:
+        return [name for name in names if not any(f".{name}." in f".{tensor}." for tensor in shapes)]
+
+    heads = HEADS.get(config.get("task_type"), ())
+    missing = absent(set(config.get("modules_to_save") or ()) - set(heads))
+    if heads and absent(heads) == list(heads):
+        missing.append(" or ".join(heads))
+    if config.get("use_dora"):
+        missing += absent(f"{module}.lora_magnitude_vector" for module in pairs)
+    if config.get("lora_bias"):
+        missing += absent(f"{module}.lora_B.bias" for module in pairs)
+    if config.get("trainable_token_indices"):
+        missing += absent(["trainable_tokens_delta"])
+    if missing:
+        report.fail(
+            "missing_tensors",
+            f"{CONFIG} says that {first_few(sorted(missing))} was trained as well, and the file has no tensor of it. Loading "
+            "gives it initial values, which for a new head are random ones.",
+            "Save again from the trained model, with save_pretrained.",
+        )
+
+
+def _is_expected(config, name: str) -> bool:
     """Other tensors that a LoRA adapter may hold: DoRA's magnitudes, heads, embeddings, trained tokens, biases."""
     usual = ("embed", "wte", "lm_head", "lora_", "trainable_tokens", "token_adapter")
     if any(part in name for part in (*usual, *(config.get("modules_to_save") or ()))):
@@ -223,23 +247,23 @@ def _check_numbers(report, folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    zero, starts, broken = [], [], []
+    zero, zero_initialised, broken = [], [], []
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for name in file.keys():
             tensor = file.get_tensor(name)
             if not torch.isfinite(tensor.float()).all():
                 broken.append(name)
-            if re.search(r"\.(lora_B\.weight|lora_embedding_A)$", name):  # the factor that starts at zero
-                starts.append(name)
+            if re.search(r"\.(lora_B\.weight|lora_embedding_A)$", name):  # the factor that is zero at the start
+                zero_initialised.append(name)
                 if not tensor.any():
                     zero.append(name)
     if broken:
         report.fail(
             "non_finite",
-            f"{len(broken)} tensors hold NaN or infinity: {some(broken)}.",
+            f"{len(broken)} tensors hold NaN or infinity: {first_few(broken)}.",
             "Training diverged: take an earlier checkpoint, and lower the learning rate.",
         )
-    if zero and len(zero) == len(starts):
+    if zero and len(zero) == len(zero_initialised):
         report.fail(
             "zero_b",
             f"B is all zero in all {len(zero)} layers: this adapter changes nothing.",
@@ -248,7 +272,7 @@ def _check_numbers(report, folder: Path) -> None:
     elif zero:
         report.warn(
             "partly_zero_b",
-            f"B is all zero in {len(zero)} of {len(starts)} layers, which the adapter leaves unchanged: {some(zero)}.",
+            f"B is all zero in {len(zero)} of {len(zero_initialised)} layers, which the adapter leaves unchanged: {first_few(zero)}.",
             "Training did not reach them: check that they were trainable, and that this adapter was loaded whole before.",
         )
 
@@ -261,12 +285,12 @@ def _check_ranks(report, config, pairs) -> None:
     patterns = config.get("rank_pattern") or {}
     wrong = []
     for module, pair in pairs.items():
-        rank = patterns.get(get_pattern_key(patterns.keys(), module), config.get("r"))
+        rank = patterns.get(get_pattern_key(list(patterns), module), config["r"])
         if (found := (pair["A"][0], pair["B"][1])) != (rank, rank):
             wrong.append(f"{module} has rank {found[0] if found[0] == found[1] else found}, expected {rank}")
     if wrong:
         report.fail(
             "rank_mismatch",
-            f"In {len(wrong)} layers the tensors' rank is not the one that {CONFIG} states: {some(wrong, 1)}.",
+            f"In {len(wrong)} layers the tensors' rank is not the one that {CONFIG} states: {first_few(wrong, 1)}.",
             "Configuration and weights come from two different runs: restore the pair that belongs together.",
         )

@@ -1,11 +1,17 @@
-"""What has to be done about bitsandbytes 0.50 on a CPU, and which of its messages say nothing new."""
+"""What has to be done about bitsandbytes 0.50 on a CPU, and which of its messages can be hidden."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapter_checks.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Model = TypeVar("Model", bound="torch.nn.Module")
 
 _KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward from kernels-community"
 
@@ -23,11 +29,10 @@ def quiet_imports() -> None:
     """Call before importing peft or bitsandbytes: hides two known messages, and nothing else.
 
     On a processor with AVX512-BF16, bitsandbytes (`backends/cpu/ops.py`) logs a warning while it is imported if the
-    optional package `kernels` is missing. The course leaves that package out on purpose, since bitsandbytes would
-    use it to fetch code from the hub. Any other record of the same logger still shows.
+    optional package `kernels` is missing. With that package bitsandbytes would fetch code from the hub. Any other record of the same logger still shows.
 
     peft 0.21 asks each model for `is_gradient_checkpointing`, which transformers 5.23 renamed, so every
-    `get_peft_model` would warn of a call that the learner never made.
+    `get_peft_model` would warn of a call that the caller never made.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_kernel_notice)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -48,12 +53,12 @@ def quiet_int8() -> None:
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_int8_notice)
 
 
-def is_repacked(layer) -> bool:
+def is_repacked(layer: Any) -> bool:
     """Did an eval forward put this `bitsandbytes.nn.Linear4bit` into the layout of AVX512-BF16 processors?"""
     return bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
 
 
-def stop_repacking(model):
+def stop_repacking(model: Model) -> Model:
     """Keep bitsandbytes from repacking 4-bit weights in place; returns the model. Call it right after loading.
 
     On a processor with AVX512-BF16 the first forward pass of a `Linear4bit` in eval mode without gradients puts its

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from adapter_checks.generation import evaluating
 from adapter_checks.report import Report, never_raises
+
+if TYPE_CHECKING:
+    import torch
+
+    TokenIds = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
 # PEFT's own tests hold merged, unmerged and separate LoRA in float32 to 1e-4 (tests/testing_common.py,
 # `_test_merge_layers`): both routes add the same products in another order, and only rounding differs.
 MERGE_ATOL = 1e-4
 # An adapter that counts must stand out ten times above the tolerance that two routes are then compared with.
-LEAST_CHANGE = 10 * MERGE_ATOL
+SMALLEST_EFFECT = 10 * MERGE_ATOL
 
 
 @dataclass(repr=False)
@@ -37,7 +44,13 @@ class Comparison(Report):
 
 @never_raises("Same output", Comparison)
 def compare_models(
-    reference, candidate, input_ids, attention_mask=None, *, positions=None, atol: float = MERGE_ATOL
+    reference: Callable[..., Any],
+    candidate: Callable[..., Any],
+    input_ids: TokenIds,
+    attention_mask: torch.Tensor | Sequence[Any] | None = None,
+    *,
+    positions: torch.Tensor | Sequence[Any] | None = None,
+    atol: float = MERGE_ATOL,
 ) -> Comparison:
     """Compare the logits of two models on the same tokens; fails if any differs by more than `atol`.
 
@@ -65,11 +78,14 @@ def compare_models(
     if isinstance(atol, bool) or not isinstance(atol, (int, float)) or not atol >= 0:
         report.fail("bad_argument", f"atol is {atol!r}, not a number of at least 0.", "Leave it out: 1e-4.")
         return report
-    logits = _both(report, {"reference": reference, "candidate": candidate}, input_ids, attention_mask, positions)
+    logits = _logits_of_both(
+        report, {"reference": reference, "candidate": candidate}, input_ids, attention_mask, positions
+    )
     if logits is None:
         return report
     dtype = _measure(report, *logits)
     origin = "as in PEFT's own tests of merged LoRA in float32" if atol == MERGE_ATOL else "given by the caller"
+    assert report.max_abs is not None  # measured above
     if report.max_abs > atol:
         report.fail(
             "logits_differ",
@@ -88,7 +104,13 @@ def compare_models(
 
 
 @never_raises("Effect of the adapter", Comparison)
-def check_changes_output(model, input_ids, attention_mask=None, *, at_least: float = LEAST_CHANGE) -> Comparison:
+def check_changes_output(
+    model: torch.nn.Module,
+    input_ids: TokenIds,
+    attention_mask: torch.Tensor | Sequence[Any] | None = None,
+    *,
+    at_least: float = SMALLEST_EFFECT,
+) -> Comparison:
     """Does the adapter change the model's output at all? Compares it with the same model, adapters switched off.
 
     Equality proves something only after this: with B = 0 every merge "works". `at_least` is the smallest largest
@@ -128,10 +150,11 @@ def check_changes_output(model, input_ids, attention_mask=None, *, at_least: flo
             return model(**inputs)
 
     routes = {"base": _Route(base, model), "model": model}
-    logits = _both(report, routes, input_ids, attention_mask)
+    logits = _logits_of_both(report, routes, input_ids, attention_mask)
     if logits is None:
         return report
     _measure(report, *logits)
+    assert report.max_abs is not None  # measured above
     if report.max_abs < at_least:
         report.fail(
             "no_change",
@@ -148,11 +171,11 @@ def check_changes_output(model, input_ids, attention_mask=None, *, at_least: flo
 class _Route:
     """A way of calling `model`, so that eval mode and device are those of the model behind the function."""
 
-    call: object
-    model: object
+    call: Callable[..., Any]
+    model: torch.nn.Module
 
 
-def _both(report, routes, input_ids, attention_mask, positions=None):
+def _logits_of_both(report, routes, input_ids, attention_mask, positions=None):
     """The logits of both routes at the positions to compare, each (positions, vocabulary), or None."""
     import torch
 
@@ -265,17 +288,13 @@ def _logits(route, input_ids, attention_mask):
     import torch
 
     call, model = (route.call, route.model) if isinstance(route, _Route) else (route, route)
-    training = [module for module in model.modules() if module.training] if _is_module(model) else []
-    parameter = next(model.parameters(), None) if _is_module(model) else None
-    device = input_ids.device if parameter is None else parameter.device
-    try:
-        for module in training:
-            module.training = False  # dropout would make any two calls differ
-        with torch.no_grad():
-            output = call(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-    finally:
-        for module in training:
-            module.training = True
+    device: torch.device = input_ids.device
+    mode: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if isinstance(model, torch.nn.Module):
+        device = next((parameter.device for parameter in model.parameters()), device)
+        mode = evaluating(model)  # dropout would make any two calls differ
+    with mode, torch.no_grad():
+        output = call(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
     return getattr(output, "logits", output)
 
 

@@ -1,12 +1,19 @@
-"""How many parameters a LoRA adapter trains, told from two configs alone: no weight is made and none is downloaded."""
+"""How many parameters a LoRA adapter trains, from two configs alone: no weight is made and none is downloaded."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from adapter_checks.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class ParameterCount:
         )
 
 
-def count_lora_parameters(config, lora_config) -> ParameterCount:
+def count_lora_parameters(config: PreTrainedConfig, lora_config: LoraConfig) -> ParameterCount:
     """Count what `get_peft_model` would train, from the configs of a model and of an adapter.
 
     config: the config of a transformers model; lora_config: a `peft.LoraConfig`. A layer of d_in inputs and d_out
@@ -77,7 +84,9 @@ _CLASS_OF_TASK = {
 }
 
 
-def meta_model(config, task_type=None, dtype=None):
+def meta_model(
+    config: PreTrainedConfig, task_type: str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model that `config` describes, on torch's meta device: every name and shape, no memory for the numbers.
 
     Its class is that of the task type, else the one that the config names, else the one with a language model's head.
@@ -144,7 +153,7 @@ def _refuse_what_is_not_counted(lora_config) -> None:
         )
 
 
-def adapted_layers(model, lora_config) -> tuple[ModuleCount, ...]:
+def adapted_layers(model: torch.nn.Module, lora_config: LoraConfig) -> tuple[ModuleCount, ...]:
     """The layers of `model` that PEFT would adapt, in the model's order, each with its rank; nothing is changed.
 
     Raises InputError like `count_lora_parameters`.
@@ -210,7 +219,9 @@ def _match(model, lora_config):
         )
 
 
-def trained_biases(model, lora_config, modules) -> list:
+def trained_biases(
+    model: torch.nn.Module, lora_config: LoraConfig, modules: Iterable[ModuleCount]
+) -> list[torch.nn.Parameter]:
     """The base's own biases that PEFT would train beside `modules`, by the config's `bias`: none, all or lora_only.
 
     Raises InputError for another value.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def best_device():
+if TYPE_CHECKING:
+    import torch
+
+
+def best_device() -> torch.device:
     """A CUDA or Apple GPU if torch has one, else the CPU, as a torch.device."""
     import torch
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, adapter_names=None) -> list[str]:
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    max_new_tokens: int = 48,
+    batch_size: int = 32,
+    adapter_names: Sequence[str] | None = None,
+) -> list[str]:
     """Answer each prompt greedily, in batches; the model is in eval mode meanwhile and as before afterwards.
 
     prompts: lists of messages ({"role", "content"}), or strings, each taken as one user message.
@@ -26,11 +40,11 @@ def generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, adapte
     adapter_names = None if adapter_names is None else list(adapter_names)
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise ValueError(f"There are {len(prompts)} prompts and {len(adapter_names)} adapter names; give one for each.")
-    conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    encoded = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for messages in conversations
-    ]
+    conversations: list[Any] = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    encoded: list[list[int]] = []
+    for messages in conversations:
+        tokens: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        encoded.append(tokens["input_ids"])
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + max_new_tokens > context:
@@ -48,10 +62,10 @@ def generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, adapte
     with evaluating(model), _without_own_settings(model), torch.no_grad():
         for start in range(0, len(encoded), batch_size):
             input_ids, attention_mask = padded(model, tokenizer, encoded[start : start + batch_size], side="left")
-            chosen = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
-            output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **chosen
-            )
+            options: dict[str, Any] = {"attention_mask": attention_mask, "generation_config": settings}
+            if adapter_names is not None:
+                options["adapter_names"] = adapter_names[start : start + batch_size]
+            output = cast(Any, model).generate(input_ids=input_ids, **options)
             answers += tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
@@ -68,7 +82,9 @@ def _pad_id(tokenizer) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def padded(model, tokenizer, sequences, side):
+def padded(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]], side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token lists -> input_ids and attention_mask, both (batch, longest), on the model's device."""
     import torch
 
@@ -84,7 +100,7 @@ def padded(model, tokenizer, sequences, side):
 
 
 @contextlib.contextmanager
-def evaluating(model):
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards each module's own mode again: `model.train()` would wake those that were off."""
     were_training = [module for module in model.modules() if module.training]
     model.eval()

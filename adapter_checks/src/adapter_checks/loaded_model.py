@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.initialisation import check_shared
-from adapter_checks.loaded_weights import adapter_names, check_base_weights, check_twice, check_weights
+from adapter_checks.loaded_weights import adapter_names, check_applied_twice, check_base_weights, check_weights
 from adapter_checks.names import same_base
-from adapter_checks.report import Report, never_raises, some
+from adapter_checks.report import Report, first_few, never_raises
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
 
 
 @never_raises("Adapters in the model")
 def check_adapters(
-    model,
+    model: torch.nn.Module,
     *,
-    load_result=None,
-    expect_active=None,
+    load_result: Any = None,
+    expect_active: str | Collection[str] | None = None,
     expect_trainable: bool | None = None,
     base_name: str | None = None,
     base_revision: str | None = None,
-    original_base=None,
+    original_base: torch.nn.Module | str | os.PathLike[str] | None = None,
 ) -> Report:
     """Look at a model with adapters (LoRA and other methods that sit in the layers) for all that commonly goes wrong.
 
@@ -32,7 +39,7 @@ def check_adapters(
     base_name        what the model was loaded from, if its own `name_or_path` does not say
     base_revision    the revision that it was loaded with
     original_base    another copy of the base, or its folder of safetensors: tells whether this model's base has the
-                     adapter merged into it already, lacks the start of an OLoRA or PiSSA adapter, or was changed otherwise;
+                     adapter merged into it already, lacks what an OLoRA or PiSSA adapter subtracted from it, or was changed otherwise;
                      of a model without adapters, too. Costs a pass over the adapted weights.
 
     Returns a Report; the finding "adapters" names what is loaded and active. All-zero B matrices are a failure in a
@@ -52,10 +59,10 @@ def check_adapters(
         )
         return report
     if isinstance(model, PeftModel) and not isinstance(model.base_model, BaseTuner):
-        method = next(iter(model.peft_config.values())).peft_type.value
+        method: Any = next(iter(model.peft_config.values())).peft_type
         report.warn(
             "unsupported_method",
-            f"{method} does not sit in the model's layers, and this check looks there.",
+            f"{method.value} does not sit in the model's layers, and this check looks there.",
             "Compare outputs with check_changes_output instead.",
         )
         return report
@@ -80,8 +87,8 @@ def check_adapters(
     active = _check_state(report, model, layers, loaded, expect_active)
     _check_trainable(report, model, statuses, active, expect_trainable)
     check_weights(report, layers, loaded)
-    check_twice(report, layers, loaded)
-    configs = {adapter: _configs(model).get(adapter) for adapter in loaded}
+    check_applied_twice(report, layers, loaded)
+    configs: dict[str, Any] = {adapter: _configs(model).get(adapter) for adapter in loaded}
     check_shared(report, configs)
     _check_base_name(report, model, base_name, base_revision)
     if original_base is not None:
@@ -106,7 +113,7 @@ def _check_load_result(report, load_result) -> None:
         if missing:
             report.fail(
                 "missing_keys",
-                f"{len(missing)} adapter weights were not in the file and still have their initial values: {some(missing)}.",
+                f"{len(missing)} adapter weights were not in the file and still have their initial values: {first_few(missing)}.",
                 "The file was saved for another base, from a wrapped model, or with the adapter's name in its keys: "
                 "run check_adapter_folder on it.",
             )
@@ -114,7 +121,7 @@ def _check_load_result(report, load_result) -> None:
             unexpected = sorted(result.unexpected_keys)
             report.fail(
                 "unexpected_keys",
-                f"{len(unexpected)} tensors of the file found no place in this model and were dropped: {some(unexpected)}.",
+                f"{len(unexpected)} tensors of the file found no place in this model and were dropped: {first_few(unexpected)}.",
                 "The adapter was trained on another architecture or a base with more layers, or its keys carry a name: run "
                 "check_adapter_folder(folder, base).",
             )
@@ -136,7 +143,7 @@ def _check_wrappers(report, model, layers) -> None:
     if nested:
         report.fail(
             "nested_layers",
-            f"Adapter layers are wrapped in adapter layers: {some(nested)}.",
+            f"Adapter layers are wrapped in adapter layers: {first_few(nested)}.",
             "Load the base afresh and put all adapters into it with one PeftModel.",
         )
     in_place = isinstance(model, PreTrainedModel) and layers and not getattr(model, "_hf_peft_config_loaded", False)
@@ -157,7 +164,7 @@ def _check_state(report, model, layers, loaded, expect_active) -> list[str]:
     if 0 < len(off) < len(layers):
         report.fail(
             "partly_disabled",
-            f"The adapters are switched off in {len(off)} of {len(layers)} layers: {some(off)}.",
+            f"The adapters are switched off in {len(off)} of {len(layers)} layers: {first_few(off)}.",
             "Switch all on or off: model.base_model.enable_adapter_layers() or disable_adapter_layers().",
         )
     elif off and expect_active != []:
@@ -167,12 +174,12 @@ def _check_state(report, model, layers, loaded, expect_active) -> list[str]:
             "Leave the disable_adapter() block, or call model.base_model.enable_adapter_layers().",
         )
 
-    ways = {}
+    ways: dict[tuple[str, ...], list[str]] = {}
     for name, layer in layers.items():
         ways.setdefault(tuple(layer.active_adapters), []).append(name)
     active = sorted(set(itertools.chain(*ways)))
     if len(ways) > 1:
-        listed = "; ".join(f"{list(way)} in {some(names, 1)}" for way, names in ways.items())
+        listed = "; ".join(f"{list(way)} in {first_few(names, 1)}" for way, names in ways.items())
         report.fail(
             "mixed_active",
             f"Different adapters are active in different layers: {listed}.",
@@ -254,7 +261,7 @@ def _check_trainable(report, model, statuses, active, expect_trainable) -> None:
     adapter_weights = set()
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            own = module.named_parameters()
+            own = cast("torch.nn.Module", module).named_parameters()
             adapter_weights |= {id(p) for name, p in own if not name.startswith(("base_layer.", "original_module."))}
     biases_too = any(getattr(config, "bias", "none") != "none" for config in _configs(model).values())
     others = [(name, p) for name, p in model.named_parameters() if id(p) not in adapter_weights]
@@ -262,7 +269,7 @@ def _check_trainable(report, model, statuses, active, expect_trainable) -> None:
     if base:
         report.fail(
             "base_trainable",
-            f"{len(base)} weights of the base are trainable: {some(base)}. Training would change them, and saving the "
+            f"{len(base)} weights of the base are trainable: {first_few(base)}. Training would change them, and saving the "
             "adapter would not save that.",
             "Freeze them (requires_grad_(False)), or name the module in modules_to_save if it should be trained.",
         )

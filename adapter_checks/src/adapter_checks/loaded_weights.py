@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from adapter_checks.errors import InputError
-from adapter_checks.initialisation import check_moved, check_still_inside, projection
+from adapter_checks.initialisation import check_changed_base, check_kept_initialisation, projection
 from adapter_checks.names import plain_name
-from adapter_checks.report import some
+from adapter_checks.report import first_few
 from adapter_checks.safetensors_header import read_safetensors_header
 
+if TYPE_CHECKING:
+    import os
 
-def check_weights(report, layers, loaded) -> None:
+    import torch
+    from peft import LoraConfig
+
+    from adapter_checks.report import Report
+
+
+def check_weights(report: Report, layers: Mapping[str, Any], loaded: Iterable[str]) -> None:
     import torch
 
     for adapter in loaded:
@@ -26,7 +36,7 @@ def check_weights(report, layers, loaded) -> None:
         if empty:
             report.fail(
                 "meta_weights",
-                f"{len(empty)} weights of {adapter!r} are on the meta device, so they hold no numbers: {some(empty)}.",
+                f"{len(empty)} weights of {adapter!r} are on the meta device, so they hold no numbers: {first_few(empty)}.",
                 "The file did not have them, and low_cpu_mem_usage=True left them empty: run check_adapter_folder on it.",
             )
             continue
@@ -34,16 +44,18 @@ def check_weights(report, layers, loaded) -> None:
         if broken:
             report.fail(
                 "non_finite",
-                f"{len(broken)} weights of {adapter!r} hold NaN or infinity: {some(broken)}.",
+                f"{len(broken)} weights of {adapter!r} hold NaN or infinity: {first_few(broken)}.",
                 "Training diverged, or the file is damaged: go back to an earlier checkpoint, and lower the learning rate.",
             )
-        starts_at_zero = re.compile(r"\.(lora_B\.weight|lora_embedding_A)$")
-        starts = {name: tensor for name, tensor in tensors.items() if starts_at_zero.search(name)}
-        zero = [name for name, tensor in starts.items() if not tensor.any()]
+        zero_initialised = re.compile(r"\.(lora_B\.weight|lora_embedding_A)$")
+        factors = {name: tensor for name, tensor in tensors.items() if zero_initialised.search(name)}
+        zero = [name for name, tensor in factors.items() if not tensor.any()]
         if zero:
-            trainable = all(tensor.requires_grad for tensor in starts.values())
-            every = len(zero) == len(starts)
-            where = f"all {len(starts)} layers" if every else f"{len(zero)} of {len(starts)} layers ({some(zero)})"
+            trainable = all(tensor.requires_grad for tensor in factors.values())
+            every = len(zero) == len(factors)
+            where = (
+                f"all {len(factors)} layers" if every else f"{len(zero)} of {len(factors)} layers ({first_few(zero)})"
+            )
             cause = "it is not trained yet" if trainable else "nothing was loaded into it, or it was saved untrained"
             report.add(
                 "warn" if trainable else "fail",
@@ -55,7 +67,7 @@ def check_weights(report, layers, loaded) -> None:
             )
 
 
-def check_twice(report, layers, loaded) -> None:
+def check_applied_twice(report: Report, layers: Mapping[str, Any], loaded: Iterable[str]) -> None:
     import torch
 
     in_effect = {
@@ -75,8 +87,13 @@ def check_twice(report, layers, loaded) -> None:
             )
 
 
-def check_base_weights(report, layers, configs, original_base) -> None:
-    """W now = W original? If not, is the difference this adapter's own scaling * B @ A, or the start of an adapter?
+def check_base_weights(
+    report: Report,
+    layers: Mapping[str, Any],
+    configs: Mapping[str, LoraConfig],
+    original_base: torch.nn.Module | str | os.PathLike[str],
+) -> None:
+    """W now = W original? If not, is the difference this adapter's own scaling * B @ A, or an initialisation that an adapter subtracted?
 
     layers: {name: PEFT's layer, or the base's own}; configs: {adapter: its configuration}, empty for a base alone.
     """
@@ -91,15 +108,17 @@ def check_base_weights(report, layers, configs, original_base) -> None:
             "Pass a second copy of the base, or the folder that holds its safetensors.",
         )
         return
-    compared, moved, smallest, change = 0, [], None, 0.0
-    merged_in = {adapter: _Alike() for adapter in configs}  # the base's change, and the adapter's own
-    start_in = {
-        adapter: _Alike() for adapter in configs
-    }  # where nothing moved: the start that its B points to, and its change
+    compared, change = 0, 0.0
+    moved: list[str] = []
+    smallest: Any = None  # of the changed weights: as it was, and how it differs
+    merged_in = {adapter: _InnerProducts() for adapter in configs}  # the base's change, and the adapter's own
+    initialisation_in = {
+        adapter: _InnerProducts() for adapter in configs
+    }  # where nothing moved: the initialisation that its B points to, and its change
     with torch.no_grad():
         for name, layer in layers.items():
-            weight = getattr(layer.get_base_layer() if configs else layer, "weight", None)
-            before = original(plain_name(name) + ".weight")
+            weight: Any = getattr(layer.get_base_layer() if configs else layer, "weight", None)
+            before: Any = original(plain_name(name) + ".weight")
             merged = layer.merged_adapters if configs else []
             # A merged variant such as DoRA changed the weights by more than scaling * B @ A.
             variant_merged = set(merged) & set(getattr(layer, "lora_variant", ()))
@@ -130,7 +149,7 @@ def check_base_weights(report, layers, configs, original_base) -> None:
                 for adapter, delta in deltas.items():
                     B = adapter_tensors(layer, adapter).get("lora_B.weight")
                     if B is not None and B.dim() == 2 and len(B) == len(before):
-                        start_in[adapter].add(projection(before, B), delta)
+                        initialisation_in[adapter].add(projection(before, B), delta)
                 continue
             moved.append(plain_name(name))
             change += difference.square().sum().item()
@@ -146,7 +165,7 @@ def check_base_weights(report, layers, configs, original_base) -> None:
         )
     elif not moved:
         report.note("base_untouched", f"The base's weights equal the original's in all {compared} adapted layers.")
-        check_still_inside(report, start_in)
+        check_kept_initialisation(report, initialisation_in)
     else:
         for adapter, alike in merged_in.items():
             # The same direction and at least half the size: that is this adapter, not another change.
@@ -158,10 +177,10 @@ def check_base_weights(report, layers, configs, original_base) -> None:
                     "Load the adapter on the original base, or use the merged model without the adapter.",
                 )
                 return
-        check_moved(report, configs, f"in {len(moved)} of {compared} layers: {some(moved)}", *smallest)
+        check_changed_base(report, configs, f"in {len(moved)} of {compared} layers: {first_few(moved)}", *smallest)
 
 
-class _Alike:
+class _InnerProducts:
     """Sums over the layers: of two kinds of matrices the inner products, and the squares of each."""
 
     def __init__(self):
@@ -182,7 +201,9 @@ def _comparable(weight, before) -> bool:
     return weight.is_floating_point() and not (weight.is_meta or before.is_meta)
 
 
-def weight_reader(base):
+def weight_reader(
+    base: torch.nn.Module | str | os.PathLike[str],
+) -> Callable[[str], torch.Tensor | None]:
     """A function from a weight's name in the plain base to its tensor, or None if there is none."""
     import torch
     from safetensors import safe_open
@@ -203,13 +224,13 @@ def weight_reader(base):
     return read
 
 
-def adapter_names(layer) -> set[str]:
+def adapter_names(layer: Any) -> set[str]:
     return {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part, None) or ()}
 
 
-def adapter_tensors(layer, adapter: str) -> dict:
+def adapter_tensors(layer: Any, adapter: str) -> dict[str, torch.Tensor]:
     """The adapter's tensors in this layer: {"lora_A.weight": ..., "lora_B.weight": ...} for LoRA on a linear layer."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for part in layer.adapter_layer_names:
         holder = getattr(layer, part, None) or {}
         if adapter in holder:

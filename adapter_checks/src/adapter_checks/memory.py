@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, Any
 
 from adapter_checks import counting
 from adapter_checks.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedConfig
 
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -26,7 +32,7 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(part, size) for `plotting.table`, the total last."""
+        """(part, size) of each part, readable, the total last."""
         parts = [*dataclasses.asdict(self).items(), ("total", self.total)]
         return [(name, "not estimated" if size is None else _readable(size)) for name, size in parts]
 
@@ -42,9 +48,18 @@ def _readable(size: int) -> str:
 
 
 def estimate_memory(
-    config, method, lora_config=None, *, batch_size, sequence_length, dtype="float32", optimizer="adamw", moment_dtype=None,
-    gradient_checkpointing=False, double_quantization=False,
-) -> MemoryEstimate:  # fmt: skip
+    config: PreTrainedConfig,
+    method: str,
+    lora_config: LoraConfig | None = None,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype | str = "float32",
+    optimizer: str = "adamw",
+    moment_dtype: torch.dtype | str | None = None,
+    gradient_checkpointing: bool = False,
+    double_quantization: bool = False,
+) -> MemoryEstimate:
     """Predict the bytes that training holds, from configs alone.
 
     method: "full", "lora" or "qlora"; the last two need lora_config, a `peft.LoraConfig`, which "full" ignores.
@@ -75,13 +90,15 @@ def estimate_memory(
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not isinstance(size, int) or size < 1:
             raise InputError(f"{name} is {size!r}; it must be a whole number of at least 1.")
-    if method != "full" and lora_config is None:
-        raise InputError(f"The method {method!r} trains an adapter, so it needs a lora_config.")
     dtype = _float_type(dtype)
-    model = counting.meta_model(config, None if method == "full" else getattr(lora_config, "task_type", None), dtype)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     if method == "full":
-        modules, dropout = None, 0.0
+        lora_config = None
+    elif lora_config is None:
+        raise InputError(f"The method {method!r} trains an adapter, so it needs a lora_config.")
+    model = counting.meta_model(config, getattr(lora_config, "task_type", None), dtype)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    modules, dropout = None, 0.0
+    if lora_config is None:
         trained = [
             (parameter.numel(), parameter.itemsize) for parameter in model.parameters() if parameter.requires_grad
         ]
@@ -103,14 +120,14 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weights,
         gradients=sum(numbers * size for numbers, size in trained),
-        optimizer=_optimizer(trained, optimizer, moment_dtype and _float_type(moment_dtype).itemsize),
+        optimizer=_optimizer(trained, optimizer, None if moment_dtype is None else _float_type(moment_dtype).itemsize),
         activations=_activations(
             model, modules, dropout, batch_size, sequence_length, dtype.itemsize, gradient_checkpointing
         ),
     )
 
 
-def _float_type(dtype):
+def _float_type(dtype: torch.dtype | str) -> torch.dtype:
     import torch
 
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -119,7 +136,7 @@ def _float_type(dtype):
     return found
 
 
-def quantised_layers(model) -> dict:
+def quantised_layers(model: torch.nn.Module) -> dict[str, Any]:
     """{name: layer} of what transformers hands to bitsandbytes: linear layers, but not the output embedding."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -212,7 +229,7 @@ def _activations(model, modules, dropout, batch_size, length, size, checkpointin
     return sum(inside) + sum(kept.values()) + 3 * tokens * config.hidden_size * max(size, 4)
 
 
-def measure_training_state(model, optimizer=None) -> MemoryEstimate:
+def measure_training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MemoryEstimate:
     """Bytes of the tensors that a model and its optimizer hold now: parameters (4-bit ones with their quantisation
     state), gradients, and the optimizer's state. A tensor that several share counts once; activations are not measured.
     """

@@ -1,4 +1,4 @@
-"""Is a merged model the model that was trained? Asked of the three folders, before anything is shipped."""
+"""Is a merged model the model that was trained? Answered from the three folders, before anything is shipped."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from adapter_checks.adapter_folder import PICKLES, check_adapter_folder
+from adapter_checks.adapter_folder import PICKLE_SUFFIXES, check_adapter_folder
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.comparison import MERGE_ATOL, Comparison, check_changes_output, compare_models
 from adapter_checks.device import best_device
 from adapter_checks.errors import InputError
 from adapter_checks.merged_weights import StoredWeights, compare_weights
+from adapter_checks.model_folder import local_folder, read_json, weight_files
 from adapter_checks.names import same_base
-from adapter_checks.report import never_raises, some
+from adapter_checks.report import first_few, never_raises
 from adapter_checks.safetensors_header import read_safetensors_header
 
-# All that a model, a tokenizer or an adapter is made of, and no pickle: what is fetched from the hub.
-SAFE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
 # The logits may be off by this many times what one rounding of the weights does to them: a merge may round three times
 # (so √3), and of two draws of such errors the largest of one may be twice that of the other.
 LOGIT_ROUNDINGS = 4
-_SAFELY = {"use_safetensors": True, "trust_remote_code": False}
+_SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}
 TEXTS, TOKENS = 8, 64  # on which logits are compared
-# Where nobody gave rows or texts. What they say matters little: they are to take the models through many tokens.
+# For calls without rows or texts. What they say matters little: they are to take the models through many tokens.
 PLAIN_TEXTS = (
     "The river rose in the night, and by the morning the lower road was under water.",
     "She opened the letter twice before she understood what it asked of her.",
@@ -63,54 +68,17 @@ class MergedReport(Comparison):
     scores: dict | None = None
 
 
-def local_folder(name) -> Path:
-    """A folder as it is; for a hub id a folder with those of its files that are no pickles, from the cache or fetched.
-
-    Raises InputError if it is neither.
-    """
-    if isinstance(name, str) and not name.strip():
-        raise InputError("No folder was given: the name is empty.")
-    try:
-        folder = Path(name).expanduser()
-    except TypeError:
-        what = f"a {type(name).__name__}" if hasattr(name, "save_pretrained") else f"{name!r:.60}"
-        raise InputError(f"This is {what}, neither a folder nor a hub id.") from None
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise InputError(f"{name} is a file, not a folder.")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or folder.parent.exists():
-        raise InputError(f"There is no folder {name}.")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(SAFE_FILES)))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise InputError(f"There is no folder {name}, and no such model could be fetched: {error}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads from a model's folder: the single one, else those of the index.
-
-    Raises InputError if there are none, or the index can't be read.
-    """
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if not index.is_file():
-        raise InputError(f"{folder} has no model.safetensors and no {index.name}.")
-    try:
-        names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it lists no files of this folder")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} can't be read as an index of weights: {error}.") from error
-    return [folder / name for name in names]
-
-
 @never_raises("Merged model", MergedReport)
 def check_merged_folder(
-    base, adapter, merged, *, rows=None, texts=None, score=None, dtype=None, device=None
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    merged: str | os.PathLike[str],
+    *,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    texts: Iterable[str] | None = None,
+    score: Callable[[str, str], float] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
 ) -> MergedReport:
     """Is the model in the folder `merged` the base with the trained adapter? One call before you ship it.
 
@@ -151,8 +119,8 @@ def check_merged_folder(
     import torch
 
     report = MergedReport("Merged model")
-    adapters = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-    folders = _folders(report, base, adapters, merged)
+    given_adapters = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
+    folders = _folders(report, base, given_adapters, merged)
     kind = getattr(torch, str(dtype).removeprefix("torch."), None) if dtype is not None else torch.float32
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         report.fail(
@@ -170,23 +138,23 @@ def check_merged_folder(
         report.fail(
             "bad_argument", f"score is {score!r:.60}.", "Leave it out, or pass a function(prediction, answer) -> bool."
         )
-    if not report.ok:
+    if folders is None or not report.ok:
         return report
-    base_name, (base, adapters, merged) = base, folders
-    report.title = f"Merged model {merged.name}"
-    files, base_files = _read_files(report, base, adapters, merged)
+    base_folder, adapters, merged_folder = folders
+    report.title = f"Merged model {merged_folder.name}"
+    files, base_files = _read_files(report, base_folder, adapters, merged_folder)
     for folder in adapters:
         skipped = {"merged_model_beside", "bad_base" if base_files is None else ""}
-        skipped |= {"base_mismatch"} if _trained_on(folder, base_name) else set()
-        found = check_adapter_folder(folder, base=base).findings
+        skipped |= {"base_mismatch"} if _trained_on(folder, base) else set()
+        found = check_adapter_folder(folder, base=base_folder).findings
         report.findings += [finding for finding in found if finding.level != "ok" and finding.code not in skipped]
     unreadable = {"no_config", "bad_config", "no_weights", "damaged_weights", "not_a_model", "quantised_weights"}
     if files is None or base_files is None or unreadable & set(report.codes):
         return report
-    given = _Given(list(rows or ()), list(texts or ()), score or _same_text)
+    task = _Given(list(rows or ()), list(texts or ()), score or _same_text)
     try:
         with _quiet():
-            _compare(report, base, adapters, merged, files, base_files, given, kind, device)
+            _compare(report, base_folder, adapters, merged_folder, files, base_files, task, kind, device)
     except Exception as error:
         report.fail(
             "check_failed",
@@ -244,25 +212,12 @@ def _folders(report, base, adapters, merged):
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _read_config(folder: Path) -> dict:
-    file = folder / "config.json"
-    if not file.exists():
-        raise InputError(f"{folder} has no {file.name}.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it should be an object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not a model's configuration: {error}.") from error
-    return config
-
-
 def _read_files(report, base: Path, adapters: list[Path], merged: Path):
     """{file: {tensor: (dtype, shape)}} of both folders; None where that can't be read."""
-    headers = []
+    headers: list[Any] = []
     for role, folder in (("merged model", merged), ("base", base)):
         try:
-            config = _read_config(folder)
+            config = read_json(folder / "config.json")
             headers.append({file: read_safetensors_header(file) for file in weight_files(folder)})
         except InputError as error:
             alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
@@ -297,16 +252,16 @@ def _read_files(report, base: Path, adapters: list[Path], merged: Path):
                 "score.",
             )
     names = sorted(path.name for path in merged.iterdir())
-    if pickles := [name for name in names if name.endswith(PICKLES)]:
+    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
         report.fail(
             "pickle",
-            f"Beside the merged weights lies {some(pickles)}, a pickle: reading one can run any code.",
+            f"Beside the merged weights lies {first_few(pickles)}, a pickle: reading one can run any code.",
             "Delete it: the safetensors files hold the model.",
         )
     if "config.json" in names and (beside := [name for name in names if name.startswith("adapter_")]):
         report.fail(
             "adapter_beside",
-            f"{some(beside)} lies beside the merged weights. AutoModelForCausalLM.from_pretrained loads the model and puts the "
+            f"{first_few(beside)} lies beside the merged weights. AutoModelForCausalLM.from_pretrained loads the model and puts the "
             "adapter on top, so the change is applied twice.",
             "Keep the merged model in a folder of its own: move the adapter's files out.",
         )
@@ -401,7 +356,7 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
     model = compare_weights(report, model, shown, stored, base_stored)
     # What rounding alone does: the exact merge, rounded to the dtype of the merged weights.
     report.tolerance = max(MERGE_ATOL, LOGIT_ROUNDINGS * (_logits(model, inputs) - logits).abs().max().item())
-    if effect.ok and report.tolerance > effect.max_abs / 2:
+    if effect.ok and report.tolerance > (effect.max_abs or 0.0) / 2:
         report.warn(
             "too_coarse",
             f"Rounding alone moves the logits by up to {report.tolerance / LOGIT_ROUNDINGS:.1e}, the adapter by {effect.max_abs:.1e}: "
@@ -427,7 +382,7 @@ def _load_adapted(base, adapters, dtype, device):
     quiet_imports()
     from peft import PeftModel
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_SAFELY).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_SAFE_LOADING).to(device)
     names = [folder.resolve().name for folder in adapters]
     shown = {f"adapter_{i}": name if names.count(name) == 1 else str(adapters[i]) for i, name in enumerate(names)}
     for name, folder in zip(shown, adapters, strict=True):
@@ -443,7 +398,7 @@ def _load_merged(report, merged, dtype, device):
     import transformers
 
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, **_SAFELY)
+        model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, **_SAFE_LOADING)
         return model.to(device).eval()
     except Exception as error:
         report.fail(
@@ -499,10 +454,10 @@ def _answers(report, model, tokenizer, rows):
 def _compare_outputs(report, logits, candidate, inputs, dtype) -> None:
     import torch
 
-    outcome = compare_models(lambda **_: logits, candidate, inputs, atol=report.tolerance)
-    report.max_abs, report.top1_agreement, report.kl = outcome.max_abs, outcome.top1_agreement, outcome.kl
+    comparison = compare_models(lambda **_: logits, candidate, inputs, atol=report.tolerance)
+    report.max_abs, report.top1_agreement, report.kl = comparison.max_abs, comparison.top1_agreement, comparison.kl
     if report.max_abs is None:
-        report.findings += outcome.findings
+        report.findings += comparison.findings
         return
     coarser = max((report.dtype, str(dtype)[6:]), key=lambda name: torch.finfo(getattr(torch, name)).eps)
     origin = (
@@ -510,13 +465,13 @@ def _compare_outputs(report, logits, candidate, inputs, dtype) -> None:
         if report.tolerance == MERGE_ATOL
         else f"{LOGIT_ROUNDINGS} times what one rounding of the weights to {coarser} does here"
     )
-    said = f"{report.measured()}; tolerance {report.tolerance:.1e}, {origin}."
+    outcome = f"{report.measured()}; tolerance {report.tolerance:.1e}, {origin}."
     if report.max_abs <= report.tolerance:
-        report.note("logits_agree", f"Base + adapter and the merged model agree: {said}")
+        report.note("logits_agree", f"Base + adapter and the merged model agree: {outcome}")
     else:
         report.fail(
             "logits_differ",
-            f"Base + adapter and the merged model differ: {said}",
+            f"Base + adapter and the merged model differ: {outcome}",
             "See the findings on weights and files. If there are none, the configurations differ.",
         )
 
@@ -533,16 +488,18 @@ def _compare_answers(report, reference, candidate, given) -> None:
     lost = sum(now < was for was, now in zip(before, after, strict=True))
     won = sum(now > was for was, now in zip(before, after, strict=True))
     same = sum(one == other for one, other in zip(reference, candidate, strict=True))
-    said = (
+    outcome = (
         f"score {report.scores['adapter']:.0%} with the adapter and {report.scores['merged']:.0%} merged; {same} of {len(rows)} "
         f"answers are the same, {lost} are worse, {won} better."
     )
     if lost - won > 2 * (lost + won) ** 0.5:
         report.fail(
-            "score_fell", f"The merged model is worse: {said}", "It is not the trained model: see the other findings."
+            "score_fell",
+            f"The merged model is worse: {outcome}",
+            "It is not the trained model: see the other findings.",
         )
     else:
-        report.note("score_kept", f"On the task: {said}")
+        report.note("score_kept", f"On the task: {outcome}")
 
 
 def _compare_configs(report, base, merged) -> None:
@@ -557,7 +514,7 @@ def _compare_configs(report, base, merged) -> None:
     if differing:
         report.warn(
             "other_config",
-            f"config.json differs from the base's in {some(differing, 4)}.",
+            f"config.json differs from the base's in {first_few(differing, 4)}.",
             "Save the merged model with its own configuration, which is the base's.",
         )
 

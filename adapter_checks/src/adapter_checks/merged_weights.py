@@ -1,23 +1,31 @@
-"""Are the weights in a merged folder those of base + adapter? And if they aren't: what was done instead?"""
+"""Are the weights in a merged folder those of base + adapter? And if not: what was done instead?"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from adapter_checks.initialisation import taken_out
+from adapter_checks.initialisation import subtracted_initialisation
 from adapter_checks.loaded_weights import adapter_names
 from adapter_checks.names import plain_name
-from adapter_checks.report import some
+from adapter_checks.report import first_few
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from adapter_checks.merged_folder import MergedReport
 
 # A merge may round three times (base, change, sum) where the exact sum is rounded once. Independent errors add up as the
 # square root of three, so twice one rounding is enough.
 ROUNDINGS = 2.0
 # Room for a sum in another order, and for an adapter computed in 16 bits: a thousandth of the change.
-SLACK = 1e-3
+SUM_TOLERANCE = 1e-3
 # How many times the change is there may be off by this much, beyond what rounding itself does.
-TIMES = 0.1
+TIMES_TOLERANCE = 0.1
 
 
 class StoredWeights:
@@ -32,7 +40,7 @@ class StoredWeights:
         self._files = {name: file for file, header in files.items() for name in header}
         self._prefix, self._tied = f"{prefix}.", tied
 
-    def get(self, name: str):
+    def get(self, name: str) -> torch.Tensor | None:
         """The tensor that a model loaded from this folder has under this name, or None."""
         from safetensors import safe_open
 
@@ -66,10 +74,12 @@ class _Layer:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.limit and abs(self.times - self.own_times) <= TIMES
+        return self.error <= self.limit and abs(self.times - self.own_times) <= TIMES_TOLERANCE
 
 
-def compare_weights(report, model, shown: dict[str, str], merged: StoredWeights, base: StoredWeights):
+def compare_weights(
+    report: MergedReport, model: PeftModel, shown: dict[str, str], merged: StoredWeights, base: StoredWeights
+) -> PreTrainedModel:
     """Compare every weight with base + adapters; findings, `times` and `rounding` go into the report.
 
     model  a PeftModel, `shown` its active adapters ({name in the model: name in a sentence}); it is used up
@@ -77,7 +87,7 @@ def compare_weights(report, model, shown: dict[str, str], merged: StoredWeights,
     """
     from peft.tuners.lora import LoraLayer
 
-    tied = model.get_base_model().all_tied_weights_keys
+    tied: dict[str, str] = cast("PreTrainedModel", model.get_base_model()).all_tied_weights_keys
     shared = {*tied, *tied.values()}
     layers = []
     for path, module in list(model.named_modules()):
@@ -85,10 +95,13 @@ def compare_weights(report, model, shown: dict[str, str], merged: StoredWeights,
             name = f"{plain_name(path)}.weight"
             layers.append(_merge_exactly(module, name, list(shown), merged.get(name), name in shared))
     compared = [layer for layer in layers if layer is not None]
-    plain = model.merge_and_unload()  # modules_to_save and what else is no LoRA layer
+    plain: PreTrainedModel = cast(Any, model).merge_and_unload()  # modules_to_save and what else is no LoRA layer
     head = _name_of(plain, plain.get_output_embeddings())
     ends = {*shared, head} - {None}
-    missing, unknown, ties, others = [], [], [], []
+    missing: list[str] = []
+    unknown: list[str] = []
+    ties: list[str] = []
+    others: list[str] = []
     adapted = {layer.name: layer for layer in compared}
     for name, weight in plain.named_parameters(remove_duplicate=False):
         found = merged.get(name)
@@ -99,29 +112,29 @@ def compare_weights(report, model, shown: dict[str, str], merged: StoredWeights,
                 ties.append(name)
             elif name not in adapted:
                 others.append(name)
-    _say_structure(report, ties, missing, unknown, others)
-    _say_layers(report, [layer for layer in compared if layer.name not in ties], plain, shown, merged, base)
+    _report_structure(report, ties, missing, unknown, others)
+    _report_layers(report, [layer for layer in compared if layer.name not in ties], plain, shown, merged, base)
     for name, weight in plain.named_parameters():
         if (found := merged.get(name)) is not None:
             weight.data.copy_(weight.detach().to(_precision(found, weight.dtype)))
     return plain
 
 
-def _merge_exactly(module, name, adapters, found, unshare):
+def _merge_exactly(module, name, adapters, found, tied):
     """Merge into this layer by PEFT, but with one rounding, and measure what the merged folder has instead; on the CPU."""
     import torch
 
     layer = module.get_base_layer()
-    if unshare:  # else the merge would change the other weight too, which the adapter leaves alone
+    if tied:  # else the merge would change the other weight too, which the adapter leaves alone
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     before, changes = layer.weight.detach().to("cpu", torch.float32, copy=True), []
     adapters = [adapter for adapter in adapters if adapter in adapter_names(module)]
     for adapter in adapters:
         # DoRA and the like change the weight by more than scaling * B @ A, lora_bias changes the bias, too.
         if adapter in module.lora_variant or module.lora_bias.get(adapter):
-            start = layer.weight.detach().to("cpu", torch.float32, copy=True)
+            earlier = layer.weight.detach().to("cpu", torch.float32, copy=True)
             module.merge(adapter_names=[adapter])
-            changes.append(layer.weight.detach().cpu().float() - start)
+            changes.append(layer.weight.detach().cpu().float() - earlier)
         else:
             changes.append(module.get_delta_weight(adapter).to("cpu", torch.float32))
             module.merged_adapters.append(adapter)  # merged below
@@ -138,7 +151,7 @@ def _merge_exactly(module, name, adapters, found, unshare):
     shares = torch.linalg.pinv(gram, hermitian=True) @ torch.tensor(
         [_dot(one, difference) for one in changes], dtype=torch.float64
     )
-    limit = ROUNDINGS * one_rounding + SLACK * size + 4 * torch.finfo(torch.float32).eps * _norm(before)
+    limit = ROUNDINGS * one_rounding + SUM_TOLERANCE * size + 4 * torch.finfo(torch.float32).eps * _norm(before)
     rest = _norm(difference - sum(share * one for share, one in zip(shares.tolist(), changes, strict=True)))
     first = adapters[0]
     return _Layer(
@@ -177,22 +190,22 @@ def _alike(layer, weight, found) -> bool:
         return layer.ok
     exact, precision = weight.detach().to("cpu", torch.float32), _precision(found, weight.dtype)
     one_rounding = _norm(exact.to(precision).float() - exact)
-    slack = 4 * torch.finfo(torch.float32).eps * _norm(exact)
-    return _norm(found.to(precision).float() - exact) <= ROUNDINGS * one_rounding + slack
+    allowance = 4 * torch.finfo(torch.float32).eps * _norm(exact)
+    return _norm(found.to(precision).float() - exact) <= ROUNDINGS * one_rounding + allowance
 
 
 def _name_of(model, module) -> str | None:
     return next((f"{name}.weight" for name, other in model.named_modules() if other is module), None)
 
 
-# ---------------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------------- findings
 
 
-def _say_structure(report, ties, missing, unknown, others) -> None:
+def _report_structure(report, ties, missing, unknown, others) -> None:
     if ties:
         report.fail(
             "tied_head",
-            f"The weights that the embedding and the output head share are not those of the trained model: {some(ties, 3)}. One of "
+            f"The weights that the embedding and the output head share are not those of the trained model: {first_few(ties, 3)}. One of "
             "both is missing, differs from the other, or was changed by a merge into the other.",
             "Save the base with a head of its own (tie_word_embeddings=False) before you merge into head or embedding; else keep "
             "tie_word_embeddings as the base has it, and don't save a head beside it.",
@@ -200,30 +213,30 @@ def _say_structure(report, ties, missing, unknown, others) -> None:
     if missing:
         report.fail(
             "missing_weights",
-            f"{len(missing)} of the model's weights are not in the merged files: {some(missing)}. On loading they are filled with "
+            f"{len(missing)} of the model's weights are not in the merged files: {first_few(missing)}. On loading they are filled with "
             "random numbers.",
             "Save the merged model again with save_pretrained; copy all shards and the index.",
         )
     if others:
         report.fail(
             "other_weights",
-            f"{len(others)} weights that the adapter doesn't touch, or whose shape is another, are not the base's: {some(others)}.",
+            f"{len(others)} weights that the adapter doesn't touch, or whose shape is another, are not the base's: {first_few(others)}.",
             "Merge into the base that the adapter was trained on, loaded afresh. Biases or a head that were trained must be "
             "in the adapter's folder.",
         )
     if unknown:
         report.warn(
             "not_compared",
-            f"{len(unknown)} weights have other names in the files than in the model: {some(unknown)}. They were not compared one by "
+            f"{len(unknown)} weights have other names in the files than in the model: {first_few(unknown)}. They were not compared one by "
             "one.",
             "The comparison of outputs covers them.",
         )
 
 
-def _say_layers(report, layers, plain, shown, merged, base) -> None:
+def _report_layers(report, layers, plain, shown, merged, base) -> None:
     changed, bad = [layer for layer in layers if layer.size], [layer for layer in layers if not layer.ok]
     if not changed:  # an untrained adapter, of which other findings tell
-        return _say_strange(report, bad, 0.0, plain, merged, base) if bad else None
+        return _report_residual(report, bad, 0.0, plain, merged, base) if bad else None
     times, own_times = (_mean((layer.size, value(layer)) for layer in changed) for value in (
         lambda layer: layer.times, lambda layer: layer.own_times))  # fmt: skip
     shares = {name: _mean((layer.sizes[key], layer.shares[key]) for layer in changed if key in layer.sizes)
@@ -237,7 +250,7 @@ def _say_layers(report, layers, plain, shown, merged, base) -> None:
             f"The adapter's change is in the merged weights {times:.2f} times, in all {len(layers)} layers"
             + (f"; they are {report.rounding:.1f} roundings from the exact ones." if rounded else "."),
         )
-        if own_times < 1 - TIMES:
+        if own_times < 1 - TIMES_TOLERANCE:
             report.warn(
                 "change_rounded_away",
                 f"The dtype of the merged weights is so coarse that only {own_times:.0%} of the adapter's change survives rounding.",
@@ -246,9 +259,9 @@ def _say_layers(report, layers, plain, shown, merged, base) -> None:
     elif all(layer.pure for layer in bad) or all(
         _near(layer.times, -1) for layer in changed
     ):  # a swapped base may be rounded
-        _say_amount(report, changed, bad, times, shares)
+        _report_multiple(report, changed, bad, times, shares)
     else:
-        _say_strange(report, [layer for layer in bad if not layer.pure], times, plain, merged, base)
+        _report_residual(report, [layer for layer in bad if not layer.pure], times, plain, merged, base)
 
 
 def _mean(pairs) -> float:
@@ -258,12 +271,14 @@ def _mean(pairs) -> float:
     return sum(weight * value for weight, value in pairs) / whole if whole else 1.0
 
 
-def _say_amount(report, layers, bad, times, shares) -> None:
+def _report_multiple(report, layers, bad, times, shares) -> None:
     """Merged is base + a multiple of the change: which multiple, and how does one come to it?"""
-    lost = [name for name, share in shares.items() if abs(share) < TIMES]
-    kept = [name for name, share in shares.items() if abs(share - 1) < TIMES]
-    none = [layer for layer in bad if abs(layer.times) < TIMES]
-    causes = [cause for cause, factor in _SCALINGS if all(_near(layer.times, factor(layer)) for layer in layers)]
+    lost = [name for name, share in shares.items() if abs(share) < TIMES_TOLERANCE]
+    kept = [name for name, share in shares.items() if abs(share - 1) < TIMES_TOLERANCE]
+    none = [layer for layer in bad if abs(layer.times) < TIMES_TOLERANCE]
+    causes = [
+        cause for cause, factor in _SCALING_MISTAKES if all(_near(layer.times, factor(layer)) for layer in layers)
+    ]
     if len(shares) > 1 and lost and kept:
         report.fail(
             "adapter_lost",
@@ -281,7 +296,7 @@ def _say_amount(report, layers, bad, times, shares) -> None:
         report.fail(
             "partly_merged",
             f"In {len(bad)} of {len(layers)} layers nothing of the adapter's change is in the weights: "
-            f"{some([layer.name for layer in bad])}.",
+            f"{first_few([layer.name for layer in bad])}.",
             "Merge again from a base loaded afresh: a merge that stopped midway can't be continued.",
         )
     elif all(_near(layer.times, 2) for layer in layers):
@@ -312,7 +327,7 @@ def _say_amount(report, layers, bad, times, shares) -> None:
 
 
 # How many times the change is there if the scaling was taken for something else; scaling is the right one.
-_SCALINGS = (
+_SCALING_MISTAKES = (
     (
         "the scaling was taken as alpha and not divided",
         lambda layer: math.sqrt(layer.rank) if layer.rslora else layer.rank,
@@ -330,24 +345,26 @@ _SCALINGS = (
 
 
 def _near(number: float, expected: float) -> bool:
-    return abs(expected - 1) > TIMES and abs(number - expected) <= 0.08 * abs(expected)
+    return abs(expected - 1) > TIMES_TOLERANCE and abs(number - expected) <= 0.08 * abs(expected)
 
 
-def _say_strange(report, bad, times, plain, merged, base) -> None:
+def _report_residual(report, bad, times, plain, merged, base) -> None:
     """Merged is base + change + something else: look at that something in the smallest layer."""
     import torch
 
     layer = min(bad, key=lambda layer: layer.numbers)
     exact, found = plain.get_parameter(layer.name).detach().to("cpu", torch.float32), merged.get(layer.name).float()
     original = exact if (original := base.get(layer.name)) is None else original.float()
-    strange = found - exact
+    residual = found - exact
     without = found - (exact - original)
-    relative = _norm(strange) / max(_norm(original), 1e-30)
+    relative = _norm(residual) / max(_norm(original), 1e-30)
     likeness = torch.nn.functional.cosine_similarity(without.flatten(), original.flatten(), dim=0).item()
-    where = f"In {len(bad)} layers ({some([layer.name for layer in bad], 1)}) the merged weights are not base + adapter"
-    rank = _low_rank(strange)
-    start = (taken_out(original, -strange) or taken_out(original, strange)) if rank else None
-    if any(_has_few_levels(weight) for weight in (found, without)):
+    where = f"In {len(bad)} layers ({first_few([layer.name for layer in bad], 1)}) the merged weights are not base + adapter"
+    rank = _low_rank(residual)
+    initialisation = None
+    if rank:
+        initialisation = subtracted_initialisation(original, -residual) or subtracted_initialisation(original, residual)
+    if any(_has_16_levels(weight) for weight in (found, without)):
         if likeness > 0.9:
             report.fail(
                 "quantised_base",
@@ -363,19 +380,19 @@ def _say_strange(report, bad, times, plain, merged, base) -> None:
                 "in silence.",
                 "Merge into the 16-bit or 32-bit base; or load the 4-bit model afresh and merge before any forward.",
             )
-    elif start:
+    elif initialisation:
         report.fail(
             "base_mutated",
-            f"{where}: they lack or repeat the start of an adapter, {start}. The adapter was merged into a base that another one had "
-            "changed when it was made or loaded; or it is of that kind itself, and its start was forgotten.",
-            "Load the original base afresh: unload() doesn't put the start back. Convert such adapters when you save them "
+            f"{where}: they lack or repeat the initialisation of an adapter, {initialisation}. The adapter was merged into a base that another one had "
+            "changed when it was made or loaded; or it is of that kind itself, and its configuration no longer says so.",
+            "Load the original base afresh: unload() doesn't put it back. Convert such adapters when you save them "
             "(path_initial_model_for_weight_conversion).",
         )
     elif rank:
         report.fail(
             "foreign_change",
-            f"{where}: a change of rank {rank} besides is in them, and this adapter's {times:.2f} times. Another adapter was merged, "
-            "too or instead.",
+            f"{where}: they hold a further change of rank {rank}, and this adapter's {times:.2f} times. Another adapter was merged "
+            "too, or instead.",
             "Merge this adapter alone, into the original base loaded afresh; pass all adapters as a list if several belong in.",
         )
     else:
@@ -388,12 +405,12 @@ def _say_strange(report, bad, times, plain, merged, base) -> None:
         )
         report.fail(
             "base_changed",
-            f"{where}: they differ by {relative:.2%} of the base's size, in no simple way. Likely: {likely}.",
+            f"{where}: they differ by {relative:.2%} of the base's size, and neither a rank nor a scaling explains it. Likely: {likely}.",
             "Merge into the very base that the adapter was trained on, loaded afresh from its files.",
         )
 
 
-def _has_few_levels(weight) -> bool:
+def _has_16_levels(weight) -> bool:
     """Whether blocks of 64 numbers take at most 16 values, as 4-bit formats give them: then most neighbours are equal.
 
     Of 63 gaps between sorted numbers at least 48 are then zero, up to the rounding of 16-bit dtypes; of Gaussian

@@ -15,17 +15,23 @@ import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_folder import check_adapter_folder
-from adapter_checks.base_shapes import skeleton
+from adapter_checks.base_shapes import meta_base
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
-from adapter_checks.merged_folder import SAFE_FILES, local_folder, weight_files
+from adapter_checks.model_folder import SAFE_FILES, local_folder, read_json, weight_files
 from adapter_checks.names import plain_name
-from adapter_checks.report import some
+from adapter_checks.report import first_few
 from adapter_checks.safetensors_header import read_safetensors_header
 from adapter_checks.saving import saving
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
 
 _TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab\.(json|txt)|merges\.txt|.*\.model"
@@ -44,11 +50,17 @@ _HARMLESS = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "peft_type", "auto_mapping",
     "peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_core", "qalora_group_size", "eva_config",
 }  # fmt: skip
-_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_HARMLESS_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def merge_whole(base, adapter, out, *, dtype=None) -> Path:
-    """Load base and adapter, `merge_and_unload()`, save with the tokenizer: what lesson 6 does in the open.
+def merge_whole(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> Path:
+    """Load base and adapter, `merge_and_unload()`, save with the tokenizer.
 
     Arguments, result and errors are those of merge_by_shards, and so are the merged weights. Merges all that PEFT does.
     """
@@ -76,23 +88,29 @@ def merge_whole(base, adapter, out, *, dtype=None) -> Path:
     return out
 
 
-def merge_by_shards(base, adapter, out, *, dtype=None) -> Path:
+def merge_by_shards(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> Path:
     """Write base + scaling * B @ A to `out`, without ever holding the model in memory.
 
     base     folder of the base, or its hub id: safetensors, one file or shards with an index
     adapter  folder or hub id of a LoRA adapter for it
     out      folder for the merged model; an earlier one is replaced at the end and stays whole until then
-             (`runtime.saving`)
+             (`saving.saving`)
     dtype    of the merged weights, a torch.dtype or its name; None keeps that of each tensor of the base
 
     Each file of the base is read and written again tensor by tensor, so no more than a few times the largest tensor is in
     memory. The merged folder has the base's shards, index and configuration, and the tokenizer with its template: the
     adapter's, if its folder has one, else the base's. The weights are those of PEFT's `merge_and_unload()` on a base loaded
-    in that dtype, to the bit (tests/test_merging.py): the sum is taken in float32 and rounded once.
+    in that dtype, to the bit: the sum is taken in float32 and rounded once.
 
     Merges LoRA on linear layers and on GPT-2's Conv1D, with rsLoRA, rank and alpha patterns. Refuses anything else in a
-    sentence before a byte is written: DoRA and other variants, modules_to_save, biases, embeddings, tied weights, starts
-    that change the base (OLoRA, PiSSA), quantised bases.
+    sentence before a byte is written: DoRA and other variants, modules_to_save, biases, embeddings, tied weights,
+    initialisations that change the base (OLoRA, PiSSA), quantised bases.
 
     Returns `out`. Raises InputError if something can't be merged, is damaged or missing, or can't be written.
     """
@@ -107,7 +125,13 @@ def merge_by_shards(base, adapter, out, *, dtype=None) -> Path:
     return out
 
 
-def merge_to_folder(base, adapter, out, *, dtype=None) -> str:
+def merge_to_folder(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> str:
     """merge_whole, or merge_by_shards where the whole model doesn't fit into memory; the same arguments and errors.
 
     By shards at once if the model is larger than the memory available: Linux may kill a process that takes more, and
@@ -119,7 +143,8 @@ def merge_to_folder(base, adapter, out, *, dtype=None) -> str:
 
     files = weight_files(_checked_folders(base, adapter, out)[0])
     numbers = sum(math.prod(shape) for file in files for _, shape in read_safetensors_header(file).values())
-    size = numbers * _dtype(dtype).itemsize if dtype is not None else sum(file.stat().st_size for file in files)
+    kind = _dtype(dtype)
+    size = sum(file.stat().st_size for file in files) if kind is None else numbers * kind.itemsize
     if size < psutil.virtual_memory().available:
         try:
             merge_whole(base, adapter, out, dtype=dtype)
@@ -141,13 +166,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that it came from, says that memory ran out; libraries say it in several ways."""
     import torch
 
-    while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or getattr(cause, "errno", None) == errno.ENOMEM:
             return True
         # PyTorch's allocator on the CPU raises a RuntimeError, safetensors an error of its own.
-        if re.search(r"can't allocate memory|cannot allocate memory|not enough memory|out of memory", str(error), re.I):
+        if re.search(r"can't allocate memory|cannot allocate memory|not enough memory|out of memory", str(cause), re.I):
             return True
-        error = error.__cause__ or error.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
@@ -178,23 +204,23 @@ def _changes(base: Path, adapter: Path, tensors: dict) -> dict[str, _Change]:
     from peft.utils.other import get_pattern_key
     from transformers.pytorch_utils import Conv1D
 
-    if "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8")):
+    if "quantization_config" in read_json(base / "config.json"):
         raise InputError(f"{base} is quantised. Merge into the 16-bit or 32-bit base that it was made from.")
     config = _check_adapter(adapter, base)
     _refuse_unknown(config)
-    model, _ = skeleton(base)
+    model: Any = meta_base(base)[0]
     modules = dict(model.named_modules())
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     file = adapter / "adapter_model.safetensors"
     factors = {name: _FACTOR.fullmatch(name) for name in read_safetensors_header(file)}
-    strange = [name for name, match in factors.items() if match is None]
-    if strange:
+    unexpected = [name for name, match in factors.items() if match is None]
+    if unexpected:
         raise InputError(
-            f"{file} holds {some(strange)}, which is no LoRA factor of a linear layer, and only those are merged by shards; "
+            f"{file} holds {first_few(unexpected)}, which is not a LoRA factor of a linear layer, and only those are merged by shards; "
             "merge_whole merges more."
         )
     changes = {}
-    for path in sorted({match["module"] for match in factors.values()}):
+    for path in sorted({match["module"] for match in factors.values() if match}):
         name = plain_name(path)
         if not isinstance(modules[name], (torch.nn.Linear, Conv1D)):
             raise InputError(
@@ -240,7 +266,7 @@ def _refuse_unknown(config: dict) -> None:
             "merge_whole can merge it; by shards it must be converted first (path_initial_model_for_weight_conversion)."
         )
     harmless = _HARMLESS | (
-        {"init_lora_weights"} if config.get("init_lora_weights", True) in _HARMLESS_STARTS else set()
+        {"init_lora_weights"} if config.get("init_lora_weights", True) in _HARMLESS_INITIALISATIONS else set()
     )
     defaults = vars(LoraConfig())
     # None, False, {} and [] all mean "not used"; newer versions of PEFT bring settings that this list can't know.
@@ -250,7 +276,7 @@ def _refuse_unknown(config: dict) -> None:
     }  # fmt: skip
     if unusual:
         listed = ", ".join(f"{name}={value!r}" for name, value in unusual.items())
-        raise InputError(f"Merging by shards adds scaling * B @ A and knows nothing of {listed}; merge_whole may.")
+        raise InputError(f"Merging by shards adds scaling * B @ A and does not handle {listed}; merge_whole may.")
 
 
 def _checked_folders(base, adapter, out) -> tuple[Path, Path, Path]:
@@ -267,7 +293,7 @@ def _checked_folders(base, adapter, out) -> tuple[Path, Path, Path]:
     return base, adapter, out
 
 
-def _dtype(dtype):
+def _dtype(dtype: Any) -> torch.dtype | None:
     """A torch.dtype from itself or its name; None stays None."""
     import torch
 
@@ -339,7 +365,7 @@ def _copy_rest(base: Path, adapter: Path, folder: Path, dtype, total_size: int) 
     tokenizer = _tokenizer_files(base, adapter)
     for file in (*tokenizer, *base.glob("*generation_config.json")):
         shutil.copyfile(file, folder / file.name)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -364,6 +390,6 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _not_finite(names) -> InputError:
     return InputError(
-        f"After the merge {some(names)} would hold NaN or infinity: the change is too large for this dtype, or the base is damaged. "
+        f"After the merge {first_few(names)} would hold NaN or infinity: the change is too large for this dtype, or the base is damaged. "
         "In float16 try bfloat16."
     )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks import bitsandbytes_workarounds, counting, memory
 from adapter_checks.errors import InputError
 from adapter_checks.loaded_weights import weight_reader
 from adapter_checks.names import plain_name
-from adapter_checks.report import Report, never_raises, some
+from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.training import bad_argument
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 TYPES = ("nf4", "fp4")
 # Of a weight's size: how far the same quantisation of the same base may lie off, for absmax values that were rounded to 16
@@ -18,13 +25,13 @@ LARGEST_DIFFERENCE = 0.02
 
 
 @never_raises("Quantisation settings")
-def check_quantization_config(model, settings) -> Report:
+def check_quantization_config(model: PreTrainedModel | PreTrainedConfig, settings: BitsAndBytesConfig) -> Report:
     """Can this model be loaded with this BitsAndBytesConfig here, and will it be what you want? Nothing is loaded.
 
     model     a transformers model or its config
     settings  the transformers.BitsAndBytesConfig
 
-    Returns a Report; its finding "size" tells how much of the model is quantised.
+    Returns a Report; its finding "size" says how much of the model is quantised.
     """
     from transformers import BitsAndBytesConfig, PreTrainedConfig
 
@@ -33,7 +40,7 @@ def check_quantization_config(model, settings) -> Report:
         report.fail(
             "not_installed",
             "The package bitsandbytes is missing; it does the 4-bit and 8-bit work.",
-            "Install requirements.txt; on a platform without it, load the model in 16 bits.",
+            "Install bitsandbytes; on a platform without it, load the model in 16 bits.",
         )
         return report
     config = getattr(model, "config", model)
@@ -53,7 +60,7 @@ def check_quantization_config(model, settings) -> Report:
     elif settings.load_in_4bit and kind == "fp4":
         report.warn(
             "fp4",
-            "The 4-bit type is FP4, which is what one gets without asking.",
+            "The 4-bit type is FP4, which is the default.",
             "Say bnb_4bit_quant_type='nf4': its error on weights is smaller by a quarter.",
         )
     skeleton = counting.meta_model(config)
@@ -63,10 +70,8 @@ def check_quantization_config(model, settings) -> Report:
         return report
     if not settings.load_in_8bit:
         _check_sizes(report, layers)
-    numbers, every = (
-        sum(layer.weight.numel() for layer in layers.values()),
-        sum(p.numel() for p in skeleton.parameters()),
-    )
+    numbers = sum(layer.weight.numel() for layer in layers.values())
+    every = sum(parameter.numel() for parameter in skeleton.parameters())
     report.note(
         "size",
         f"{len(layers)} layers with {numbers / every:.0%} of all {every:,} parameters would be quantised; "
@@ -105,20 +110,22 @@ def _check_sizes(report, layers) -> None:
         report.warn(
             "odd_size",
             f"{len(odd)} layers have inputs that are no multiple of 64, or outputs that are none of 32: "
-            f"{some(odd)}. In eval mode the 4-bit kernel of processors with AVX512-BF16 refuses them. {here}.",
+            f"{first_few(odd)}. In eval mode the 4-bit kernel of processors with AVX512-BF16 refuses them. {here}.",
             "Call stop_repacking(model) right after loading.",
         )
 
 
 @never_raises("Quantised model")
-def check_quantised(model, original_base=None) -> Report:
+def check_quantised(
+    model: torch.nn.Module, original_base: torch.nn.Module | str | os.PathLike[str] | None = None
+) -> Report:
     """Are the 4-bit and 8-bit weights of this model still what they were when it was loaded?
 
     model          a transformers model or a PeftModel around one; it isn't changed, and no forward pass is made
     original_base  the unquantised base, or its folder of safetensors: each weight is then read back and compared, which
                    finds damage whatever caused it, also in a model that was saved and loaded since
 
-    Returns a Report; its finding "quantised" tells how many layers of which type there are.
+    Returns a Report; its finding "quantised" says how many layers of which type there are.
     """
     import torch
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -131,23 +138,23 @@ def check_quantised(model, original_base=None) -> Report:
         for name, layer in model.named_modules()
         if isinstance(layer, (Linear4bit, Linear8bitLt))
     }
-    four = {name: layer for name, layer in layers.items() if isinstance(layer, Linear4bit)}
+    four_bit = {name: layer for name, layer in layers.items() if isinstance(layer, Linear4bit)}
     if not layers:
         report.fail(
             "not_quantised",
             "No layer of this model is in 4 or 8 bits.",
-            "Pass quantization_config=BitsAndBytesConfig(...) to from_pretrained; load_in_4bit=True is no argument of it.",
+            "Pass quantization_config=BitsAndBytesConfig(...) to from_pretrained; load_in_4bit=True is not an argument of it.",
         )
         return report
-    repacked = [name for name, layer in four.items() if bitsandbytes_workarounds.is_repacked(layer)]
+    repacked = [name for name, layer in four_bit.items() if bitsandbytes_workarounds.is_repacked(layer)]
     if repacked:
         report.fail(
             "repacked",
-            f"A forward pass in eval mode has repacked {len(repacked)} of {len(four)} 4-bit weights: "
-            f"{some(repacked, 1)}. They pass no gradient on, and to merge, dequantise or save them gives wrong numbers.",
+            f"A forward pass in eval mode has repacked {len(repacked)} of {len(four_bit)} 4-bit weights: "
+            f"{first_few(repacked, 1)}. They pass no gradient on, and to merge, dequantise or save them gives wrong numbers.",
             "Load the model afresh, and call stop_repacking(model) before its first forward pass.",
         )
-    elif any(layer.support_avx512bf16_for_cpu and layer.weight.device.type == "cpu" for layer in four.values()):
+    elif any(layer.support_avx512bf16_for_cpu and layer.weight.device.type == "cpu" for layer in four_bit.values()):
         report.warn(
             "will_be_repacked",
             "This processor has AVX512-BF16: the first forward pass in eval mode will repack the "
@@ -157,8 +164,10 @@ def check_quantised(model, original_base=None) -> Report:
     changed = {*repacked, *_check_adapters(report, model)}
     if original_base is not None:
         _check_weights(report, {name: layer for name, layer in layers.items() if name not in changed}, original_base)
-    types = sorted({layer.weight.quant_type.upper() for layer in four.values()}) + ["int8"] * (len(four) < len(layers))
-    report.note("quantised", f"{len(layers)} layers are quantised ({some(types)}).")
+    types = sorted({cast(Any, layer.weight).quant_type.upper() for layer in four_bit.values()}) + ["int8"] * (
+        len(four_bit) < len(layers)
+    )
+    report.note("quantised", f"{len(layers)} layers are quantised ({first_few(types)}).")
     return report
 
 
@@ -203,14 +212,16 @@ def _check_weights(report, layers, original_base) -> None:
             continue
         if (
             getattr(layer, "source_cls", None) is Conv1D
-        ):  # GPT-2's layers lie on their side, and transformers turned them
+        ):  # GPT-2 stores its weights transposed, and transformers turned them
             before = before.T
-        fresh = _quantised_again(layer, before.detach().to(layer.weight.device))
-        differences[name] = ((read_back(layer).float() - fresh).norm() / fresh.norm()).item()
+        fresh = _requantised(layer, before.detach().to(layer.weight.device))
+        differences[name] = ((dequantised(layer).float() - fresh).norm() / fresh.norm()).item()
     wrong = [name for name, difference in differences.items() if not difference < LARGEST_DIFFERENCE]
     if not differences:
         report.warn(
-            "not_compared", "No quantised weight has a namesake in original_base.", "Pass the base that was quantised."
+            "not_compared",
+            "No quantised weight has a counterpart in original_base.",
+            "Pass the base that was quantised.",
         )
     elif wrong:
         report.fail(
@@ -224,14 +235,14 @@ def _check_weights(report, layers, original_base) -> None:
         report.note("intact", f"{len(differences)} weights are those of the base, quantised.")
 
 
-def read_back(layer):
+def dequantised(layer: Any) -> torch.Tensor:
     """The numbers that a 4-bit or 8-bit layer stands for, (outputs, inputs), as PEFT reads them for a merge."""
     from peft.utils.integrations import dequantize_bnb_weight
 
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
 
 
-def _quantised_again(layer, weight):
+def _requantised(layer, weight):
     """`weight` (outputs, inputs) quantised as the layer's own was, and read back in float32."""
     import torch
     from bitsandbytes import functional
@@ -240,7 +251,7 @@ def _quantised_again(layer, weight):
     if not isinstance(layer, Linear4bit):
         numbers, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return functional.int8_vectorwise_dequant(numbers, scales)
-    state = layer.weight.quant_state
+    state = cast(Any, layer.weight).quant_state
     again = functional.quantize_4bit(
         weight.to(state.dtype).contiguous(),
         blocksize=state.blocksize,

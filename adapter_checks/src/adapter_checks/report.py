@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar, cast
 
 from adapter_checks.errors import InputError
 
@@ -73,23 +75,29 @@ def _wrapped(line: str, indent: int) -> str:
     return textwrap.fill(line, 90, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
-def some(names, shown: int = 2) -> str:
+Arguments = ParamSpec("Arguments")
+AnyReport = TypeVar("AnyReport", bound=Report)
+
+
+def first_few(names: Iterable[object], shown: int = 2) -> str:
     """The first few names in a sentence: "a, b and 6 more"."""
-    names = [str(name) for name in names]
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    words = [str(name) for name in names]
+    rest = len(words) - shown
+    return ", ".join(words[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def never_raises(title: str, kind: type[Report] = Report):
+def never_raises(
+    title: str, kind: type[Report] = Report
+) -> Callable[[Callable[Arguments, AnyReport]], Callable[Arguments, AnyReport]]:
     """Decorator for a check: an error that it did not foresee becomes a finding, not a traceback."""
 
-    def decorate(check):
+    def decorate(check: Callable[Arguments, AnyReport]) -> Callable[Arguments, AnyReport]:
         @functools.wraps(check)
-        def wrapped(*args, **kwargs):
+        def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> AnyReport:
             try:
                 return check(*args, **kwargs)
             except Exception as error:
-                report = kind(title)
+                report = cast(AnyReport, kind(title))
                 report.fail(
                     "check_failed",
                     f"The check could not be carried out: {type(error).__name__}: {error}",

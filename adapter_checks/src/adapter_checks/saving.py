@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from adapter_checks.errors import InputError
@@ -19,7 +20,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 @contextlib.contextmanager
-def saving(path: str | Path):
+def saving(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Save a folder whole or not at all: `with saving(path) as folder: model.save_pretrained(folder)`.
 
     Gives an empty folder beside `path`; at the end it takes the name `path`, and the earlier result is deleted. If
@@ -35,52 +36,50 @@ def saving(path: str | Path):
         raise InputError(f"{path} is a git repository, which saving would replace. Choose a folder of its own.")
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         raise InputError(f"Saving to {path} would replace the folder that you work in. Choose a folder of its own.")
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.mkdir()
+            temporary.mkdir()
         except OSError as error:
-            raise InputError(
-                f"{path.parent} can't be written to ({error.strerror}). Choose another place, such as the runs folder."
-            ) from error
+            raise InputError(f"{path.parent} can't be written to ({error.strerror}). Choose another place.") from error
         try:
-            yield fresh
+            yield temporary
         except Exception as error:
             # safetensors reports a full disk as an error of its own, with the system's number in the text
             number = re.search(r"os error (\d+)", str(error))
             code = error.errno if isinstance(error, OSError) else int(number.group(1)) if number else None
             if code in _NO_ROOM:
                 raise InputError(
-                    f"There was no room to save {path} ({os.strerror(code)}). {_what_is_left(path)} Make room and save again."
+                    f"There was no room to save {path} ({os.strerror(code)}). {_what_remains(path)} Make room and save again."
                 ) from error
             raise
-        for file in fresh.rglob("*.safetensors"):
+        for file in temporary.rglob("*.safetensors"):
             read_safetensors_header(file)
-        _put_in_place(fresh, path)
+        _put_in_place(temporary, path)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _what_is_left(path: Path) -> str:
+def _what_remains(path: Path) -> str:
     return "The earlier result is unchanged." if path.exists() else "Nothing was left behind."
 
 
-def _put_in_place(fresh: Path, path: Path) -> None:
-    """Give `fresh` the name `path`. Whatever was at `path` is then at the name `fresh`, or gone."""
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Give `temporary` the name `path`. Whatever was at `path` is then at the name `temporary`, or gone."""
     if not path.exists():
-        fresh.rename(path)
-    elif not _exchange(fresh, path):
+        temporary.rename(path)
+    elif not _exchange(temporary, path):
         # No exchange in one step here (Windows, some network disks): between the two renames a kill leaves the
-        # earlier result whole, but under the name `old`.
-        old = fresh.with_name(f"{fresh.name}.old")
-        path.rename(old)
+        # earlier result whole, but under the name `previous`.
+        previous = temporary.with_name(f"{temporary.name}.old")
+        path.rename(previous)
         try:
-            fresh.rename(path)
+            temporary.rename(path)
         except OSError:
-            old.rename(path)
+            previous.rename(path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

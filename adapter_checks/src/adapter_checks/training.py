@@ -6,35 +6,43 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.base_shapes import in_out
 from adapter_checks.initialisation import check_config
 from adapter_checks.names import plain_name
-from adapter_checks.report import Report, never_raises, some
+from adapter_checks.report import Report, first_few, never_raises
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, Trainer
 
 # Full fine-tuning's rates lie below (defaults: Trainer 5e-5, TRL 2e-5); QLoRA's authors trained LoRA by Adam at 1e-4
 # (33B, 65B) and 2e-4 (7B, 13B parameters): https://arxiv.org/abs/2305.14314, table 9.
-LEAST_RATE = 1e-4
+LOWEST_RATE = 1e-4
 
 
 @never_raises("LoRA configuration")
-def check_lora_config(model, lora_config, learning_rate: float | None = None) -> Report:
+def check_lora_config(
+    model: PreTrainedModel | PeftModel, lora_config: LoraConfig, learning_rate: float | None = None
+) -> Report:
     """Will this LoraConfig do what it says? PEFT tries it on a copy of the model without weights.
 
     model          a transformers model, or a PeftModel around one; neither it nor the configuration is changed
     lora_config    the peft.LoraConfig
     learning_rate  Adam's, to be judged too
 
-    Returns a Report; its finding "lora" tells the number of adapted layers and the scaling.
+    Returns a Report; its finding "lora" gives the number of adapted layers and the scaling.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
     report = Report("LoRA configuration")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel) or not isinstance(lora_config, LoraConfig):
         return bad_argument(report, (model, lora_config), "a transformers model and a peft.LoraConfig")
     if learning_rate is not None:
@@ -42,40 +50,42 @@ def check_lora_config(model, lora_config, learning_rate: float | None = None) ->
     rank_pattern, alpha_pattern = lora_config.rank_pattern or {}, lora_config.alpha_pattern or {}
     ranks = [lora_config.r, *rank_pattern.values()]
     if any(type(rank) is not int or rank < 1 for rank in ranks):
-        report.fail("bad_rank", f"The rank is {some(ranks)}, not a whole number from 1 on.", "Start with r=8.")
+        report.fail("bad_rank", f"The rank is {first_few(ranks)}, not a whole number of at least 1.", "Start with r=8.")
         return report
     config = copy.deepcopy(lora_config)  # PEFT writes into it
-    config.init_lora_weights = False  # starts such as OLoRA's need numbers, which the meta device does not have
+    config.init_lora_weights = False  # OLoRA and its like need numbers, which the meta device does not have
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         skeleton = type(base)(copy.deepcopy(base.config))
         names = [f".{name}" for name, _ in skeleton.named_modules()]
-        own = some(sorted({n.rpartition(".")[2] for n, m in skeleton.named_modules() if in_out(m)}), 9)
+        own = first_few(sorted({n.rpartition(".")[2] for n, m in skeleton.named_modules() if in_out(m)}), 9)
         try:
             adapted = get_peft_model(skeleton, config)
         except Exception as error:
             report.fail("refused", f"PEFT refuses it: {error}", f"This model's layers for target_modules: {own}.")
             return report
-    layers = {plain_name(name): layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = {
+        plain_name(name): layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)
+    }
     targets = [] if isinstance(lora_config.target_modules, str) else lora_config.target_modules or []
-    idle = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
-    idle += [
+    unmatched = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    unmatched += [
         key
         for key in (*rank_pattern, *alpha_pattern)
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers)
     ]
-    if idle:
+    if unmatched:
         report.fail(
             "matches_nothing",
-            f"No adapted layer is called {some(sorted(idle), 4)}, and training goes on without.",
+            f"No adapted layer matches {first_few(sorted(unmatched), 4)}, and training goes on without it.",
             f"Correct target_modules or the pattern. This model's layers: {own}.",
         )
-    sides = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
-    large = [f"{name} ({side})" for name, side in sides.items() if max(layers[name].r.values()) > side]
+    smaller_sides = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    large = [f"{name} ({side})" for name, side in smaller_sides.items() if max(layers[name].r.values()) > side]
     if large:
         report.fail(
             "rank_too_large",
-            f"The rank is above the smaller side of {len(large)} layers: {some(large)}.",
-            "Take a far lower one: no product BA has such a rank, and A and B cost more than the layer itself.",
+            f"The rank is above the smaller side of {len(large)} layers: {first_few(large)}.",
+            "Choose a far lower one: no product BA has such a rank, and A and B cost more than the layer itself.",
         )
     check_config(report, base, layers, lora_config)
     scalings = sorted({round(value, 4) for layer in layers.values() for value in layer.scaling.values()})
@@ -88,13 +98,13 @@ def check_lora_config(model, lora_config, learning_rate: float | None = None) ->
             "For a scaling of 2 set lora_alpha to 2 * r.",
         )
     report.note(
-        "lora", f"{len(layers)} layers would be adapted, with a scaling of {some(map('{:g}'.format, scalings))}."
+        "lora", f"{len(layers)} layers would be adapted, with a scaling of {first_few(map('{:g}'.format, scalings))}."
     )
     return report
 
 
 @never_raises("Training")
-def check_training(trainer, before=None) -> Report:
+def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torch.Tensor] | None = None) -> Report:
     """Is this trainer set up to train the adapter, and did it? Call it before `train()` and after a few steps.
 
     trainer  an SFTTrainer or Trainer; after a loop of your own the model, of which the weights are looked at
@@ -105,8 +115,9 @@ def check_training(trainer, before=None) -> Report:
     """
     import torch
 
-    report, logs, steps = Report("Training"), [], math.inf
-    model = trainer.model if is_trainer(trainer) else trainer
+    report, steps = Report("Training"), math.inf
+    logs: list[dict[str, Any]] = []
+    model: Any = cast(Any, trainer).model if is_trainer(trainer) else trainer
     if not isinstance(model, torch.nn.Module) or not isinstance(before, (Mapping, type(None))):
         return bad_argument(report, (trainer, before), "a trainer or a model, and a dict of tensors or nothing")
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -119,25 +130,26 @@ def check_training(trainer, before=None) -> Report:
         return report
     if is_trainer(trainer):
         _check_settings(report, trainer, any("lora_" in name for name in weights))
-        logs, steps = trainer.state.log_history, trainer.state.global_step
+        state = cast("Trainer", trainer).state
+        logs, steps = state.log_history, state.global_step
     losses = [log[key] for log in logs for key in ("loss", "train_loss", "eval_loss") if key in log]
-    wild = [plain_name(name) for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    if wild or not all(map(math.isfinite, losses)):
+    not_finite = [plain_name(name) for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if not_finite or not all(map(math.isfinite, losses)):
         report.fail(
             "not_finite",
-            f"There is NaN or infinity in {some(wild, 1) or 'the loss'}. Trainer leaves NaN out of the "
-            "loss that it logs (logging_nan_inf_filter), so the log may look well.",
+            f"There is NaN or infinity in {first_few(not_finite, 1) or 'the loss'}. Trainer leaves NaN out of the "
+            "loss that it logs (logging_nan_inf_filter), so the log may look healthy.",
             "Load the model afresh and lower the learning rate; look for batches without loss.",
         )
-    elif dead := [log["step"] for log in logs if log.get("grad_norm") == 0]:
+    elif without_gradient := [log["step"] for log in logs if log.get("grad_norm") == 0]:
         report.fail(
             "no_gradient",
-            f"At step {dead[0]} the gradient is exactly 0, so nothing is learned from there on.",
+            f"At step {without_gradient[0]} the gradient is exactly 0, so nothing is learned from there on.",
             "A far too high learning rate does this (activations overflow, and the norms turn them to 0), or a batch "
             "without loss: load the model afresh and lower the rate; run check_supervision.",
         )
     elif steps < 3:
-        report.note("steps", f"{steps} steps done; after three it shows whether the weights move.")
+        report.note("steps", f"{steps} steps done; from three steps on this check can see whether the weights move.")
     else:
         _check_moved(report, model, weights, before)
     return report
@@ -146,7 +158,7 @@ def check_training(trainer, before=None) -> Report:
 def _check_rate(report, rate) -> None:
     if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         report.fail("bad_rate", f"The learning rate is {rate!r}, not a number above 0.", "For LoRA start with 2e-4.")
-    elif rate < LEAST_RATE:
+    elif rate < LOWEST_RATE:
         report.warn(
             "rate_too_low",
             f"A learning rate of {rate:g} is one of full fine-tuning: LoRA hardly learns at it.",
@@ -172,8 +184,10 @@ def _check_moved(report, model, weights, before) -> None:
     import torch
 
     pairs = {name: (weights[name], old) for name, old in (before or {}).items() if name in weights}
-    starts = {str(getattr(config, "init_lora_weights", None)) for config in getattr(model, "peft_config", {}).values()}
-    if before is None and starts <= {"True", "gaussian", "eva"}:  # those at which B starts at zero
+    initialisations = {
+        str(getattr(config, "init_lora_weights", None)) for config in getattr(model, "peft_config", {}).values()
+    }
+    if before is None and initialisations <= {"True", "gaussian", "eva"}:  # with these B begins at zero
         pairs = {
             name: (weight, torch.zeros_like(weight))
             for name, weight in weights.items()
@@ -182,29 +196,29 @@ def _check_moved(report, model, weights, before) -> None:
     if not pairs or any(weight.data_ptr() == old.data_ptr() for weight, old in pairs.values()):
         report.warn(
             "cannot_tell",
-            "Whether the weights moved can't be told: B did not start at zero, there is no LoRA, or "
+            "It can't be decided whether the weights moved: B did not start at zero, there is no LoRA, or "
             "`before` holds other names, or the weights themselves.",
             "Pass copies from before training.",
         )
         return
-    still = [plain_name(name) for name, (weight, old) in pairs.items() if torch.equal(weight, old.to(weight))]
-    if still:
+    unmoved = [plain_name(name) for name, (weight, old) in pairs.items() if torch.equal(weight, old.to(weight))]
+    if unmoved:
         report.add(
-            "fail" if len(still) == len(pairs) else "warn",
+            "fail" if len(unmoved) == len(pairs) else "warn",
             "not_moved",
-            f"{len(still)} of {len(pairs)} weights are as at the start: {some(still, 1)}.",
+            f"{len(unmoved)} of {len(pairs)} weights have not moved: {first_few(unmoved, 1)}.",
             "See that the learning rate is above 0, that the optimizer was made after get_peft_model, and that "
             "p.grad is not None after backward().",
         )
     else:
-        report.note("moved", f"{len(pairs)} weights looked at; none is as at the start.")
+        report.note("moved", f"{len(pairs)} weights looked at; all have moved.")
 
 
-def is_trainer(thing) -> bool:
+def is_trainer(thing: object) -> bool:
     return all(hasattr(thing, name) for name in ("train_dataset", "data_collator", "state"))
 
 
-def bad_argument(report, given, wanted) -> Report:
+def bad_argument(report: Report, given: Iterable[object], wanted: str) -> Report:
     kinds = " and ".join(type(thing).__name__ for thing in given)
-    report.fail("bad_argument", f"This check was given {kinds}, which it can't look at.", f"Pass {wanted}.")
+    report.fail("bad_argument", f"This check was given {kinds}, which it can't examine.", f"Pass {wanted}.")
     return report

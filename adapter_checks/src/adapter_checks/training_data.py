@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
-from adapter_checks.report import Report, never_raises, some
+from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.training import bad_argument, is_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 # Rows of a training set that check_supervision collates: enough to meet a fault that one row in twenty has.
 ROWS = 64
@@ -24,7 +28,7 @@ _FAULTS = {
         "Write the answers or remove these rows; a prompt alone teaches nothing.",
     ),
     "no_loss": (
-        "no token carries loss: max_length cut the answer off, or a mask covers it; TRL may drop such a row unsaid",
+        "no token carries loss: max_length cut the answer off, or a mask covers it; TRL may drop such a row without a message",
         "Raise max_length, shorten the prompts, or mend the mask. A batch of such rows has a loss of NaN.",
     ),
     "truncated": (
@@ -53,14 +57,16 @@ _FAULTS = {
 
 
 @never_raises("Rows for SFT")
-def check_sft_data(rows, tokenizer, max_length: int | None = None) -> Report:
+def check_sft_data(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Report:
     """Look at every row before a trainer does, which drops some in silence and fails unclearly on others.
 
     rows        list of dicts, or one split of a dataset, with prompt and completion, messages, or text (TRL's formats)
     tokenizer   the one to train with; rows are tokenised as SFTTrainer does it
     max_length  in tokens, as given to SFTConfig (its default is 1024); None for no limit
 
-    Returns a Report that numbers rows from 0; its finding "supervision" tells the share of tokens in answers.
+    Returns a Report that numbers rows from 0; its finding "supervision" gives the share of tokens in answers.
     """
     report, texts, unread = Report("Rows for SFT"), [], defaultdict(list)
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "decode"):
@@ -87,31 +93,31 @@ def check_sft_data(rows, tokenizer, max_length: int | None = None) -> Report:
 
 
 @never_raises("Tokens with loss")
-def check_supervision(trainer, tokenizer=None) -> Report:
+def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Report:
     """Which tokens carry loss? Looks at rows as a trainer's own collator makes them, or at one batch.
 
     trainer    an SFTTrainer or Trainer, of whose training set 64 rows are collated; or one batch of a DataLoader:
                input_ids, labels (batch, length) and attention_mask, or position_ids where rows are packed
     tokenizer  needed with a batch, or if the trainer has no processing_class
 
-    Returns a Report; its finding "supervision" tells the share of tokens with loss. Trainer and random state stay as
+    Returns a Report; its finding "supervision" gives the share of tokens with loss. Trainer and random state stay as
     they were. Rows that TRL dropped can't be seen here: use check_sft_data before.
     """
-    report, whole = Report("Tokens with loss"), is_trainer(trainer)
-    tokenizer = trainer.processing_class if whole and tokenizer is None else tokenizer
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a multimodal model's processor
-    if not (whole or isinstance(trainer, Mapping)) or not hasattr(tokenizer, "decode"):
+    report, whole, given = Report("Tokens with loss"), is_trainer(trainer), cast(Any, trainer)
+    processor: Any = given.processing_class if whole and tokenizer is None else tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model's processor
+    if not (whole or isinstance(trainer, Mapping)) or tokenizer is None or not hasattr(tokenizer, "decode"):
         return bad_argument(report, (trainer, tokenizer), "a trainer, or next(iter(dataloader)) and its tokenizer")
-    batches = _collated(trainer) if whole else [trainer]
+    batches = _collated(given) if whole else [given]
     if any("labels" not in batch or "input_ids" not in batch for batch in batches):
         report.fail(
             "no_labels",
-            f"The batch has {some(batches[0], 5)}, not input_ids and labels: there is no loss.",
+            f"The batch has {first_few(batches[0], 5)}, not input_ids and labels: there is no loss.",
             "Use a collator that makes labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
         )
         return report
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
-    limit = getattr(trainer.args, "max_length", None) if whole else None
+    limit = getattr(given.args, "max_length", None) if whole else None
     return _judge(report, texts, tokenizer, _ends(tokenizer, getattr(trainer, "model", None)), limit, defaultdict(list))
 
 
@@ -138,7 +144,7 @@ def _judge(report, texts, tokenizer, ends, limit, faults) -> Report:
             faults["end_masked" if ids[last] in ends or set(after) & ends else cut].append(number)
     for code, numbers in faults.items():
         what, remedy = _FAULTS[code]
-        report.fail(code, f"In {len(numbers)} of {len(texts)} rows {what} (number {some(numbers)}).", remedy)
+        report.fail(code, f"In {len(numbers)} of {len(texts)} rows {what} (number {first_few(numbers)}).", remedy)
     if not texts:
         report.fail(
             "empty",

@@ -1,0 +1,182 @@
+"""What adapter_config.json may say, and what has to be in the file if it says so."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from adapter_checks import check_adapter_folder
+
+
+@pytest.fixture
+def adapter(tiny_folders, tmp_path):
+    return shutil.copytree(tiny_folders / "adapter", tmp_path / "adapter")
+
+
+def reconfigure(folder, *without, **changes):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in without}))
+
+
+def rewrite(folder, change):
+    """`change` gets {name: tensor} and returns what should be saved instead."""
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
+
+
+def message(report, code):
+    return next(finding.message for finding in report.findings if finding.code == code)
+
+
+def test_a_healthy_adapter(adapter, tiny_folders):
+    for base in (None, tiny_folders / "base", tiny_folders / "base" / "config.json"):
+        report = check_adapter_folder(adapter, base)
+        assert report.codes == [], report
+        assert "LoRA of rank 4, alpha 8, on 14 layers" in message(report, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", None), ("r", 0), ("r", 4.0), ("r", True), ("r", "4"),
+        ("lora_alpha", None), ("lora_alpha", "8"), ("lora_alpha", True), ("lora_alpha", float("nan")),
+        ("target_modules", 3), ("target_modules", "("), ("target_modules", ["q_proj", 1]),
+        ("exclude_modules", 0.5), ("exclude_modules", "*"),
+        ("modules_to_save", True), ("modules_to_save", "lm_head"), ("modules_to_save", ["("]),
+        ("layers_to_transform", "1"), ("layers_to_transform", [0.5]),
+        ("layers_pattern", 3),
+        ("rank_pattern", ["q_proj"]), ("rank_pattern", {"(": 8}), ("rank_pattern", {"q_proj": "8"}), ("rank_pattern", 8),
+        ("alpha_pattern", {"q_proj": None}), ("alpha_pattern", "q_proj"),
+        ("bias", True), ("bias", "some"), ("bias", None),
+        ("init_lora_weights", None), ("init_lora_weights", 3),
+        ("use_rslora", "false"), ("use_dora", 1), ("fan_in_fan_out", "x"),
+        ("base_model_name_or_path", 3), ("task_type", ["CAUSAL_LM"]),
+    ],
+)  # fmt: skip
+def test_a_setting_of_the_wrong_kind_is_named(name, value, adapter, tiny_folders):
+    reconfigure(adapter, **{name: value})
+    report = check_adapter_folder(adapter, tiny_folders / "base")
+    assert report.codes == ["bad_config"] and f"{name} is {value!r}" in message(report, "bad_config")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_alpha", 8.5), ("target_modules", None), ("target_modules", "all-linear"), ("target_modules", r".*_proj"),
+        ("exclude_modules", []), ("modules_to_save", None), ("layers_to_transform", [0, 1]), ("layers_to_transform", None),
+        ("rank_pattern", None), ("rank_pattern", {"q_proj": 4}), ("rank_pattern", {r".*\.v_proj": 4}),
+        ("alpha_pattern", {"q_proj": 0.5}), ("bias", "lora_only"), ("init_lora_weights", False), ("use_rslora", None),
+        ("base_model_name_or_path", None), ("task_type", None), ("a_setting_of_tomorrow", {"x": 1}),
+    ],
+)  # fmt: skip
+def test_what_peft_takes_is_healthy(name, value, adapter, tiny_folders):
+    reconfigure(adapter, **{name: value})
+    assert check_adapter_folder(adapter, tiny_folders / "base").codes == []
+
+
+def test_settings_that_are_not_there(adapter, tiny_folders):
+    reconfigure(adapter, "lora_alpha")
+    report = check_adapter_folder(adapter)
+    assert report.ok and report.codes == ["incomplete_config"]
+    assert "lora_alpha" in message(report, "incomplete_config") and "r and" not in message(report, "incomplete_config")
+    reconfigure(adapter, "lora_alpha", "r")
+    assert check_adapter_folder(adapter).codes == ["incomplete_config", "rank_mismatch"]
+    rewrite(
+        adapter, lambda tensors: {n: t.repeat(2, 1) if "lora_A" in n else t.repeat(1, 2) for n, t in tensors.items()}
+    )
+    assert check_adapter_folder(adapter).codes == ["incomplete_config"], "a rank of 8, PEFT's default"
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_an_alpha_that_switches_the_adapter_off_or_around(alpha, adapter):
+    reconfigure(adapter, lora_alpha=alpha)
+    assert check_adapter_folder(adapter).codes == ["small_scaling"]
+    reconfigure(adapter, lora_alpha=1e-3)
+    assert check_adapter_folder(adapter).codes == []
+
+
+# ------------------------------------------------------------------------------------------------ random values
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    model = get_peft_model(
+        LlamaForSequenceClassification(config), LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def test_a_head_that_was_not_saved(classifier):
+    """Loading such a folder gives a classifier with a random head; PEFT only mentions missing keys."""
+    assert check_adapter_folder(classifier).codes == []
+    rewrite(classifier, lambda tensors: {n: t for n, t in tensors.items() if "score" not in n})
+    report = check_adapter_folder(classifier)
+    assert report.codes == ["missing_tensors"] and "classifier or score" in message(report, "missing_tensors")
+    reconfigure(classifier, modules_to_save=None)
+    assert check_adapter_folder(classifier).codes == ["missing_tensors"], "PEFT adds the head itself"
+    reconfigure(classifier, task_type="CAUSAL_LM")
+    assert check_adapter_folder(classifier).codes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"modules_to_save": ["head"]}, "head"),  # a part of a name is another name
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_B.bias"),
+        ({"trainable_token_indices": [3]}, "trainable_tokens_delta"),
+        ({"task_type": "QUESTION_ANS"}, "qa_outputs"),
+        ({"task_type": "TOKEN_CLS"}, "classifier or score"),
+    ],
+)
+def test_what_was_trained_has_to_be_there(changes, named, adapter):
+    reconfigure(adapter, **changes)
+    report = check_adapter_folder(adapter)
+    assert report.codes == ["missing_tensors"] and named in message(report, "missing_tensors")
+
+
+def test_layers_that_would_begin_anew(adapter, tiny_folders):
+    rewrite(adapter, lambda tensors: {n: t for n, t in tensors.items() if "layers.1" not in n})
+    assert check_adapter_folder(adapter).codes == [], "without the base nothing tells"
+    for targets in ("all-linear", ["q_proj", "down_proj"]):
+        reconfigure(adapter, target_modules=targets, init_lora_weights=True)
+        report = check_adapter_folder(adapter, tiny_folders / "base")
+        assert report.codes == ["layers_not_covered"] and "B with zeros" in message(report, "layers_not_covered")
+    reconfigure(adapter, init_lora_weights=False)
+    assert "at random" in message(check_adapter_folder(adapter, tiny_folders / "base"), "layers_not_covered")
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+@pytest.mark.parametrize("spoil", [lambda tensor: tensor.flatten(), lambda tensor: tensor.sum()])
+def test_factors_that_are_no_matrices(spoil, adapter, tiny_folders):
+    rewrite(
+        adapter, lambda tensors: {n: spoil(t) if "layers.0.mlp.up_proj.lora_B" in n else t for n, t in tensors.items()}
+    )
+    report = check_adapter_folder(adapter, tiny_folders / "base")
+    assert report.codes == ["malformed_factors"] and "up_proj" in message(report, "malformed_factors")
+
+
+def test_a_folder_that_may_not_be_read(adapter, monkeypatch):
+    from pathlib import Path
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    report = check_adapter_folder(adapter)
+    assert report.codes == ["not_readable"] and "Permission denied" in message(report, "not_readable")
