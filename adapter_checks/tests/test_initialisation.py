@@ -10,7 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from adapter_checks import check_adapter_folder, check_adapters, check_lora_config
-from adapter_checks.initialisation import subtracted_initialisation
+from adapter_checks.initialisation import changes_base, check_shared, subtracted_initialisation
+from adapter_checks.names import plain_name
+from adapter_checks.report import Report
 
 
 def make_base(dtype=torch.float32):
@@ -204,3 +206,74 @@ def test_conv1d():
         settings = {"target_modules": [layer], "fan_in_fan_out": True}
         assert check_lora_config(model, lora("olora", **settings)).codes == ["start_conv1d"]
         assert check_lora_config(model, lora("pissa", **settings)).codes == []
+
+
+# ------------------------------------------------------------------------------------------------ what PEFT does
+
+
+def prepare_corda(base, ids):
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config = lora("corda", target_modules=["q_proj"], corda_config=CordaConfig())
+    preprocess_corda(base, config, run_model=lambda: base(ids))
+    return config
+
+
+def prepare_lora_ga(base, ids):
+    from peft.tuners.lora.config import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    config = lora("lora_ga", target_modules=["q_proj"], lora_ga_config=LoraGAConfig())
+    preprocess_loraga(base, config, lambda: base(ids, labels=ids).loss.backward())
+    return config
+
+
+def rounded(weight, reduced_rank, **settings):
+    """In the place of peft's `loftq_init`: the weight quantised, and A and B for what that lost."""
+    return weight.round(decimals=1), torch.zeros(reduced_rank, weight.shape[1]), torch.zeros(len(weight), reduced_rank)
+
+
+@pytest.mark.parametrize(
+    "initialisation",
+    [
+        "olora",
+        "pissa",
+        "pissa_niter_4",
+        "corda",
+        "lora_ga",
+        "loftq",
+        "eva",
+        "mica",
+        "orthogonal",
+        "gaussian",
+        True,
+        False,
+    ],
+)
+def test_which_initialisations_change_the_base(initialisation, monkeypatch):
+    """The list in this package against what the installed PEFT does to the base's weights."""
+    base, ids = make_base(), torch.arange(1, 33)[None]
+    prepare = {"corda": prepare_corda, "lora_ga": prepare_lora_ga}.get(initialisation)
+    config = prepare(base, ids) if prepare else quietly(lora, initialisation if initialisation != "loftq" else True)
+    if initialisation == "loftq":  # its quantiser needs scipy; that PEFT writes back what it returns is what counts
+        config.init_lora_weights, config.loftq_config = "loftq", {"loftq_bits": 4, "loftq_iter": 1}
+        monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", rounded)
+    before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    adapted = quietly(get_peft_model, base, config)
+    after = {plain_name(name): weight for name, weight in adapted.named_parameters() if "lora_" not in name}
+    changed = any(not torch.equal(weight, after[name]) for name, weight in before.items())
+    assert changes_base(config) == changes_base({"init_lora_weights": initialisation}) == changed
+
+
+@pytest.mark.parametrize("initialisation", ["corda", "lora_ga", "loftq"])
+def test_no_two_adapters_share_a_base_that_one_of_them_changed(initialisation):
+    report = Report("")
+    check_shared(report, {"plain": lora(True), "changing": LoraConfig(init_lora_weights=True)})
+    assert report.codes == []
+    changing = lora(True)
+    changing.init_lora_weights = initialisation
+    check_shared(report, {"changing": changing})
+    assert report.codes == []
+    check_shared(report, {"plain": lora(True), "changing": changing})
+    assert report.codes == ["start_not_shared"]

@@ -164,6 +164,24 @@ def test_a_healthy_merge_passes_in_each_dtype(way, dtype, root, tiny_tokenizer, 
     assert report.rounding is None if dtype == "float32" else 0.9 < report.rounding < 1.8
 
 
+@pytest.mark.parametrize(("steps", "accepted"), [(0, True), (1, False), (4, False)])
+def test_weights_are_held_to_two_roundings(steps, accepted, root, tmp_path):
+    """One bfloat16 step up or down everywhere is about 3.6 times one rounding, which is uniform within half a step."""
+    folder = merging.merge_by_shards(root / "base", root / "one", tmp_path / "out", dtype="bfloat16")
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(tensors):
+        tensor = tensors["model.layers.0.mlp.up_proj.weight"]
+        signs = torch.randint(2, tensor.shape, generator=generator) * 2 - 1
+        tensor.view(torch.int16).add_((steps * signs).to(torch.int16))
+
+    rewrite(folder, disturb)
+    report = check(root, folder)
+    assert (not WEIGHT_CODES & set(report.codes)) == accepted, report
+    if not accepted:
+        assert "base_changed" in report.codes and "up_proj" in message(report, "base_changed")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -353,6 +353,12 @@ def test_learning_rate(rate, code, tiny_model):
     assert check_lora_config(tiny_model, lora(), rate).codes == [code]
 
 
+@pytest.mark.parametrize(("rate", "codes"), [(9.9e-5, ["rate_too_low"]), (1e-4, []), (2e-4, []), (1, [])])
+def test_the_rates_that_qloras_authors_used_are_healthy(rate, codes, tiny_model):
+    """1e-4 for 33B and 65B parameters, 2e-4 below (QLoRA paper, table 9): the bound itself belongs to LoRA."""
+    assert check_lora_config(tiny_model, lora(), rate).codes == codes
+
+
 def test_neither_a_model_nor_a_configuration(tiny_model):
     for model, config in (
         (None, lora()),

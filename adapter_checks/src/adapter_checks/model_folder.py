@@ -56,6 +56,7 @@ def load_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
     import transformers
 
     path = _as_path(name)
+    shown = str(path.parent if path.is_file() else name)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
@@ -70,7 +71,7 @@ def load_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
     except Exception as error:  # unknown architectures, impossible values, code of its own: each its own exception
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path} is not a configuration that transformers can read: {reason}") from error
-    config.name_or_path = str(name)
+    config.name_or_path = shown
     return config
 
 
