@@ -305,7 +305,7 @@ def test_an_original_that_is_none_gets_a_sentence(original, tiny_model_folder):
         ({}, [], "14 layers with"),
         ({"bnb_4bit_quant_type": "nf5"}, ["bad_quant_type"], "no 4-bit type 'nf5'"),
         ({"bnb_4bit_quant_type": None}, ["bad_quant_type"], "no 4-bit type None"),
-        ({"bnb_4bit_quant_type": "fp4"}, ["fp4"], "without asking"),
+        ({"bnb_4bit_quant_type": "fp4"}, ["fp4"], "the default"),
         ({"load_in_4bit": False}, ["no_bits"], "loads NF4 all the same"),
         ({"load_in_4bit": False, "load_in_8bit": True}, [], "14 layers with"),
     ],
@@ -351,7 +351,7 @@ def test_a_missing_package_and_a_missing_build_get_a_sentence(tiny_model, monkey
     assert not report.ok and report.codes == ["no_build"] and "python -m bitsandbytes" in text(report)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     report = check_quantization_config(tiny_model, four_bit())
-    assert report.codes == ["not_installed"] and "requirements.txt" in text(report)
+    assert report.codes == ["not_installed"] and "Install bitsandbytes" in text(report)
 
 
 @pytest.mark.parametrize("model, settings", [(None, None), ("x", four_bit()), (LlamaConfig(), {"load_in_4bit": True})])
