@@ -79,6 +79,7 @@ def check_merged_folder(
     score: Callable[[str, str], float] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> MergedReport:
     """Is the model in the folder `merged` the base with the trained adapter? One call before you ship it.
 
@@ -92,6 +93,7 @@ def check_merged_folder(
     dtype    of the arithmetic, a torch.dtype or its name. None is float32: then only the rounding of the merged weights
              can differ. Takes 4 bytes a parameter; give "bfloat16" where that is too much.
     device   where the models run; None is a GPU if torch has one, else the CPU
+    progress function that is told in a few words what is done next
 
     What is looked at, each in findings of its own:
       files    safetensors that are whole, no pickle, no adapter beside the weights, the tokenizer and its template,
@@ -154,7 +156,18 @@ def check_merged_folder(
     task = _Given(list(rows or ()), list(texts or ()), score or _same_text)
     try:
         with _quiet():
-            _compare(report, base_folder, adapters, merged_folder, files, base_files, task, kind, device)
+            _compare(
+                report,
+                base_folder,
+                adapters,
+                merged_folder,
+                files,
+                base_files,
+                task,
+                kind,
+                device,
+                progress or (lambda line: None),
+            )
     except Exception as error:
         report.fail(
             "check_failed",
@@ -325,7 +338,7 @@ def _check_vocabulary(report, model, tokenizer, merged: StoredWeights, config) -
 # ---------------------------------------------------------------------------------------------- models
 
 
-def _compare(report, base, adapters, merged, files, base_files, given, dtype, device) -> None:
+def _compare(report, base, adapters, merged, files, base_files, given, dtype, device, progress) -> None:
     """Base + adapter first, then the merged model, so that one of them is in memory at a time."""
     import torch
     import transformers
@@ -342,17 +355,20 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
     kinds = [kind for header in files.values() for kind, _ in header.values()]
     report.dtype = {"BF16": "bfloat16", "F16": "float16"}.get(max(kinds, key=kinds.count), "float32")
 
+    progress(f"loading base and adapter on {device}")
     model, shown = _load_adapted(base, adapters, dtype, device)
     base_config = model.get_base_model().config
     inputs, rows = _inputs(model, tokenizer, given), given.rows
     effect = check_changes_output(model, inputs)
     report.findings += effect.findings if effect.ok else [f for f in effect.findings if f.level == "fail"]
+    progress("running base and adapter")
     logits = _logits(model, inputs)
     answers = _answers(report, model, tokenizer, rows)
     tied, prefix = model.get_base_model().all_tied_weights_keys, model.get_base_model().base_model_prefix
     stored = StoredWeights(files, prefix, tied if config.get_text_config().tie_word_embeddings else {})
     base_stored = StoredWeights(base_files, prefix, tied)
     _check_vocabulary(report, model.get_base_model(), own_tokenizer, stored, config)
+    progress("comparing the weights")
     model = compare_weights(report, model, shown, stored, base_stored)
     # What rounding alone does: the exact merge, rounded to the dtype of the merged weights.
     report.tolerance = max(MERGE_ATOL, LOGIT_ROUNDINGS * (_logits(model, inputs) - logits).abs().max().item())
@@ -368,6 +384,7 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
 
     if (merged / "adapter_config.json").is_file() and not (merged / "adapter_model.safetensors").is_file():
         return  # transformers would look for the adapter's pickle
+    progress("loading and running the merged model")
     candidate = _load_merged(report, merged, dtype, device)
     if candidate is not None:
         _compare_outputs(report, logits, candidate, inputs, dtype)

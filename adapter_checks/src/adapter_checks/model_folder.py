@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,8 @@ def is_hub_id(name: object) -> bool:
     return not Path(name).exists() and not Path(name).parent.exists()
 
 
-def local_folder(name: str | os.PathLike[str]) -> Path:
-    """A folder as it is; for a hub id a folder with those of its files that are no pickles, from the cache or fetched.
+def local_folder(name: str | os.PathLike[str], patterns: Sequence[str] = SAFE_FILES) -> Path:
+    """A folder as it is; for a hub id a folder with the files that match, from the cache or fetched: never a pickle.
 
     Raises InputError if it is neither.
     """
@@ -45,7 +46,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         raise InputError(f"{name} is a file, not a folder.")
     if not is_hub_id(name):
         raise InputError(f"There is no folder {name}.")
-    return Path(_fetched(str(name), list(SAFE_FILES)))
+    return Path(_fetched(str(name), patterns))
 
 
 def load_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -122,11 +123,11 @@ def _as_path(name: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _fetched(hub_id: str, patterns: list[str]) -> str:
+def _fetched(hub_id: str, patterns: Sequence[str]) -> str:
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns)
+        return huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"There is no folder {hub_id}, and no such model could be fetched: {reason}") from error

@@ -1,0 +1,3 @@
+from adapter_checks.command import main
+
+raise SystemExit(main())
