@@ -1,4 +1,4 @@
-"""Checks on models and adapters, for the lessons and for a person's own work with transformers and PEFT.
+"""Checks on LoRA adapters, models, training data and merges, for work with transformers and PEFT.
 
 Each check returns a Report that says what is wrong and what to do; none of them raises on bad input, none loads a
 pickle, and none leaves the model other than it found it.
@@ -14,6 +14,9 @@ pickle, and none leaves the model other than it found it.
     check_quantised        are the weights of a 4-bit or 8-bit model still what they were when it was loaded?
     check_training         is a trainer set up to train the adapter, and after a few steps: did it?
     check_merged_folder    is the merged model in a folder the base with the trained adapter?
+
+Beside them the modules counting and memory compute what an adapter costs from configurations alone, merging merges folder
+to folder, and the command adapter-checks runs what needs nothing but files.
 """
 
 from adapter_checks.adapter_folder import check_adapter_folder
