@@ -55,7 +55,9 @@ $(INSTRUCTOR): $(STAMP) requirements-instructor.txt
 
 # JupyterLab's own defaults hold: a token, and localhost only. It refuses to start
 # for root, who has only that account in most containers, so root is let in here.
+# What the environment lacks is said and stops nobody: a lesson may well run all the same.
 lab: $(STAMP)
+	@$(RUN) -m course_utils.environment || true
 	@$(RUN) -m tools.lab $(UPDATE)
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/$(FIRST_LESSON) \
 		$(if $(NO_BROWSER),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)

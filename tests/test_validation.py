@@ -20,7 +20,7 @@ def test_the_shipped_model(tmp_path):
 
 def test_every_4_bit_model_of_the_course_is_kept_from_repacking():
     """Whoever loads in 4 bits in a lesson or a sweep calls the helper."""
-    root = runtime.project_root()
+    root = paths.project_root()
     for path in [*(root / "lessons").glob("*.py"), *(root / "experiments").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
-        assert "load_in_4bit=True" not in text or "runtime.stop_repacking(" in text, path.name
+        assert "load_in_4bit=True" not in text or "stop_repacking(" in text, path.name
