@@ -8,6 +8,7 @@ import pytest
 from course_utils import environment, paths
 
 
+@pytest.mark.pinned
 def test_all_is_well_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(environment, "NEEDED_MEMORY", 0)  # other work on the machine is no fault of the report
     assert environment.main() == 0
@@ -33,6 +34,7 @@ def test_packages_are_held_to_the_requirements(requirements):
     assert second.startswith("no-such-package is missing, and the course is written for >=1.0")
 
 
+@pytest.mark.pinned
 def test_little_disk_little_memory_and_a_broken_base_fail_with_a_remedy(monkeypatch, capsys):
     import psutil
 

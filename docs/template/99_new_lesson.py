@@ -75,7 +75,7 @@ print(f"At rank {too_high}, A and B have {share_of_full:.0%} of the full matrix'
 
 # %%
 plotting.table(["", "measured"], [["share at rank 8", f"{thin / full:.1%}"]])
-progress("07")
+progress("99")
 
 # %% [markdown]
 # ## Take it to work
