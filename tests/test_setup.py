@@ -159,14 +159,14 @@ def test_lab_opens_lesson_1_and_keeps_token_and_localhost(checkout):
     make("setup", "PYTHON=./python", folder=checkout)
     calls(checkout)
     assert make("lab", "PYTHON=./python", folder=checkout)[0] == 0
-    copied, opened = calls(checkout)
-    assert copied == "-m tools.lab"
+    *before, opened = calls(checkout)
+    assert before == ["-m course_utils.environment", "-m tools.lab"]
     assert opened.startswith("-m jupyterlab --LabApp.default_url=/lab/tree/work/01_load_lora_adapter.ipynb")
     assert not re.search(r"token|password|--ip|no-browser", opened)
     make("lab", "PYTHON=./python", folder=checkout, NO_BROWSER="1")
-    assert "--no-browser" in calls(checkout)[1]
+    assert "--no-browser" in calls(checkout)[-1]
     make("lab", "PYTHON=./python", "UPDATE=01", folder=checkout)
-    assert calls(checkout)[0] == "-m tools.lab 01"
+    assert "-m tools.lab 01" in calls(checkout)
 
 
 def test_notebooks_runs_what_is_asked_for(checkout):
