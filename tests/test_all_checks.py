@@ -119,7 +119,7 @@ def judge():
 
 
 def test_no_exercise_is_forgotten():
-    assert set(SOLUTIONS) == set(CHECKS)
+    assert set(SOLUTIONS) == set(CHECKS), "each exercise has its solution in SOLUTIONS above"
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)

@@ -5,12 +5,16 @@ import pytest
 from course_utils.exercises import lesson99
 
 
+def right_share(inputs, outputs, rank):
+    return rank * (inputs + outputs) / (inputs * outputs)
+
+
 def test_the_stub_is_to_do():
     assert lesson99.share.outcome(lambda inputs, outputs, rank: ...).status == "TODO"
 
 
 def test_the_solution_passes():
-    assert lesson99.share.outcome(lambda inputs, outputs, rank: rank * (inputs + outputs) / (inputs * outputs)).passed
+    assert lesson99.share.outcome(right_share).passed
 
 
 @pytest.mark.parametrize(
