@@ -171,6 +171,27 @@ def test_factors_that_are_no_matrices(spoil, adapter, tiny_folders):
     assert report.codes == ["malformed_factors"] and "up_proj" in message(report, "malformed_factors")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("model.embed_tokens.weight", {}, True),
+        ("transformer.wte.weight", {}, True),
+        ("lm_head.weight", {}, True),
+        ("model.layers.0.mlp.up_proj.lora_magnitude_vector", {}, True),
+        ("shared.trainable_tokens_delta", {}, True),
+        ("model.norm.weight", {}, False),
+        ("model.norm.weight", {"modules_to_save": ["norm"]}, True),
+        ("model.layers.0.mlp.up_proj.bias", {}, False),
+        ("model.layers.0.mlp.up_proj.bias", {"bias": "all"}, True),
+        ("model.norm.weight", {"bias": "lora_only"}, False),
+    ],
+)
+def test_other_tensors_that_an_adapter_may_hold(name, changes, expected, adapter):
+    rewrite(adapter, lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(4)})
+    reconfigure(adapter, **changes)
+    assert check_adapter_folder(adapter).codes == ([] if expected else ["extra_tensors"])
+
+
 def test_a_folder_that_may_not_be_read(adapter, monkeypatch):
     from pathlib import Path
 

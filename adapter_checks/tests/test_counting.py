@@ -301,3 +301,9 @@ def test_another_method_is_refused(kind):
     given = getattr(peft, kind)(target_modules=["q_proj"], **options) if kind else {"r": 8}
     with pytest.raises(InputError, match=f"not {type(given).__name__}"):
         counting.count_lora_parameters(make_config("Llama"), given)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_tasks_with_a_head_of_their_own_are_refused(task):
+    with pytest.raises(InputError, match=f"task_type {task}, which trains the head"):
+        counting.count_lora_parameters(make_config("Llama"), lora(target_modules=["q_proj"], task_type=task))

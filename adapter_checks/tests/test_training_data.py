@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from adapter_checks import check_lora_config, check_sft_data, check_supervision, check_training
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
+from adapter_checks.training_data import _ends
 from tiny_models import CPU_TRAINING, make_tiny_model, make_tiny_tokenizer
 
 quiet_imports()
@@ -476,3 +477,10 @@ def test_nothing_to_train(tmp_path, tiny_tokenizer):
 def test_nothing_to_look_at(thing, tiny_model):
     assert check_training(thing).codes == ["bad_argument"]
     assert check_training(tiny_model, before=[1]).codes == ["bad_argument"]
+
+
+def test_only_the_first_special_token_after_an_answer_ends_it():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|><|assistant|>\n{% endfor %}"
+    tokenizer.eos_token = None
+    assert _ends(tokenizer) == {tokenizer.convert_tokens_to_ids("<|end|>")}

@@ -32,8 +32,8 @@ def check_adapter_folder(
     """Look at an adapter on disk before any library loads it.
 
     folder  what is given to PeftModel.from_pretrained: holds adapter_config.json and adapter_model.safetensors
-    base    optional: the model, its folder, or its transformers config. Shapes are compared on PyTorch's meta device,
-            so no weights are read. Names are compared as they stand; the renamings that PEFT applies for a few
+    base    optional: the model, its folder, config.json or hub id, or its transformers configuration. Shapes are compared
+            on PyTorch's meta device, so no weights are read. Names are compared as they stand; the renamings that PEFT applies for a few
             multimodal and mixture-of-experts models are not followed.
 
     Returns a Report; the finding "adapter" names rank, alpha, layers and size. LoRA adapters are looked at in full,
@@ -237,7 +237,7 @@ def _check_complete(report, config, pairs, shapes) -> None:
 
 def _is_expected(config, name: str) -> bool:
     """Other tensors that a LoRA adapter may hold: DoRA's magnitudes, heads, embeddings, trained tokens, biases."""
-    usual = ("embed", "wte", "lm_head", "lora_", "trainable_tokens", "token_adapter")
+    usual = ("embed", "wte", "lm_head", "lora_", "trainable_tokens")
     if any(part in name for part in (*usual, *(config.get("modules_to_save") or ()))):
         return True
     return config.get("bias", "none") != "none" and name.endswith(".bias")

@@ -136,7 +136,7 @@ def subtracted_initialisation(original: torch.Tensor, difference: torch.Tensor) 
     Q, R = torch.linalg.qr(original)
     shares = (Q.T @ difference * R).sum(1) / R.square().sum(
         1
-    )  # of each direction, how much was subtracted: s or nothing
+    )  # how much of each direction was subtracted: s or nothing
     rank = int((shares > 0.5 * shares[0]).sum())
     scaling = float(shares[0])
     if is_all(scaling * Q[:, :rank] @ R[:rank]):
