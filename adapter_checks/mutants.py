@@ -54,7 +54,7 @@ def variants(node: ast.AST) -> list[ast.AST]:
         found.append(ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values))
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         found.append(node.operand)
-    elif isinstance(node, ast.If):
+    elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
         found.append(ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse))
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         found.append(ast.Constant(not node.value))
