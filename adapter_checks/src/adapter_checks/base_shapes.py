@@ -70,7 +70,7 @@ def _check_names(report, config, pairs, layers, model) -> None:
         report.fail(
             "layer_not_in_base",
             f"{len(absent)} of the {len(adapted)} adapted layers do not exist in this base: {first_few(absent)}. PEFT drops "
-            "their tensors in silence.",
+            "their tensors without an error.",
             "This is another architecture, or one with fewer layers: load the base that the adapter was trained on.",
         )
     targets = config.get("target_modules")

@@ -38,7 +38,7 @@ def check_adapters(
     expect_trainable True before training, False before inference
     base_name        what the model was loaded from, if its own `name_or_path` does not say
     base_revision    the revision that it was loaded with
-    original_base    another copy of the base, or its folder of safetensors: tells whether this model's base has the
+    original_base    another copy of the base, or its folder of safetensors: shows whether this model's base has the
                      adapter merged into it already, lacks what an OLoRA or PiSSA adapter subtracted from it, or was changed otherwise;
                      of a model without adapters, too. Costs a pass over the adapted weights.
 

@@ -93,7 +93,7 @@ def check_merged_folder(
     dtype    of the arithmetic, a torch.dtype or its name. None is float32: then only the rounding of the merged weights
              can differ. Takes 4 bytes a parameter; give "bfloat16" where that is too much.
     device   where the models run; None is a GPU if torch has one, else the CPU
-    progress function that is told in a few words what is done next
+    progress function that is called with a few words on what is done next
 
     What is looked at, each in findings of its own:
       files    safetensors that are whole, no pickle, no adapter beside the weights, the tokenizer and its template,

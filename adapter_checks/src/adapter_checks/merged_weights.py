@@ -235,7 +235,7 @@ def _report_structure(report, ties, missing, unknown, others) -> None:
 
 def _report_layers(report, layers, plain, shown, merged, base) -> None:
     changed, bad = [layer for layer in layers if layer.size], [layer for layer in layers if not layer.ok]
-    if not changed:  # an untrained adapter, of which other findings tell
+    if not changed:  # an untrained adapter, which other findings report
         return _report_residual(report, bad, 0.0, plain, merged, base) if bad else None
     times, own_times = (_mean((layer.size, value(layer)) for layer in changed) for value in (
         lambda layer: layer.times, lambda layer: layer.own_times))  # fmt: skip
