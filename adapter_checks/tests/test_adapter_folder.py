@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from adapter_checks import check_adapter_folder
 
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 @pytest.fixture
 def adapter(tiny_folders, tmp_path):
@@ -157,6 +159,25 @@ def test_layers_that_would_begin_anew(adapter, tiny_folders):
         assert report.codes == ["layers_not_covered"] and "B with zeros" in message(report, "layers_not_covered")
     reconfigure(adapter, init_lora_weights=False)
     assert "at random" in message(check_adapter_folder(adapter, tiny_folders / "base"), "layers_not_covered")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"exclude_modules": ["down_proj"]}, lambda name: "down_proj" not in name),
+        ({"target_modules": NAMES, "layers_to_transform": [0]}, lambda name: "layers.0" in name),
+        (
+            {"target_modules": NAMES, "layers_to_transform": 1, "layers_pattern": "layers"},
+            lambda name: "layers.1" in name,
+        ),
+        ({"target_modules": r".*(q|v)_proj"}, lambda name: "q_proj" in name or "v_proj" in name),
+    ],
+)
+def test_layers_that_were_left_out_on_purpose(changes, kept, adapter, tiny_folders):
+    rewrite(adapter, lambda tensors: {n: t for n, t in tensors.items() if kept(n)})
+    assert check_adapter_folder(adapter, tiny_folders / "base").codes == ["layers_not_covered"]
+    reconfigure(adapter, **changes)
+    assert check_adapter_folder(adapter, tiny_folders / "base").codes == []
 
 
 # ------------------------------------------------------------------------------------------------ tensors
