@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from adapter_checks.errors import InputError
+from adapter_checks.model_folder import is_hub_id
 from adapter_checks.safetensors_header import read_safetensors_header
 
 
@@ -105,24 +106,14 @@ def base_model() -> str:
     advice = "Point COURSE_BASE_MODEL at a whole model folder, or unset it to use the shipped model."
     if folder.is_dir():
         return str(_checked_model_folder(folder.resolve(), advice))
-    # `models/bse` has the form of a hub id too; that `models` exists here tells that a folder was meant.
-    if _is_hub_id(chosen) and not folder.exists() and not folder.parent.exists():
+    # `models/bse` has the form of a hub id too; that `models` exists here or in the course tells that a folder was meant.
+    if is_hub_id(chosen) and not folder.exists() and not folder.parent.exists():
         return chosen
     if folder.exists():
         raise InputError(f"COURSE_BASE_MODEL is {chosen}, which is a file, not a model's folder. {advice}")
     raise InputError(
         f"COURSE_BASE_MODEL is {chosen}: there is no such folder, and it is not a hub id like organisation/name. {advice}"
     )
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id  # a quarter of a second, so only here
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def is_shipped_base() -> bool:

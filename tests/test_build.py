@@ -56,6 +56,7 @@ def code(notebook):
 def course(tmp_path):
     """A course of one small lesson."""
     (tmp_path / "lessons").mkdir()
+    (tmp_path / "requirements.txt").write_text("peft==1  # all lessons\n")
     path = tmp_path / "lessons" / "01_apples.py"
     path.write_text(LESSON, encoding="utf-8")
     return path
@@ -306,6 +307,10 @@ def test_a_lesson_runs_again_when_its_outputs_may_have_changed(course, tmp_path,
     assert not ran()
     (tmp_path / "models" / "config.json").write_text("{}")
     assert ran() and not ran()
+    (tmp_path / "requirements.txt").write_text("peft==9  # all lessons\nruff==1  # tests: form\n")
+    assert ran() and not ran()
+    (tmp_path / "requirements.txt").write_text("peft==9  # all lessons\nruff==2  # tests: form\n")
+    assert not ran()
     path = tmp_path / "notebooks" / "01_apples.ipynb"
     path.unlink()
     assert ran() and not ran()
@@ -318,7 +323,7 @@ def test_a_lesson_runs_again_when_its_outputs_may_have_changed(course, tmp_path,
 
 def test_a_save_that_fails_does_not_pass_old_outputs_for_new_ones(course, tmp_path, monkeypatch):
     build.build(course, tmp_path)
-    (tmp_path / "constraints.txt").write_text("peft==9\n")
+    (tmp_path / "requirements.txt").write_text("peft==2  # all lessons\n")
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(build, "save_notebook", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
         build.build(course, tmp_path)

@@ -9,7 +9,7 @@ and memory of each run are kept in lessons/measured.json, and shown in the lesso
 header and in README.md.
 
 A lesson is not run again when the learner's code cells are those of the stored edition,
-and the models, data, results and constraints are those of its last run: then the
+and the models, data, results and libraries are those of its last run: then the
 outputs are kept. So a changed sentence, solution or hidden test takes seconds. A change
 in `course_utils` is not noticed: FORCE=1 runs the lesson whatever has changed.
 """
@@ -17,6 +17,7 @@ in `course_utils` is not noticed: FORCE=1 runs the lesson whatever has changed.
 import argparse
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ from tools.execute import execute
 ROOT = paths.project_root()
 TABLE_BEGIN, TABLE_END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 NOTICEABLE = 0.3  # A measurement is recorded when it moved by more than this fraction.
-INPUTS = ("models", "data", "experiments/results", "constraints.txt")  # What outputs depend on, beside the code.
+INPUTS = ("models", "data", "experiments/results")  # What outputs depend on, beside code and libraries.
 UNMEASURED = {"minutes": 1, "seconds": 0, "peak_gb": 0, "cores": 0}  # Stands in until a lesson has run once.
 
 
@@ -78,11 +79,13 @@ def filled(path, record):
 
 
 def inputs(root):
-    """Return a digest of the files that outputs depend on, beside the code."""
-    digest = hashlib.sha256()
+    """Return a digest of what outputs depend on, beside the code: files, and the libraries that lessons import."""
+    requirements = Path(root, "requirements.txt").read_text(encoding="utf-8")
+    libraries = re.findall(r"^(\S+==\S+) +# (?:all )?lessons?\b", requirements, flags=re.MULTILINE)
+    digest = hashlib.sha256(" ".join(libraries).encode())
     for name in INPUTS:
         path = Path(root, name)
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        for file in sorted(path.rglob("*")):
             if file.is_file() and file.suffix != ".md":
                 digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -169,6 +169,9 @@ def test_config(folders, run):
         (["folder", "base/adapter"], "no folder base/adapter"),  # a hub id by its form, but `base` is a folder here
         (["merged", "base", "adapter", "nowhere"], "no folder nowhere"),
         (["merged", "base", "adapter", "merged", "--rows", "nothing.jsonl"], "nothing.jsonl can't be read: No such file"),
+        (["merged", "base", "adapter", "merged", "--rows", "empty.jsonl"], "empty.jsonl is empty"),
+        (["merged", "base", "adapter", "merged", "--texts", "empty.jsonl"], "empty.jsonl is empty"),
+        (["merged", "base", "adapter", "merged", "--rows", "good.jsonl"], "Row 1 of 1 is {'text': "),
         (["merged", "base", "adapter", "merged", "--dtype", "float3"], "no floating-point type"),
         (["merged", "base", "adapter", "merged", "--device", "toaster"], "toaster"),
         (["data", "nothing.jsonl", "--model", "base"], "nothing.jsonl can't be read"),
@@ -193,7 +196,8 @@ def test_config(folders, run):
 )  # fmt: skip
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
 def test_what_could_not_be_run(arguments, words, options, folders, run):
-    write_rows(folders / "good.jsonl", row())
+    (folders / "good.jsonl").write_text('{"text": "a"}\n')
+    (folders / "empty.jsonl").write_text("\n")
     (folders / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
     (folders / "list.jsonl").write_text("[1]\n")
     (folders / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')

@@ -103,6 +103,9 @@ def _merged(options: argparse.Namespace) -> Outcome:
     if options.texts:
         texts = [line for line in _read_text(options.texts).splitlines() if line.strip()]
     rows = list(_read_rows(options.rows)) if options.rows else None
+    for name, content in ((options.rows, rows), (options.texts, texts)):
+        if name and not content:
+            raise InputError(f"{name} is empty. Leave it out, or write one a line.")
     report = check_merged_folder(
         options.base,
         options.adapter,

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_folder import PICKLE_SUFFIXES, check_adapter_folder
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
-from adapter_checks.comparison import MERGE_ATOL, Comparison, check_changes_output, compare_models
+from adapter_checks.comparison import MERGE_ATOL, check_changes_output, compare_models
 from adapter_checks.device import best_device
 from adapter_checks.errors import InputError
+from adapter_checks.merged_report import MergedReport
 from adapter_checks.merged_weights import StoredWeights, compare_weights
 from adapter_checks.model_folder import local_folder, read_json, weight_files
 from adapter_checks.names import same_base
@@ -45,27 +46,6 @@ PLAIN_TEXTS = (
     '{"name": "Ana", "city": "Porto", "age": 31}',
     "Nobody had told him that the train on platform four left ten minutes early.",
 )
-
-
-@dataclass(repr=False)
-class MergedReport(Comparison):
-    """A Comparison of the merged model (candidate) with base + adapter (reference), and what else was measured; None
-    where nothing could be.
-
-    tolerance  what max_abs was allowed to be, in units of logits
-    times      how many times the adapter's change is in the merged weights: 1 is right, 2 is merged twice. With several
-               adapters {folder's name: times}.
-    rounding   distance of the merged weights from the exact ones, as a multiple of one rounding to their dtype; None in
-               float32, where the exact ones are rounded themselves
-    dtype      of the merged weights, such as "bfloat16"
-    scores     {"adapter": score, "merged": score} of the task, from 0 to 1
-    """
-
-    tolerance: float | None = None
-    times: float | dict | None = None
-    rounding: float | None = None
-    dtype: str | None = None
-    scores: dict | None = None
 
 
 @never_raises("Merged model", MergedReport)
@@ -136,11 +116,18 @@ def check_merged_folder(
     ):
         if given is not None and not _is_list(given):
             report.fail("bad_argument", f"{what} is {given!r:.60}.", f"Leave it out, or pass {wanted}.")
+    task = _Given(list(rows or ()), list(texts or ()), score or _same_text) if report.ok else None
+    if task and (broken := [number for number, row in enumerate(task.rows, 1) if not _is_row(row)]):
+        report.fail(
+            "bad_argument",
+            f"Row {broken[0]} of {len(task.rows)} is {task.rows[broken[0] - 1]!r:.60}.",
+            "Pass rows {'prompt': [messages], 'completion': [messages]}, a message being {'role': str, 'content': str}.",
+        )
     if score is not None and not callable(score):
         report.fail(
             "bad_argument", f"score is {score!r:.60}.", "Leave it out, or pass a function(prediction, answer) -> bool."
         )
-    if folders is None or not report.ok:
+    if folders is None or task is None or not report.ok:
         return report
     base_folder, adapters, merged_folder = folders
     report.title = f"Merged model {merged_folder.name}"
@@ -153,7 +140,6 @@ def check_merged_folder(
     unreadable = {"no_config", "bad_config", "no_weights", "damaged_weights", "not_a_model", "quantised_weights"}
     if files is None or base_files is None or unreadable & set(report.codes):
         return report
-    task = _Given(list(rows or ()), list(texts or ()), score or _same_text)
     try:
         with _quiet():
             _compare(
@@ -186,6 +172,15 @@ class _Given:
 
 def _same_text(prediction: str, answer: str) -> bool:
     return prediction.strip() == answer.strip()
+
+
+def _is_row(row: object) -> bool:
+    """Whether a row has messages to answer and an answer to compare with."""
+    if not isinstance(row, Mapping):
+        return False
+    sides = [row.get(side) for side in ("prompt", "completion")]
+    messages = [message for side in sides if isinstance(side, Sequence) for message in side]
+    return all(sides) and all(isinstance(message, Mapping) and "content" in message for message in messages)
 
 
 def _is_list(given) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from adapter_checks.merged_folder import MergedReport
+    from adapter_checks.merged_report import MergedReport
 
 # A merge may round three times (base, change, sum) where the exact sum is rounded once. Independent errors add up as the
 # square root of three, so twice one rounding is enough.

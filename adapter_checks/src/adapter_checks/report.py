@@ -96,6 +96,10 @@ def never_raises(
         def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> AnyReport:
             try:
                 return check(*args, **kwargs)
+            except InputError as error:  # it says itself what to do
+                report = cast(AnyReport, kind(title))
+                report.add("fail", "check_failed", str(error))
+                return report
             except Exception as error:
                 report = cast(AnyReport, kind(title))
                 report.fail(
