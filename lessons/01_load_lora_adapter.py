@@ -15,7 +15,6 @@
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
-
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, plotting, runtime, timing, validation
 from course_utils.exercises import lesson01, progress
