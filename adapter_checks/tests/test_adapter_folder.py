@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from adapter_checks import check_adapter_folder
 
@@ -222,3 +223,45 @@ def test_a_folder_that_may_not_be_read(adapter, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", refuse)
     report = check_adapter_folder(adapter)
     assert report.codes == ["not_readable"] and "Permission denied" in message(report, "not_readable")
+
+
+START = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: name.removeprefix(START),
+        lambda name: name.replace("base_model.model.", "model."),
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace(START, f"{START}module."),
+        lambda name: name.replace(START, f"{START}_orig_mod."),
+        lambda name: name.replace(START, "base_model._orig_mod.model."),
+        lambda name: name.replace(".self_attn.", "._fsdp_wrapped_module.self_attn."),
+        lambda name: name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+    ],
+)
+def test_names_under_which_peft_finds_no_layer(renamed, adapter, tiny_folders):
+    """PEFT is asked as well: what the check fails for really leaves B at zero."""
+    base = tiny_folders / "base"
+
+    def loaded():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+        attention = {
+            name: weight for name, weight in model.named_parameters() if "self_attn" in name and "lora_B" in name
+        }
+        return sum(weight.abs().sum().item() for weight in attention.values())
+
+    assert loaded() > 0
+    rewrite(adapter, lambda tensors: {renamed(name): tensor for name, tensor in tensors.items()})
+    assert loaded() == 0
+    assert "foreign_keys" in check_adapter_folder(adapter).codes
+    assert "foreign_keys" in check_adapter_folder(adapter, base).codes
+
+
+def test_a_layer_called_module_is_no_wrapper(adapter):
+    rewrite(adapter, lambda tensors: {name.replace("self_attn", "module"): tensor for name, tensor in tensors.items()})
+    assert "foreign_keys" not in check_adapter_folder(adapter).codes

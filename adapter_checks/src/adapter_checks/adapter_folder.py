@@ -22,6 +22,10 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # What a Trainer leaves in its checkpoints; PEFT does not read these, but Trainer's resume does.
 _TRAINER_STATE = re.compile(r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth")
+# What wrappers put into the names of parameters. A layer may be called "module", too, but not the whole model.
+_WRAPPER = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.|^base_model\.(model\.)?module\."
+)
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(\.\w+)*)$")
 
 
@@ -188,6 +192,21 @@ def _check_tensors(report, config, shapes) -> dict:
             f"The tensors' names carry PeftModel's prefix twice: {first_few(nested, 1)}. The adapter was saved from a "
             "PeftModel inside a PeftModel and fits no plain base.",
             "Train and save again from a model that was wrapped once.",
+        )
+    wrapped = [name for name in shapes if _WRAPPER.search(name)]
+    strange = [name for name in shapes if not name.startswith("base_model.model.")]
+    if pairs and (wrapped or strange):
+        report.fail(
+            "foreign_keys",
+            f"{len({*wrapped, *strange})} of {len(shapes)} tensors have names under which PEFT finds no layer, such as "
+            f"{(wrapped or strange)[0]}: "
+            + (
+                "the name of a wrapper (torch.compile, DDP, FSDP or checkpointing) is in them."
+                if wrapped
+                else "they don't begin with base_model.model."
+            )
+            + " Loading drops them, and the base answers alone.",
+            "Save again from the model inside its wrapper, with save_pretrained; or rename the tensors.",
         )
     unpaired = [module for module, pair in pairs.items() if pair.keys() != {"A", "B"}]
     if unpaired:
