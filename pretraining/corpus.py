@@ -163,7 +163,6 @@ RELATIONS = {
         ],
     ),
 }
-PERSON_VALUED = ("holder", "finder", "receiver")
 ABOUT_OBJECT = ("holder", "finder", "receiver", "colour", "thing_place")
 
 FILLERS = [
