@@ -29,6 +29,7 @@ TESTS = {
     "base_shapes": ["test_adapter_folder.py", "test_adapters.py"],
     "counting": ["test_counting.py"],
     "initialisation": ["test_initialisation.py"],
+    "lora_config": ["test_lora_config.py"],
     "merged_weights": ["test_merged_folder.py"],
     "names": ["test_names.py"],
     "safetensors_header": ["test_safetensors_header.py"],

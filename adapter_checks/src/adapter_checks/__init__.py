@@ -23,11 +23,12 @@ from adapter_checks.adapter_folder import check_adapter_folder
 from adapter_checks.comparison import Comparison, check_changes_output, compare_models
 from adapter_checks.errors import InputError
 from adapter_checks.loaded_model import check_adapters
+from adapter_checks.lora_config import check_lora_config
 from adapter_checks.merged_folder import check_merged_folder
 from adapter_checks.merged_report import MergedReport
 from adapter_checks.quantised import check_quantised, check_quantization_config
 from adapter_checks.report import Finding, Report
-from adapter_checks.training import check_lora_config, check_training
+from adapter_checks.training import check_training
 from adapter_checks.training_data import check_sft_data, check_supervision
 
 __version__ = "0.2.0"

@@ -185,8 +185,8 @@ def _config(options: argparse.Namespace) -> Outcome:
     import peft
 
     from adapter_checks.counting import meta_model
+    from adapter_checks.lora_config import check_lora_config
     from adapter_checks.model_folder import load_config, read_json
-    from adapter_checks.training import check_lora_config
 
     path = Path(options.adapter_config).expanduser()
     content = read_json(path / "adapter_config.json" if path.is_dir() else path)
