@@ -103,6 +103,31 @@ def test_an_alpha_that_switches_the_adapter_off_or_around(alpha, adapter):
     assert check_adapter_folder(adapter).codes == []
 
 
+def test_patterns_are_read_as_peft_reads_them(tiny_model, tmp_path):
+    """By the name in the plain base: a key may begin there with ^, and PEFT ignores one with its own prefix."""
+    layer = "model.layers.0.self_attn.q_proj"
+    patterns = {f"^{layer}": 2, "base_model.model.model.layers.1.self_attn.q_proj": 3}
+    model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj"], rank_pattern=patterns))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path)
+    ranks = {name: len(t) for name, t in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in name}
+    assert sorted(ranks.values()) == [2, 4]
+    assert check_adapter_folder(tmp_path).codes == []
+    reconfigure(tmp_path, rank_pattern={f"base_model.model.{layer}": 2})
+    assert check_adapter_folder(tmp_path).codes == ["rank_mismatch"]
+
+
+def test_a_checkpoint_of_fsdp(adapter):
+    """Its whole model in a pickle is a trainer's state: from_pretrained on the folder does not read it."""
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "random_states_1.pkl"):
+        (adapter / name).write_bytes(b"")
+    assert check_adapter_folder(adapter).codes == ["trainer_state"]
+    (adapter / "pytorch_model.bin").write_bytes(b"")
+    assert check_adapter_folder(adapter).codes == ["pickle", "trainer_state", "merged_model_beside"]
+
+
 # ------------------------------------------------------------------------------------------------ random values
 
 

@@ -27,6 +27,14 @@ def test_plain_names(name, plain):
         ("org/name", "another/name", True),
         ("org/name", "org/name-it", False),
         ("org/name", "name/org", False),
+        ("org/name", f"/home/user/.cache/huggingface/hub/models--org--name/snapshots/{'0' * 40}", True),
+        ("org/a--name", f"/cache/models--org--name/snapshots/{'0' * 40}/", False),
+        ("org/name", f"/models--org--name/snapshots/{'0' * 40}/merged", False),
+        ("org/Model-8B", "org/model-8b", True),
+        ("unsloth/model-8b-bnb-4bit", "org/Model-8B", True),
+        ("unsloth/model-8b-unsloth-bnb-4bit", "unsloth/model-8b", True),
+        ("org/Model-8B-GPTQ-Int4", "org/Model-8B", True),
+        ("org/Model-8B-AWQ", "org/Model-8B-Instruct", False),
     ],
 )
 def test_names_of_one_base(one, other, same):

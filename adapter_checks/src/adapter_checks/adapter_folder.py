@@ -11,6 +11,7 @@ from adapter_checks.adapter_config import CONFIG, HEADS, read_adapter_config
 from adapter_checks.base_shapes import check_fit
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
+from adapter_checks.names import plain_name
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.safetensors_header import read_safetensors_header
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# What a Trainer leaves in its checkpoints; PEFT does not read these, but Trainer's resume does.
-_TRAINER_STATE = re.compile(r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth")
+# What Trainer and Accelerate leave in their checkpoints; PEFT does not read these, but resuming does.
+_TRAINER_STATE = re.compile(
+    r"training_args\.bin|optimizer(_\d+)?\.(pt|bin)|scheduler(_\d+)?\.(pt|bin)|scaler\.pt|rng_state.*\.pth|random_states_\d+\.pkl"
+    r"|sampler.*\.bin|pytorch_model_fsdp(_\d+)?\.bin"
+)
 # What wrappers put into the names of parameters. A layer may be called "module", too, but not the whole model.
 _WRAPPER = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.|^base_model\.(model\.)?module\."
@@ -121,7 +125,8 @@ def _check_files(report, folder: Path) -> None:
             f"The folder holds a Trainer's state in pickles: {first_few(trainer_state)}.",
             "Fine in your own runs; delete them before sharing the folder, and never resume from somebody else's.",
         )
-    merged = [n for n in names if re.fullmatch(r"config\.json|model.*\.safetensors(\.index\.json)?|pytorch_model.*", n)]
+    whole = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?|pytorch_model.*")
+    merged = [name for name in names if whole.fullmatch(name) and name not in trainer_state]
     if merged:
         report.fail(
             "merged_model_beside",
@@ -304,7 +309,7 @@ def _check_ranks(report, config, pairs) -> None:
     patterns = config.get("rank_pattern") or {}
     wrong = []
     for module, pair in pairs.items():
-        rank = patterns.get(get_pattern_key(list(patterns), module), config["r"])
+        rank = patterns.get(get_pattern_key(list(patterns), plain_name(module)), config["r"])
         if (found := (pair["A"][0], pair["B"][1])) != (rank, rank):
             wrong.append(f"{module} has rank {found[0] if found[0] == found[1] else found}, expected {rank}")
     if wrong:
