@@ -198,6 +198,7 @@ def _config(options: argparse.Namespace) -> Outcome:
         lora_config = peft.LoraConfig(**{name: value for name, value in content.items() if name in known})
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"PEFT refuses {path}: {error}") from error
+    lora_config.inference_mode = False  # as PEFT saves each configuration, whatever it was trained with
     task = getattr(lora_config.task_type, "value", lora_config.task_type)
     report = check_lora_config(meta_model(load_config(options.model), task), lora_config, options.learning_rate)
     if unknown:
