@@ -1,11 +1,13 @@
 """What adapter_config.json may say, and what has to be in the file if it says so."""
 
+import copy
 import json
 import shutil
 import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
@@ -290,3 +292,108 @@ def test_names_under_which_peft_finds_no_layer(renamed, adapter, tiny_folders):
 def test_a_layer_called_module_is_no_wrapper(adapter):
     rewrite(adapter, lambda tensors: {name.replace("self_attn", "module"): tensor for name, tensor in tensors.items()})
     assert "foreign_keys" not in check_adapter_folder(adapter).codes
+
+
+# ------------------------------------------------------------------------------------------------ layers and their names
+
+
+def trained(model, folder, **settings):
+    """A LoRA adapter on `model` with B not zero, saved to `folder`."""
+    model = get_peft_model(model, LoraConfig(r=4, **settings))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("BertForSequenceClassification", {"task_type": "SEQ_CLS"}),
+        ("BertForQuestionAnswering", {"task_type": "QUESTION_ANS"}),
+        ("BertForMaskedLM", {}),
+        ("BertModel", {"task_type": "FEATURE_EXTRACTION"}),
+        ("BertModel", {}),
+    ],
+)
+def test_names_of_layers_depend_on_the_class(kind, settings, tmp_path):
+    """An encoder's folder names the bare encoder, and a classifier around it puts `bert.` before each name."""
+    config = transformers.BertConfig(**SMALL)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    folder = trained(getattr(transformers, kind)(config), tmp_path / "adapter", target_modules=["query"], **settings)
+    assert check_adapter_folder(folder, tmp_path / "base").codes == []
+    assert check_adapter_folder(folder, getattr(transformers, kind)(config)).codes == []
+    rewrite(folder, lambda tensors: {n.replace("encoder.layer", "encoder.block"): t for n, t in tensors.items()})
+    assert "layer_not_in_base" in check_adapter_folder(folder, tmp_path / "base").codes
+
+
+def test_names_that_peft_translates(tmp_path):
+    """Of transformers 4: a vision-language model's layers, and experts that were modules of their own."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=LlamaConfig(**SMALL),
+        vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, **vision),
+        image_token_index=63,
+    )
+    llava = transformers.LlavaForConditionalGeneration(config)
+    folder = trained(llava, tmp_path / "llava", target_modules=r".*language_model.*q_proj")
+    rewrite(
+        folder,
+        lambda tensors: {n.replace("model.language_model.", "language_model.model."): t for n, t in tensors.items()},
+    )
+    assert check_adapter_folder(folder, config).codes == []
+    rewrite(folder, lambda tensors: {n.replace("language_model.model.", "language."): t for n, t in tensors.items()})
+    assert "layer_not_in_base" in check_adapter_folder(folder, config).codes
+
+    mixtral = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=2)
+    )
+    folder = shutil.copytree(folder, tmp_path / "mixtral")
+    reconfigure(folder, target_modules=["w1", "w2", "w3"], auto_mapping=None)
+    rewrite(
+        folder,
+        lambda _: {
+            f"{START}model.layers.{layer}.block_sparse_moe.experts.{expert}.w{i}.lora_{factor}.weight": torch.ones(
+                shape
+            )
+            for layer in range(2)
+            for expert in range(2)
+            for i in (1, 2, 3)
+            for factor, shape in (("A", (4, 32)), ("B", (32, 4)))
+        },
+    )
+    assert check_adapter_folder(folder, mixtral).codes == []
+    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if "layers.1" not in n})
+    assert check_adapter_folder(folder, mixtral).codes == ["layers_not_covered"]
+
+
+def test_layers_of_the_adapter_only(tiny_model, tmp_path):
+    """Layer replication gives the base more layers, and two stacked parameters of one module get one wrapper inside the other."""
+    config = copy.deepcopy(tiny_model.config)
+    settings = {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)]}
+    folder = trained(tiny_model, tmp_path / "replicated", **settings)
+    assert check_adapter_folder(folder, config).codes == []
+    reconfigure(folder, layer_replication=None)
+    assert check_adapter_folder(folder, config).codes == ["layer_not_in_base"]
+
+    experts = transformers.GptOssConfig(
+        **SMALL, num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1
+    )
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = {"target_modules": ["q_proj"], "target_parameters": parameters}
+    folder = trained(transformers.GptOssForCausalLM(experts), tmp_path / "experts", **settings)
+    assert check_adapter_folder(folder, experts).codes == []
+    experts.num_local_experts = 4
+    assert check_adapter_folder(folder, experts).codes == ["shape_mismatch"]
+
+
+def test_a_base_of_another_library(tmp_path):
+    """Any module may be a base, with an adapter in it or not; its numbers are not copied."""
+    base = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+    folder = trained(base, tmp_path, target_modules=["0"])
+    assert check_adapter_folder(folder, torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))).codes == []
+    assert check_adapter_folder(folder, torch.nn.Sequential(torch.nn.Linear(6, 4))).codes == ["shape_mismatch"]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from adapter_checks.errors import InputError
+from adapter_checks.model_classes import model_classes
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +78,6 @@ def count_lora_parameters(config: PreTrainedConfig, lora_config: LoraConfig) -> 
     )
 
 
-_CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-
-
 def meta_model(
     config: PreTrainedConfig, task_type: str | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -94,7 +88,6 @@ def meta_model(
 
     Raises InputError if `config` is not a config of a transformers model, or no model can be built from it.
     """
-    import torch
     import transformers
 
     if not isinstance(config, transformers.PreTrainedConfig):
@@ -102,25 +95,22 @@ def meta_model(
             f"A model's config was expected here and not {type(config).__name__}: "
             "take model.config, or AutoConfig.from_pretrained(...)."
         )
+    kind = next(iter(model_classes(config, task_type)), None)
+    if kind is None:
+        raise InputError(f"No model of transformers is made from a {type(config).__name__}.")
+    return without_weights(kind, config, dtype)
+
+
+def without_weights(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A model of this class on the meta device. Raises InputError if the configuration describes none."""
+    import torch
+
     config = copy.deepcopy(config)  # building a model writes into its config
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if task_type in _CLASS_OF_TASK:
-        build = getattr(transformers, _CLASS_OF_TASK[task_type]).from_config
-    elif named is not None:
-        build = named._from_config
-    else:
-        # In this order: encoders like BERT may also serve as decoders, and transformers lists them under both.
-        heads = (
-            transformers.AutoModelForSeq2SeqLM,
-            transformers.AutoModelForMaskedLM,
-            transformers.AutoModelForCausalLM,
-        )
-        build = next(
-            (head for head in heads if type(config) in head._model_mapping), transformers.AutoModel
-        ).from_config
     try:
         with torch.device("meta"):
-            return build(config, dtype=dtype or config.dtype)
+            return kind._from_config(config, dtype=dtype or config.dtype)
     except Exception as error:  # whatever a config with impossible numbers makes the model's code raise
         raise InputError(f"No model can be built from this {type(config).__name__}: {error}") from error
 

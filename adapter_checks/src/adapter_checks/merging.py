@@ -208,11 +208,12 @@ def _changes(base: Path, adapter: Path, tensors: dict) -> dict[str, _Change]:
         raise InputError(f"{base} is quantised. Merge into the 16-bit or 32-bit base that it was made from.")
     config = _check_adapter(adapter, base)
     _refuse_unknown(config)
-    model: Any = meta_base(base)[0]
-    modules = dict(model.named_modules())
-    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     file = adapter / "adapter_model.safetensors"
     factors = {name: _FACTOR.fullmatch(name) for name in read_safetensors_header(file)}
+    paths = sorted({match["module"] for match in factors.values() if match})
+    model: Any = meta_base(base, config, paths)[0]
+    modules = dict(model.named_modules())
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     unexpected = [name for name, match in factors.items() if match is None]
     if unexpected:
         raise InputError(
@@ -220,12 +221,11 @@ def _changes(base: Path, adapter: Path, tensors: dict) -> dict[str, _Change]:
             "merge_whole merges more."
         )
     changes = {}
-    for path in sorted({match["module"] for match in factors.values() if match}):
+    for path in paths:
         name = plain_name(path)
-        if not isinstance(modules[name], (torch.nn.Linear, Conv1D)):
-            raise InputError(
-                f"{name} is {type(modules[name]).__name__}, and only linear layers are merged by shards; merge_whole merges more."
-            )
+        if not isinstance(modules.get(name), (torch.nn.Linear, Conv1D)):
+            kind = f"is {type(modules[name]).__name__}" if name in modules else "has another name in this base"
+            raise InputError(f"{name} {kind}, and only linear layers are merged by shards; merge_whole merges more.")
         weight = f"{name}.weight"
         if weight in tied:
             raise InputError(
