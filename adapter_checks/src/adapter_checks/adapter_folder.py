@@ -41,8 +41,7 @@ def check_adapter_folder(
 
     folder  what is given to PeftModel.from_pretrained: holds adapter_config.json and adapter_model.safetensors
     base    optional: the model, its folder, config.json or hub id, or its transformers configuration. Shapes are compared
-            on PyTorch's meta device, so no weights are read. Names are compared as they stand; the renamings that PEFT applies for a few
-            multimodal and mixture-of-experts models are not followed.
+            on PyTorch's meta device, so no weights are read. Which names and shapes are right there is PEFT's own word.
 
     Returns a Report; the finding "adapter" names rank, alpha, layers and size. LoRA adapters are looked at in full,
     other methods for completeness and safety only.

@@ -139,11 +139,11 @@ def _injected(model: torch.nn.Module, config: dict[str, Any]) -> Pairs:
             adapted = PeftModel(model, LoraConfig(**settings))
         except Exception as error:
             raise ValueError(str(error)) from error
-    shapes = {}
+    shapes: Pairs = {}
     for path, layer in adapted.named_modules():
         if isinstance(layer, LoraLayer):
             kinds = (layer.lora_A, layer.lora_B) if "default" in layer.lora_A else (layer.lora_embedding_A, layer.lora_embedding_B)  # fmt: skip
-            factors = [getattr(kind["default"], "weight", kind["default"]) for kind in kinds]
+            factors: Any = [getattr(kind["default"], "weight", kind["default"]) for kind in kinds]
             shapes[_inside(path)] = {part: tuple(factor.shape) for part, factor in zip("AB", factors)}
     return shapes
 
