@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.generation import evaluating
 from adapter_checks.report import Report, never_raises
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MERGE_ATOL = 1e-4
 # An adapter that counts must stand out ten times above the tolerance that two routes are then compared with.
 SMALLEST_EFFECT = 10 * MERGE_ATOL
+# Of the largest logit: what float32 itself can't hold.
+ROUNDING = 1e-6
 
 
 @dataclass(repr=False)
@@ -56,12 +59,17 @@ def compare_models(
 
     reference, candidate  models, or functions called as f(input_ids=..., attention_mask=...) that return logits or
                           an object with `.logits`; use functions for two routes through one model
-    input_ids             (batch, length) token ids, or what a tokenizer returned (its mask is then used)
+    input_ids             (batch, length) token ids, or what a tokenizer or processor returned: its mask is then used, and
+                          whatever else the models take, such as pixel_values or decoder_input_ids
     attention_mask        (batch, length), 0 at pads, which do not count
     positions             (batch, length), true where to compare: such as at the tokens before those of an answer, which
                           is where the answer is predicted; None for all that are no pads
     atol                  in units of logits; the default is that of PEFT's tests in float32. For bfloat16 and float16
                           models no absolute tolerance is right everywhere: look at top1_agreement and kl.
+
+    What has no logits is compared by the first numbers that it returns, such as an encoder's hidden states: then only max_abs means
+    something. An encoder-decoder without decoder_input_ids reads its input ids on both sides. Virtual tokens, which prompt
+    methods put before the text, do not count.
 
     Returns a Comparison. Models run in eval mode without gradients and are left as they were. Show with
     check_changes_output that the adapter has an effect before trusting that two routes agree.
@@ -113,8 +121,8 @@ def check_changes_output(
 ) -> Comparison:
     """Does the adapter change the model's output at all? Compares it with the same model, adapters switched off.
 
-    Equality proves something only after this: with B = 0 every merge "works". `at_least` is the smallest largest
-    difference of logits that counts as an effect. The inputs are those of compare_models, the reference being the base.
+    Equality proves something only after this: with B = 0 every merge "works". No difference but rounding is a failure, and
+    a largest difference of logits below `at_least` a warning. The inputs are those of compare_models, the reference being the base.
 
     Returns a Comparison; the model, its requires_grad flags included, is left as it was.
     """
@@ -145,7 +153,13 @@ def check_changes_output(
         )
         return report
 
+    prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
     def base(**inputs):
+        if (
+            prompts
+        ):  # these methods leave the base alone; disable_adapter() fails for models that don't generate (PEFT 0.21)
+            return cast(Any, model).get_base_model()(**inputs)
         with _adapters_off(model, layers):
             return model(**inputs)
 
@@ -155,12 +169,24 @@ def check_changes_output(
         return report
     _measure(report, *logits)
     assert report.max_abs is not None  # measured above
-    if report.max_abs < at_least:
-        report.fail(
-            "no_change",
-            f"With and without the adapter the output is the same: {report.measured()}; an effect would be at least "
-            f"{at_least:.0e}.",
-            "Nothing was loaded or trained (all-zero B), or no adapter is active: run check_adapters on this model.",
+    if report.max_abs <= ROUNDING * logits[0].abs().max().item():
+        if invocation := _missing_invocation(model, input_ids):
+            report.fail(
+                "no_invocation",
+                f"The adapter acts after its invocation tokens {invocation} only, and none of these texts holds them.",
+                "Put the invocation at the end of each prompt, as in training.",
+            )
+        else:
+            report.fail(
+                "no_change",
+                f"With and without the adapter the output is the same: {report.measured()}.",
+                "Nothing was loaded or trained (all-zero B), or no adapter is active: run check_adapters on this model.",
+            )
+    elif report.max_abs < at_least:
+        report.warn(
+            "small_effect",
+            f"The adapter hardly changes the output: {report.measured()}; to be told from none it should be {at_least:.0e}.",
+            "Train on, or raise the learning rate; such an adapter can't show whether a merge is right.",
         )
     else:
         report.note("changes_output", f"The adapter changes the output: {report.measured()}.")
@@ -180,15 +206,15 @@ def _logits_of_both(report, routes, input_ids, attention_mask, positions=None):
     import torch
 
     try:
-        input_ids, attention_mask = _as_inputs(input_ids, attention_mask)
-        compared = attention_mask.bool() & _as_positions(positions, input_ids)
+        inputs, mask = _as_inputs(input_ids, attention_mask)
+        compared = _as_positions(positions, mask)
     except ValueError as error:
         report.fail("bad_inputs", str(error), "Pass tokenizer(texts, padding=True, return_tensors='pt').")
         return None
     found = []
     for role, route in routes.items():
         try:
-            logits = _logits(route, input_ids, attention_mask)
+            logits = _logits(route, inputs)
         except Exception as error:
             report.fail(
                 f"{role}_failed",
@@ -196,15 +222,20 @@ def _logits_of_both(report, routes, input_ids, attention_mask, positions=None):
                 "Run it alone on the same inputs; the token ids must lie inside its vocabulary.",
             )
             return None
-        if not torch.is_tensor(logits) or logits.dim() not in (2, 3) or not logits.is_floating_point():
+        if not torch.is_tensor(logits) or logits.dim() < 2 or not logits.numel() or not logits.is_floating_point():
             report.fail(
                 f"{role}_failed",
                 f"The {role} returned {type(logits).__name__}, not logits of shape (batch, length, vocabulary).",
                 "Pass a model with a head, or a function that returns logits.",
             )
             return None
-        # A classifier has one row of logits a text, which the mask does not apply to.
-        found.append((logits[compared.to(logits.device)] if logits.dim() == 3 else logits).detach().cpu())
+        if (
+            compared is not None and logits.dim() == 3
+        ):  # a classifier has one row a text, which the mask does not apply to
+            logits = logits[:, -compared.shape[1] :]
+            if logits.shape[:2] == compared.shape:
+                logits = logits[compared.to(logits.device)]
+        found.append(logits.flatten(0, -2).detach().cpu())
     first, second = found
     if first.shape != second.shape:
         names = list(routes)
@@ -243,59 +274,111 @@ def _measure(report, reference, candidate) -> str:
 
 
 def _as_inputs(input_ids, attention_mask):
+    """What the models are called with, {name: tensor}, and which tokens of it are real, (batch, length); None for inputs without tokens."""
     import torch
 
-    if isinstance(input_ids, Mapping):
-        if attention_mask is None:
-            attention_mask = input_ids.get("attention_mask")
-        input_ids = input_ids.get("input_ids")
+    given = dict(input_ids) if isinstance(input_ids, Mapping) else {"input_ids": input_ids}
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask
     try:
-        input_ids = torch.as_tensor(input_ids)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask)
+        inputs = {name: torch.as_tensor(value) for name, value in given.items() if value is not None}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The inputs are no token ids: {error}.") from error
-    if input_ids.dim() == 1:
-        input_ids, attention_mask = input_ids[None], attention_mask.reshape(1, -1)
-    if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(
-            f"input_ids must be whole numbers of shape (batch, length), not {input_ids.dtype} {tuple(input_ids.shape)}."
-        )
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(input_ids.shape)}."
-        )
-    if not attention_mask.any():
-        raise ValueError("attention_mask masks every token, so there is nothing to compare.")
-    return input_ids, attention_mask
+    if not any(name != "attention_mask" for name in inputs):
+        raise ValueError("There are no inputs.")
+    if "input_ids" in inputs:
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    for side in ("", "decoder_"):
+        ids, mask = inputs.get(f"{side}input_ids"), inputs.get(f"{side}attention_mask")
+        if ids is None:
+            continue
+        if ids.dim() == 1:
+            inputs[f"{side}input_ids"] = ids = ids[None]
+            if mask is not None:
+                inputs[f"{side}attention_mask"] = mask = mask.reshape(1, -1)
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2 or not ids.numel():
+            raise ValueError(
+                f"{side}input_ids must be whole numbers of shape (batch, length), not {ids.dtype} {tuple(ids.shape)}."
+            )
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(
+                f"{side}attention_mask has shape {tuple(mask.shape)}, and {side}input_ids {tuple(ids.shape)}."
+            )
+        if mask is not None and not mask.any():
+            raise ValueError(f"{side}attention_mask masks every token, so there is nothing to compare.")
+    side = "decoder_" if "decoder_input_ids" in inputs else ""
+    ids = inputs.get(f"{side}input_ids")
+    return inputs, None if ids is None else inputs.get(f"{side}attention_mask", torch.ones_like(ids)).bool()
 
 
-def _as_positions(positions, input_ids):
+def _as_positions(positions, mask):
+    """Where to compare: the real tokens, of those the given ones."""
     import torch
 
     if positions is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
+        return mask
     positions = torch.as_tensor(positions)
-    if positions.shape != input_ids.shape or positions.dtype != torch.bool:
+    shape = None if mask is None else tuple(mask.shape)
+    if tuple(positions.shape) != shape or positions.dtype != torch.bool:
         raise ValueError(
-            f"positions must be true or false for each token, {tuple(input_ids.shape)}, not {positions.dtype} {tuple(positions.shape)}."
+            f"positions must be true or false for each token, {shape}, not {positions.dtype} {tuple(positions.shape)}."
         )
-    if not positions.any():
+    if not (positions.to(mask.device) & mask).any():
         raise ValueError("positions names no token, so there is nothing to compare.")
-    return positions.to(input_ids.device)
+    return positions.to(mask.device) & mask
 
 
-def _logits(route, input_ids, attention_mask):
+def _logits(route, inputs):
     import torch
 
     call, model = (route.call, route.model) if isinstance(route, _Route) else (route, route)
-    device: torch.device = input_ids.device
     mode: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(model, torch.nn.Module):
-        device = next((parameter.device for parameter in model.parameters()), device)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        inputs = {name: tensor.to(device) for name, tensor in _taken(model, inputs).items()}
         mode = evaluating(model)  # dropout would make any two calls differ
     with mode, torch.no_grad():
-        output = call(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-    return getattr(output, "logits", output)
+        return _numbers(call(**inputs))
+
+
+def _taken(model, inputs) -> dict:
+    """Of the inputs those that this model takes: a tokenizer may return more. An encoder-decoder gets what its decoder reads."""
+    import torch
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inspect.signature(inner.forward).parameters
+    inputs = {
+        name: tensor for name, tensor in inputs.items() if name in names or name in ("input_ids", "attention_mask")
+    }
+    config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        start: Any = getattr(config, "decoder_start_token_id", None) or 0
+        first = next(iter(inputs.values()))
+        inputs.setdefault("decoder_input_ids", inputs.get("input_ids", torch.full((len(first), 1), start)))
+    return inputs
+
+
+def _numbers(output):
+    """The logits; of answers in a text both ends; else the first numbers that there are."""
+    import torch
+
+    if torch.is_tensor(logits := getattr(output, "logits", output)):
+        return logits
+    if torch.is_tensor(getattr(output, "end_logits", None)):
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return next((part for part in parts if torch.is_tensor(part) and part.is_floating_point()), output)
+
+
+def _missing_invocation(model, input_ids) -> list[int] | None:
+    """The tokens after which an activated LoRA begins to act, if there are such and no text holds them."""
+    ids = _as_inputs(input_ids, None)[0].get("input_ids")
+    for config in getattr(model, "peft_config", {}).values():
+        tokens = getattr(config, "alora_invocation_tokens", None)
+        if tokens and ids is not None:
+            windows = ids.unfold(1, len(tokens), 1) if ids.shape[1] >= len(tokens) else ids[:, :0, None]
+            return None if (windows == ids.new_tensor(tokens)).all(-1).any() else list(tokens)
+    return None
 
 
 @contextlib.contextmanager

@@ -139,7 +139,14 @@ def _check_wrappers(report, model, layers) -> None:
             "Weights are then looked for under doubled names, and saved under them.",
             "Load the base afresh and wrap it once; use model.load_adapter or model.add_adapter for a further adapter.",
         )
-    nested = [name for name, layer in layers.items() if isinstance(getattr(layer, "base_layer", None), BaseTunerLayer)]
+    # PEFT itself puts the wrappers of several stacked parameters of one module (target_parameters) into each other.
+    inner = {name: getattr(layer, "base_layer", None) for name, layer in layers.items()}
+    nested = [
+        name
+        for name, layer in layers.items()
+        if isinstance(inner[name], BaseTunerLayer)
+        and getattr(layer, "parameter_name", None) == getattr(inner[name], "parameter_name", None)
+    ]
     if nested:
         report.fail(
             "nested_layers",
