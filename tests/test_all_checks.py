@@ -3,6 +3,7 @@ and when a library fails in the check itself, a sentence about that."""
 
 import functools
 import math
+import sys
 from unittest.mock import Mock
 
 import numpy
@@ -16,7 +17,7 @@ import test_lesson04
 import test_lesson05
 import test_lesson06
 from course_utils import paths
-from course_utils.exercises import Outcome, all_exercises
+from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson04
 
 SOLUTIONS = {
     "01.weigh": test_lesson01.right_weigh,
@@ -38,6 +39,10 @@ SOLUTIONS = {
     "06.join": test_lesson06.right_join,
     "06.times": test_lesson06.right_times,
 }
+LESSONS = (test_lesson01, test_lesson02, test_lesson03, test_lesson04, test_lesson05, test_lesson06)
+OTHERS = {
+    name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
+}  # right, and written differently
 CHECKS = {check.name: check for check in all_exercises()}
 
 
@@ -126,6 +131,36 @@ def test_no_exercise_is_forgotten():
 def test_the_stub_is_to_do_and_the_solution_passes(name, judge):
     assert judge(name, lambda *given: ...).status == "TODO"
     assert judge(name, SOLUTIONS[name]) == Outcome(name, CHECKS[name].title, "PASS")
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_other_right_answers_pass(name, judge):
+    assert len(OTHERS[name]) >= 3
+    for answer in OTHERS[name]:
+        outcome = judge(name, answer)
+        assert outcome.passed, (answer, outcome)
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_what_the_check_itself_goes_by_is_no_answer(name, judge):
+    """Not as it is, and not in a function around it."""
+    module = sys.modules[CHECKS[name].__module__]
+    own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == module.__name__]
+    for thing in own:
+        for answer in (thing, lambda *given, thing=thing: thing(*given)):
+            assert judge(name, answer).status == "TRY AGAIN", thing
+
+
+@pytest.mark.parametrize("name, solution", [
+    ("02.truncate", lesson02.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
+    ("03.stop", lesson03.early_stopping), ("04.quantise", lesson04.there_and_back),
+])  # fmt: skip
+def test_a_lesson_may_call_the_checks_own_solution_and_an_answer_may_not(name, solution, judge):
+    arguments = []
+    judge(name, lambda *given: arguments.append(given) or SOLUTIONS[name](*given))
+    solution(*arguments[0][: 3 if name == "03.labels" else None])
+    assert f"{solution.__name__} is the check's own solution" in judge(name, solution).hint
+    solution(*arguments[0][: 3 if name == "03.labels" else None])  # still
 
 
 def raises(*given):

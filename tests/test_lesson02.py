@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -54,6 +55,100 @@ def right_truncate(matrix, rank):
 def right_merge(weight, A, B, alpha, use_rslora):
     rank = A.shape[0]
     return weight + alpha / (math.sqrt(rank) if use_rslora else rank) * (B @ A).T
+
+
+# Other right answers
+
+
+def inject_by_parents(model, names, rank, alpha):
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    number = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in names and type(child) is nn.Linear:
+                parent.register_module(name, LoRALinear(child, rank, alpha))
+                number += 1
+    return torch.tensor(number)
+
+
+def inject_by_set_submodule(model, names, rank, alpha):
+    model.requires_grad_(False)
+    found = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in set(names) and isinstance(m, nn.Linear)}
+    for name, module in found.items():
+        model.set_submodule(name, LoRALinear(module, rank, alpha))
+    return len(found)
+
+
+def inject_downwards(model, names, rank, alpha, top=True):
+    if top:
+        model.requires_grad_(False)
+    number = 0
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear):
+            if name in names:
+                setattr(model, name, LoRALinear(child, rank, alpha))
+                number += 1
+        else:
+            number += inject_downwards(child, names, rank, alpha, top=False)
+    return float(number)
+
+
+def count_on_meta(shapes, rank):
+    with torch.device("meta"):
+        pairs = [(nn.Linear(i, rank, bias=False), nn.Linear(rank, o, bias=False)) for i, o in shapes]
+    return sum(part.weight.numel() for pair in pairs for part in pair)
+
+
+def truncate_from_eigenvectors(matrix, rank):
+    kept = torch.linalg.eigh(matrix.T @ matrix)[1][:, -rank:]
+    return matrix @ kept @ kept.T
+
+
+def truncate_a_direction_at_a_time(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix)
+    return sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in range(rank))
+
+
+def truncate_with_numpy(matrix, rank):
+    U, S, Vh = numpy.linalg.svd(matrix.numpy(), full_matrices=False)
+    S[rank:] = 0
+    return U @ numpy.diag(S) @ Vh
+
+
+def merge_by_peft(weight, A, B, alpha, use_rslora):
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    base = nn.Sequential(Conv1D(weight.shape[1], weight.shape[0]).double())
+    base[0].weight.data = weight.clone()
+    config = LoraConfig(r=len(A), lora_alpha=alpha, target_modules=["0"], fan_in_fan_out=True, use_rslora=use_rslora)
+    model = get_peft_model(base, config)
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
+    return model.merge_and_unload()[0].weight
+
+
+def merge_turned(weight, A, B, alpha, use_rslora):
+    r, _ = A.shape
+    return weight.add(A.T @ B.T, alpha=alpha * r ** (-0.5 if use_rslora else -1))
+
+
+def merge_with_numpy(weight, A, B, alpha, use_rslora):
+    scaling = alpha / (len(A) ** 0.5 if use_rslora else len(A))
+    return weight.numpy() + scaling * numpy.einsum("or,ri->io", B.numpy(), A.numpy())
+
+
+RIGHT = {
+    "02.inject": [inject_by_parents, inject_by_set_submodule, inject_downwards],
+    "02.count": [
+        count_on_meta,
+        lambda shapes, rank: rank * numpy.array(shapes).sum(),
+        lambda shapes, rank: sum(map(sum, shapes)) * rank,
+    ],
+    "02.truncate": [truncate_from_eigenvectors, truncate_a_direction_at_a_time, truncate_with_numpy],
+    "02.merge": [merge_by_peft, merge_turned, merge_with_numpy],
+}
 
 
 # Typical mistakes
@@ -125,6 +220,18 @@ def only_first_rows(matrix, rank):
     kept = torch.zeros_like(matrix)
     kept[:rank] = matrix[:rank]
     return kept
+
+
+def closest_by_size(matrix, below):
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U * S * (S > below) @ Vh
+
+
+def by_division(matrix, rank):
+    """U from M V / S, which is 0 / 0 where there is nothing to keep."""
+    squares, V = torch.linalg.eigh(matrix.T @ matrix)
+    sizes, V = squares[-rank:].clamp(min=0).sqrt(), V[:, -rank:]
+    return (matrix @ V / sizes.round(decimals=6)) * sizes @ V.T
 
 
 def in_place(matrix, rank):
@@ -210,6 +317,29 @@ def narrow(old, rank, alpha):
             "The model after your function can't be used: RuntimeError",
         ),
         (lesson02.inject, lambda m, names, r, a: print(right_inject(m, names, r, a)), "Is a return missing"),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(
+                m, names, r, a, matches=lambda n: n.split(".")[-1].startswith(tuple(names))
+            ),
+            "was replaced, and",
+        ),
+        (
+            lesson02.inject,
+            lambda m, names, r, a: right_inject(
+                m, names, r, a, matches=lambda n: "." in n and n.split(".")[-1] in names
+            ),
+            "Nothing was replaced at lm_head",
+        ),
+        (lesson02.inject, lambda m, names, r, a: right_inject(m, names, 3, 12), "passed on in the right order"),
+        (
+            lesson02.count,
+            lambda shapes, rank: sum(
+                rank * (i + o) for i, o in [s for n, s in enumerate(shapes) if s != shapes[n - 1]]
+            ),
+            "count every layer|count is not right",
+        ),
+        (lesson02.count, lambda shapes, rank: sum(2 * rank * max(pair) for pair in shapes), "count is not right"),
         (lesson02.count, lambda shapes, rank: sum(i * o for i, o in shapes), "full weights"),
         (lesson02.count, lambda shapes, rank: sum(rank * i * o for i, o in shapes), "multiplies the two sides"),
         (lesson02.count, lambda shapes, rank: sum(rank * i for i, o in shapes), "A only"),
@@ -239,6 +369,16 @@ def narrow(old, rank, alpha):
         (lesson02.truncate, in_place, "has changed"),
         (lesson02.truncate, lambda matrix, rank: torch.linalg.svd(matrix)[1][:rank], "has shape"),
         (lesson02.truncate, lambda matrix, rank: matrix * float("nan"), "NaN"),
+        (
+            lesson02.truncate,
+            lambda matrix, rank: closest_by_size(matrix, torch.linalg.svdvals(matrix)[rank]),
+            "stopped with IndexError",
+        ),
+        (lesson02.truncate, by_division, "NaN|rank is right"),
+        (lesson02.truncate, lambda matrix, rank: right_truncate(matrix.double(), rank), "is in float64"),
+        (lesson02.merge, merged_with(lambda alpha, rank: alpha / 4), "For use_rslora|is alpha / r"),
+        (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A, B, alpha, False), "is alpha / sqrt"),
+        (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A, B, 9, rs), "You have used"),
         (lesson02.merge, lambda w, A, B, alpha, rs: w.clone(), "as it was"),
         (lesson02.merge, lambda w, A, B, alpha, rs: right_merge(w, A, B, alpha, rs) - w, "the change alone"),
         (lesson02.merge, lambda w, A, B, alpha, rs: w + (right_merge(w, A, B, alpha, rs) - w).T, "lies the wrong way"),

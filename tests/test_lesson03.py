@@ -4,7 +4,9 @@ import math
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -60,7 +62,152 @@ def right_cut(rows, tokenizer, max_length):
     ]
 
 
+# Other right answers
+
+
+def labels_row_by_row(input_ids, attention_mask, prompt_lengths, pad_token_id):
+    labels = torch.full_like(input_ids, -100)
+    for row, (prompt, length) in enumerate(zip(prompt_lengths.tolist(), attention_mask.sum(1).tolist())):
+        labels[row, prompt:length] = input_ids[row, prompt:length]
+    return labels
+
+
+def labels_with_numpy(input_ids, attention_mask, prompt_lengths, pad_token_id):
+    ids, mask = input_ids.numpy(), attention_mask.numpy().astype(bool)
+    return numpy.where(mask & (numpy.arange(ids.shape[1]) >= prompt_lengths.numpy()[:, None]), ids, -100)
+
+
+def labels_by_counting(input_ids, attention_mask, prompt_lengths, pad_token_id):
+    labels = input_ids.clone()
+    labels[(attention_mask.cumsum(1) <= prompt_lengths[:, None]) | (attention_mask < 1)] = -100
+    return labels
+
+
+def rate_with_numpy(rows):
+    rates = numpy.array([row["learning_rate"] for row in rows])
+    scores = numpy.array([row["validation"] for row in rows])
+    found, places = numpy.unique(rates, return_inverse=True)
+    return found[numpy.argmax(numpy.bincount(places, scores) / numpy.bincount(places))]
+
+
+def rate_in_a_loop(rows):
+    best, best_mean = None, -1.0
+    for rate in sorted({row["learning_rate"] for row in rows}):
+        runs = [row["validation"] for row in rows if row["learning_rate"] == rate]
+        if sum(runs) / len(runs) > best_mean:
+            best, best_mean = rate, sum(runs) / len(runs)
+    return best
+
+
+def rate_with_pandas(rows):
+    import pandas
+
+    return pandas.DataFrame(rows).groupby("learning_rate").validation.mean().idxmax()
+
+
+def stop_by_counting(losses, patience):
+    lowest, kept, waited = math.inf, 0, 0
+    for number in range(len(losses)):
+        if losses[number] < lowest:
+            lowest, kept, waited = losses[number], number, 0
+        else:
+            waited += 1
+        if waited == patience:
+            break
+    return [kept, number]
+
+
+def stop_by_prefixes(losses, patience):
+    best = [losses.index(min(losses[: number + 1])) for number in range(len(losses))]
+    ends = [number for number in range(len(losses)) if number - best[number] >= patience] or [len(losses) - 1]
+    return numpy.array([best[ends[0]], ends[0]])
+
+
+def stop_by_the_callback(losses, patience):
+    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
+
+    arguments = SimpleNamespace(metric_for_best_model="eval_loss", greater_is_better=False)
+    callback, control, state = EarlyStoppingCallback(patience), TrainerControl(), TrainerState()
+    for number, loss in enumerate(losses):
+        callback.on_evaluate(arguments, state, control, {"eval_loss": loss})
+        if state.best_metric is None or loss < state.best_metric:
+            state.best_metric, state.best_global_step = loss, number
+        if control.should_training_stop:
+            break
+    return torch.tensor([state.best_global_step, number])
+
+
+def cut_by_text(rows, tokenizer, max_length):
+    texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows]
+    sizes = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return numpy.flatnonzero(numpy.array(sizes) > max_length)
+
+
+def cut_by_truncating(rows, tokenizer, max_length):
+    def ids(row, **options):
+        return tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=False, **options)
+
+    return {n for n, row in enumerate(rows) if ids(row) != ids(row, truncation=True, max_length=max_length)}
+
+
+def cut_as_a_batch(rows, tokenizer, max_length):
+    batch = tokenizer.apply_chat_template([row["prompt"] + row["completion"] for row in rows], padding=True, return_tensors="pt",
+                                          return_dict=True)  # fmt: skip
+    return (batch["attention_mask"].sum(1) > max_length).nonzero()[:, 0]
+
+
+RIGHT = {
+    "03.labels": [labels_row_by_row, labels_with_numpy, labels_by_counting],
+    "03.rate": [rate_with_numpy, rate_in_a_loop, rate_with_pandas],
+    "03.stop": [stop_by_counting, stop_by_prefixes, stop_by_the_callback],
+    "03.cut": [cut_by_text, cut_by_truncating, cut_as_a_batch],
+}
+
+
 # Typical mistakes
+
+
+def to_first_pad(within=False, included=True):
+    """The answer up to the first token with the pad's id: of the row, or of the answer (`within`)."""
+
+    def make(ids, mask, prompts, pad):
+        answer = torch.arange(ids.shape[1]) >= prompts[:, None]
+        pads = ((ids == pad) & answer if within else ids == pad).long()
+        before = pads.cumsum(1) - pads == 0 if included else pads.cumsum(1) == 0
+        return torch.where(answer & before, ids, -100)
+
+    return make
+
+
+def to_last_pad(ids, mask, prompts, pad):
+    """All that follows the last token that isn't a pad is taken for pads, but for one."""
+    last = (ids != pad).long().cumsum(1).argmax(1)
+    places = torch.arange(ids.shape[1])
+    return torch.where((places >= prompts[:, None]) & (places <= last[:, None] + 1), ids, -100)
+
+
+def mask_changed(ids, mask, prompts, pad):
+    labels = right_labels(ids, mask, prompts, pad)
+    mask.zero_()
+    return labels
+
+
+def one_message(first):
+    def cut(rows, tokenizer, max_length):
+        return right_cut(
+            [{k: v[:1] if first else v[-1:] for k, v in row.items()} for row in rows], tokenizer, max_length
+        )
+
+    return cut
+
+
+def one_field(rows, tokenizer, max_length):
+    """The first message of the prompt, all of the completion."""
+    return right_cut([row | {"prompt": row["prompt"][:1]} for row in rows], tokenizer, max_length)
+
+
+def by_index(rows, tokenizer, max_length):
+    return [rows.index(rows[number]) for number in right_cut(rows, tokenizer, max_length)]
 
 
 def best_by(rows, judge):
@@ -141,14 +288,16 @@ def below_best(losses, number, best):
     return losses[number] < losses[best]
 
 
+def contents(row):
+    return [message["content"] for message in row["prompt"] + row["completion"]]
+
+
 def bare_lengths(rows, tokenizer, max_length):
-    texts = [row["prompt"][0]["content"] + row["completion"][0]["content"] for row in rows]
-    return [number for number, text in enumerate(texts) if len(text) > max_length]
+    return [number for number, row in enumerate(rows) if len("".join(contents(row))) > max_length]
 
 
 def without_template(rows, tokenizer, max_length):
-    pairs = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows]
-    sizes = [sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in pair) for pair in pairs]
+    sizes = [sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in contents(row)) for row in rows]
     return [number for number, size in enumerate(sizes) if size > max_length]
 
 
@@ -173,6 +322,25 @@ def prompts_alone(rows, tokenizer, max_length):
         ("labels", filled(2), "hold the pad's id"),
         ("labels", in_place, "have changed"),
         ("labels", one_row_wrong, "Row 2 is not right"),
+        ("labels", to_first_pad(), "the first token with the pad's id"),
+        ("labels", to_first_pad(within=True), "the first token with the pad's id"),
+        ("labels", to_first_pad(included=False), "the first token with the pad's id"),
+        ("labels", to_last_pad, "attention_mask says which"),
+        ("labels", mask_changed, "attention_mask or the prompt_lengths"),
+        ("stop", lambda *given: (right_stop(*given)[0] + 0.5, right_stop(*given)[1]), "whole number, but is 2.5"),
+        ("stop", lambda *given: (given[0].index(min(given[0])), right_stop(*given)[1]), "never take place"),
+        ("stop", counted(lambda losses, number, best: losses[number] < losses[best] - 1e-3), "by however little"),
+        ("cut", one_message(first=True), "Either may have several"),
+        ("cut", one_message(first=False), "Either may have several"),
+        ("cut", one_field, "look at row"),
+        ("cut", by_index, "stand here twice"),
+        ("cut", lambda *given: sorted(set(by_index(*given))), "stand here twice"),
+        (
+            "cut",
+            lambda *given: [n for n in right_cut(*given) if n not in prompts_alone(*given)],
+            "lose all of their answer",
+        ),
+        ("cut", lambda *given: [n + 0.5 for n in right_cut(*given)], "should be a whole number"),
         ("labels", lambda *given: right_labels(*given)[:, :-1], "has shape"),
         ("labels", lambda *given: right_labels(*given).tolist(), "should be of type Tensor"),
         ("labels", lambda *given: print(right_labels(*given).sum()), "Is a return missing"),
@@ -188,13 +356,20 @@ def prompts_alone(rows, tokenizer, max_length):
         (
             "rate",
             lambda rows: best_by(rows, lambda runs: min(r["validation"] for r in runs)),
-            "Two rates share the best mean",
+            "the worst run is better than that of any other. Its mean on validation is 0.750, and the best mean is 0.771",
         ),
         (
             "rate",
             lambda rows: best_by(rows, lambda runs: statistics.median(r["validation"] for r in runs)),
-            "Two rates share the best mean",
+            "best median over its seeds",
         ),
+        ("rate", lambda rows: min(row["learning_rate"] for row in rows), "Its mean on validation is"),
+        (
+            "rate",
+            lambda rows: best_by(rows, lambda runs: next(r["validation"] for r in runs if r["seed"] == 0)),
+            "best single run",
+        ),
+        ("rate", lambda rows: 3.0, "none of the learning rates in the rows"),
         ("labels", lambda *given: right_labels(*given).float(), "token ids are torch.long"),
         ("rate", lambda rows: max(means(rows, "validation").values()), "Return the rate, not its score"),
         ("rate", lambda rows: rows, "should be a number"),
@@ -218,10 +393,10 @@ def prompts_alone(rows, tokenizer, max_length):
         ("cut", lambda rows, tok, limit: right_cut(rows, tok, limit - 1), "exactly max_length long fits"),
         ("cut", without_template, "The chat template adds its own"),
         ("cut", bare_lengths, "You count characters"),
-        ("cut", lambda *given: [n for n in range(16) if n not in right_cut(*given)], "the rows that fit"),
+        ("cut", lambda *given: [n for n in range(len(given[0])) if n not in right_cut(*given)], "the rows that fit"),
         ("cut", lambda *given: [n + 1 for n in right_cut(*given)], "Count the rows from 0"),
         ("cut", lambda rows, tok, limit: right_cut(rows, tok, limit + 1), "look at row"),
-        ("cut", lambda *given: [99], "rows 0 to 15"),
+        ("cut", lambda *given: [99], "rows 0 to 19"),
         ("cut", lambda *given: ["none"], "should be a number"),
         ("cut", lambda *given: print(right_cut(*given)), "Is a return missing"),
     ],
@@ -269,11 +444,24 @@ def test_the_reference_of_early_stopping_is_what_a_trainer_does(tmp_path, tiny_m
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
 
 
-def test_the_made_up_sweep_misleads_as_it_says():
-    rows = lesson03.swept_rows()
-    found = means(rows, "validation")
-    assert math.isclose(found[2e-3], found[1e-2]) and lesson03.chosen_rate(rows) == 2e-3
-    assert lucky_seed(rows) == 5e-2 and max(rows, key=lambda row: row["test"])["learning_rate"] == 1e-3
+@pytest.mark.parametrize("seed", range(5))
+def test_the_made_up_sweep_misleads_as_it_says(seed):
+    """Each standard has a rate of its own, so that no hint is about another mistake."""
+    rows, named = lesson03.swept_rows(seed)
+    rates = {key: rate for rate, key in named.items()}
+
+    def best(judge):
+        return {named[rate] for rate in named if of(rate, judge) == max(of(other, judge) for other in named)}
+
+    def of(rate, judge):
+        return judge([row["validation"] for row in rows if row["learning_rate"] == rate])
+
+    assert best(statistics.mean) == {"right", "the same mean"} and lesson03.chosen_rate(rows) == rates["right"]
+    assert rates["right"] < rates["the same mean"]
+    assert [best(judge) for judge in (max, statistics.median, min, sum)] == [
+        {"best single run"}, {"best median"}, {"best worst run"}, {"largest sum"}
+    ]  # fmt: skip
+    assert max(rows, key=lambda row: row["test"])["learning_rate"] == rates["best on test"]
 
 
 # What the lesson takes from elsewhere

@@ -1,8 +1,12 @@
 """The checks of lesson 4, each with its typical mistakes; and that its run is one of the sweep's."""
 
+import copy
 import re
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -49,7 +53,127 @@ def right_spoilt(model, action):
     return [name for name, weight in weights().items() if not torch.equal(weight, before[name])]
 
 
+# Other right answers
+
+
+def bits_by_counting(block, group=None):
+    numbers = block * (group or 1)
+    if group is None:
+        return Fraction(4 * numbers + 32, numbers)
+    return Fraction(4 * numbers + 8 * group + 32, numbers)
+
+
+def bits_in_decimals(block, group):
+    scale = Decimal(32) if group is None else 8 + Decimal(32) / group
+    return 4 + scale / block
+
+
+def quantise_with_borders(weight, levels, block):
+    rows = weight.view(-1, block)
+    absmax = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    codes = torch.searchsorted((levels[1:] + levels[:-1]) / 2, rows / absmax.unsqueeze(1))
+    return (levels[codes] * absmax.unsqueeze(1)).view_as(weight)
+
+
+def quantise_with_numpy(weight, levels, block):
+    rows, table = weight.numpy().reshape(-1, block), levels.numpy()
+    absmax = numpy.abs(rows).max(axis=1, keepdims=True)
+    codes = numpy.abs(rows[..., None] / absmax[..., None] - table).argmin(axis=-1)
+    return (table[codes] * absmax).reshape(weight.shape)
+
+
+def quantise_block_by_block(weight, levels, block):
+    read_back = []
+    for piece in weight.flatten().split(block):
+        scaled = levels * piece.abs().max()
+        read_back.append(scaled[(piece[:, None] - scaled[None]).abs().argmin(dim=1)])
+    return torch.cat(read_back).reshape(*weight.shape)
+
+
+def merge_with_addmm(layer, A, B, scaling):
+    return torch.addmm(read(layer), B, A, alpha=scaling)
+
+
+def merge_by_peft(layer, A, B, scaling):
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    with torch.no_grad():
+        return dequantize_bnb_weight(layer.weight) + (A.T @ B.T).T * scaling
+
+
+def merge_with_numpy(layer, A, B, scaling):
+    return read(layer).numpy() + scaling * (B.numpy() @ A.numpy())
+
+
+def spoilt_by_bytes(model, action):
+    def seen():
+        layers = ((name, layer) for name, layer in model.named_modules() if type(layer) is Linear4bit)
+        return {(name, read(layer).float().numpy().tobytes()) for name, layer in layers}
+
+    before = seen()
+    action()
+    return {name for name, _ in before - seen()}
+
+
+def spoilt_by_differences(model, action):
+    names = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
+    before = [read(model.get_submodule(name)).float() for name in names]
+    action()
+    after = [read(model.get_submodule(name)).float() for name in names]
+    return tuple(name for name, one, other in zip(names, before, after) if (one - other).abs().max() > 0)
+
+
+def spoilt_with_numpy(model, action):
+    before = {name: read(layer).float() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    action()
+    layers = dict(model.named_modules())
+    return numpy.array([name for name in before if (read(layers[name]).float() != before[name]).any()], dtype=object)
+
+
+RIGHT = {
+    "04.bits": [bits_by_counting, bits_in_decimals, lambda block, group: torch.tensor(right_bits(block, group))],
+    "04.quantise": [quantise_with_borders, quantise_with_numpy, quantise_block_by_block],
+    "04.merge": [merge_with_addmm, merge_by_peft, merge_with_numpy],
+    "04.spoilt": [spoilt_by_bytes, spoilt_by_differences, spoilt_with_numpy],
+}
+
+
 # Typical mistakes
+
+
+def with_argument(model, action):
+    before = {name: read(layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    action(model)
+    return [name for name in before if not torch.equal(before[name], read(model.get_submodule(name)))]
+
+
+def compared_by(differ):
+    def spoilt(model, action):
+        before = {name: read(layer).float() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        action()
+        return [name for name in before if differ(before[name], read(model.get_submodule(name)).float())]
+
+    return spoilt
+
+
+def other_objects_too(model, action):
+    before = {name: (layer, read(layer)) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    action()
+    after = {name: model.get_submodule(name) for name in before}
+    return [
+        name
+        for name, (layer, weight) in before.items()
+        if layer is not after[name] or not torch.equal(weight, read(after[name]))
+    ]
+
+
+LEVELS = lesson04.level_sets()
+
+
+def as_nf4(layer, A, B, scaling):
+    state = copy.deepcopy(layer.weight.quant_state)
+    state.code, state.quant_type = LEVELS["NF4"], "nf4"
+    return dequantize_4bit(layer.weight.data, state) + scaling * B @ A
 
 
 def one_scale(weight, levels, block):
@@ -224,7 +348,20 @@ SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merg
             "each for a whole block",
         ),
         ("bits", lambda block, group: right_bits(block, group) + (32 / block if group else 0), "don't come on top"),
+        ("bits", lambda block, group: right_bits(block, group and 256), "need not have 256"),
+        *(
+            ("bits", lambda block, group, digits=digits: round(right_bits(block, group), digits), "That is rounded")
+            for digits in (2, 4, 5)
+        ),
         ("bits", lambda block, group: 5, "too many"),
+        ("quantise", lambda weight, levels, block: right_quantise(weight, LEVELS["NF4"], block), "is off by"),
+        ("quantise", lambda weight, levels, block: right_quantise(weight, levels, 64), "is off by|in blocks of"),
+        ("merge", as_nf4, "The base is in FP4 here"),
+        ("spoilt", with_argument, "takes no arguments, and you gave it 1: call action()"),
+        ("spoilt", other_objects_too, "replaced by an equal one"),
+        ("spoilt", compared_by(lambda one, other: not torch.allclose(one, other, atol=1e-2)), "you found nothing"),
+        ("spoilt", compared_by(lambda one, other: one[-1].ne(other[-1]).any()), "another first number"),
+        ("spoilt", lambda *given: right_spoilt(*given)[:1], "The action spoilt ['blocks.0.key', 'blocks.1.up']"),
         ("bits", lambda block, group: print(end=""), "Is a return missing"),
         ("bits", lambda block, group: float("nan"), "is nan"),
         ("bits", lambda block, group: 32 / group, "TypeError"),
@@ -310,7 +447,7 @@ SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merg
 def test_typical_mistakes_get_their_own_hint(name, wrong, hint):
     outcome = getattr(lesson04, name).outcome(wrong)
     assert outcome.status == "TRY AGAIN"
-    assert hint in outcome.hint, outcome.hint
+    assert any(part in outcome.hint for part in hint.split("|")), outcome.hint
 
 
 @pytest.mark.parametrize("kind, name", [("nf4", "NF4")])

@@ -4,6 +4,7 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -172,16 +173,88 @@ def of_the_differences(A0, B0, A, B, alpha):
     return torch.cat([A - A0, 0 * A]), torch.cat([B - B0, 0 * B], dim=1), 2 * alpha
 
 
-def test_another_right_answer_passes():
-    assert lesson05.olora.outcome(
-        lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a)))
-    ).passed
-    for right in (quiet_from(), mirrored(torch.randn), mirrored(signs), quiet_with(lambda A, B: (A / 50, B / 50))):
-        assert lesson05.quiet.outcome(right).passed, lesson05.quiet.outcome(right)
-    assert lesson05.convert.outcome(convert_with(minus_A0=-1)).passed
-    assert lesson05.reach.outcome(
-        lambda losses, level: min((s for s, loss in losses.items() if loss <= level), default=None)
-    ).passed
+# Other right answers
+
+
+def olora_by_outer_products(weight, rank, alpha):
+    """With NumPy, and all signs turned."""
+    Q, R = numpy.linalg.qr(weight.numpy(), mode="reduced")
+    A, B = -R[:rank], -Q[:, :rank]
+    return A, B, weight.numpy() - (alpha / rank) * sum(numpy.outer(B[:, i], A[i]) for i in range(rank))
+
+
+def olora_by_gram_schmidt(weight, rank, alpha):
+    columns = []
+    for column in weight.T[:rank]:
+        for _ in range(2):  # the second time for what rounding left
+            for other in columns:
+                column = column - (other @ column) * other
+        columns.append(column / column.norm())
+    B = torch.stack(columns, dim=1)
+    A = B.T @ weight
+    return [A, B, torch.addmm(weight, B, A, alpha=-alpha / rank)]
+
+
+def quiet_by_null_space(inputs, outputs, rank):
+    """Whatever A writes, B reads from what is at right angles to it."""
+    A = torch.randn(rank, rank // 2, dtype=torch.float64) @ torch.randn(rank // 2, inputs, dtype=torch.float64)
+    U = torch.linalg.svd(A)[0]
+    B = torch.randn(outputs, rank - rank // 2, dtype=torch.float64) @ U[:, rank // 2 :].T
+    return [A.float(), B.float()]
+
+
+def reach_in_a_loop(losses, level):
+    found = None
+    for step, loss in losses.items():
+        if loss <= level and (found is None or step < found):
+            found = step
+    return found
+
+
+def reach_with_numpy(losses, level):
+    steps = numpy.array(sorted(losses))
+    reached = steps[numpy.array([losses[step] for step in steps]) <= level]
+    return reached[0] if len(reached) else None
+
+
+def reach_by_exception(losses, level):
+    try:
+        return float(min(step for step in losses if losses[step] <= level))
+    except ValueError:
+        return None
+
+
+def convert_by_blocks(A0, B0, A, B, alpha):
+    return torch.vstack((-A0, A)), torch.hstack((B0, B)), alpha * 2
+
+
+def convert_and_scale(A0, B0, A, B, alpha):
+    """All of the scaling in B, and an alpha that leaves it there."""
+    rank = A.shape[0]
+    return torch.cat([A, A0]), alpha / rank * torch.cat([B, -B0], dim=1), 2 * rank
+
+
+def convert_with_numpy(A0, B0, A, B, alpha):
+    return numpy.concatenate([A, A0]), numpy.concatenate([B, -B0], axis=1), numpy.float64(2 * alpha)
+
+
+RIGHT = {
+    "05.olora": [
+        lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a))),
+        olora_by_outer_products,
+        olora_by_gram_schmidt,
+    ],
+    "05.quiet": [
+        quiet_from(),
+        mirrored(torch.randn),
+        mirrored(signs),
+        quiet_with(lambda A, B: (A / 50, B / 50)),
+        quiet_with(lambda A, B: (A.numpy(), B.numpy())),
+        quiet_by_null_space,
+    ],
+    "05.reach": [reach_in_a_loop, reach_with_numpy, reach_by_exception],
+    "05.convert": [convert_with(minus_A0=-1), convert_by_blocks, convert_and_scale, convert_with_numpy],
+}
 
 
 @pytest.mark.parametrize(
@@ -281,6 +354,16 @@ def test_another_right_answer_passes():
             lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([-B0, B], dim=1), 2 * alpha),
             "halves stand in different order",
         ),
+        (
+            lesson05.convert,
+            lambda *given: tuple(
+                part.float() if i < 2 else part for i, part in enumerate(SOLUTIONS[lesson05.convert](*given))
+            ),
+            "Keep their dtype",
+        ),
+        (lesson05.reach, lambda losses, level: first_where(at_most)(losses, min(level, 1.0)), "the level is reached"),
+        (lesson05.reach, lambda losses, level: first_where(at_most)(losses, max(level, 1.0)), "losses as they are"),
+        (lesson05.olora, lambda w, r, a: right_olora(w, r, max(a, 1)), "not BA alone"),
         (lesson05.convert, turning_the_given, "has changed"),
         (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1)), "3 things"),
         (

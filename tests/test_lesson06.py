@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 
+import numpy
 import pytest
 import torch
 
@@ -295,31 +296,118 @@ def ratio_over_all_keys(base, merged, changes):
     return math.sqrt(sum((merged[n] - base[n]).square().sum() for n in base)) / norms(changes).norm()
 
 
-@pytest.mark.parametrize(
-    "check, solution",
-    [
-        (lesson06.verdict, close_to(rtol=0, effect_too=True)),
-        (lesson06.join, by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters))),
-        (
-            lesson06.agreement,
-            lambda r, c: (
-                right_agreement(r, c)[0],
-                torch.nn.functional.kl_div(c.float().log_softmax(-1), r.float().softmax(-1), reduction="batchmean"),
-            ),
-        ),
-        (
-            lesson06.shard,
-            lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: torch.addmm(w.float(), s * B, A).to(w.dtype)),
-        ),
-        (
-            lesson06.shard,
-            lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: (w.double() + (A.T @ B.T).T * s).to(w.dtype)),
-        ),
+def in_16_bits(dtype, of=lambda number: number):
+    def times(base, merged, changes):
+        base, merged, changes = ({n: t.to(dtype) for n, t in part.items()} for part in (base, merged, changes))
+        return of(right_times(base, merged, changes))
+
+    return times
+
+
+def divided_in_16_bits(base, merged, changes):
+    above = sum(((merged[n] - base[n]).bfloat16() * c.bfloat16()).sum() for n, c in changes.items())
+    return above.item() / sum(c.bfloat16().square().sum() for c in changes.values()).item()
+
+
+def with_bias(tensors, adapter, scaling):
+    """The layer is the name without its last part, be that a weight or a bias."""
+    merged = {}
+    for name, tensor in tensors.items():
+        layer = "base_model.model." + name.rpartition(".")[0]
+        A, B = adapter.get(f"{layer}.lora_A.weight"), adapter.get(f"{layer}.lora_B.weight")
+        merged[name] = tensor if A is None else (tensor.float() + scaling * B @ A).to(tensor.dtype)
+    return merged
+
+
+# Other right answers
+
+
+def verdict_with_numpy(base, adapter, merged, tolerance):
+    base, adapter, merged = base.numpy(), adapter.numpy(), merged.numpy()
+    if numpy.max(numpy.abs(adapter - base)) < 10 * tolerance:
+        return numpy.str_("no effect")
+    return numpy.array(["differs", "same"])[int(numpy.allclose(merged, adapter, rtol=0, atol=tolerance))]
+
+
+def verdict_in_steps(base, adapter, merged, tolerance):
+    if not ((adapter - base).abs() >= 10 * tolerance).any():
+        return "no effect"
+    return "same" if ((merged - adapter).abs() <= tolerance).all() else "differs"
+
+
+def agreement_by_distributions(reference, candidate):
+    p, q = (torch.distributions.Categorical(logits=logits) for logits in (reference, candidate))
+    share = (p.logits.argmax(-1) == q.logits.argmax(-1)).double().mean()
+    return share, torch.distributions.kl_divergence(p, q).mean()
+
+
+def agreement_by_kl_div(reference, candidate):
+    p, q = (logits.float().log_softmax(-1) for logits in (reference, candidate))
+    share = (reference.argmax(-1) == candidate.argmax(-1)).sum() / len(reference)
+    return torch.stack([share, torch.nn.functional.kl_div(q, p.exp(), reduction="batchmean")])
+
+
+def agreement_with_numpy(reference, candidate):
+    def log_softmax(logits):
+        logits = logits.numpy() - logits.numpy().max(-1, keepdims=True)
+        return logits - numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(candidate)
+    return numpy.array([(p.argmax(-1) == q.argmax(-1)).mean(), (numpy.exp(p) * (p - q)).sum(-1).mean()])
+
+
+def agreement_by_cross_entropy(reference, candidate):
+    """Cross entropy minus entropy."""
+    p = reference.softmax(-1)
+    terms = [torch.nn.functional.cross_entropy(logits, p) for logits in (candidate, reference)]
+    return (reference.argmax(1) == candidate.argmax(1)).float().mean().item(), (terms[0] - terms[1]).item()
+
+
+def join_by_blocks(adapters, weights):
+    A = torch.vstack([A for A, _, _ in adapters])
+    B = torch.hstack([B for _, B, _ in adapters])
+    factors = [weight * scaling for (_, _, scaling), weight in zip(adapters, weights)]
+    repeats = torch.tensor([A.shape[0] for A, _, _ in adapters])
+    return A, B * torch.tensor(factors, dtype=B.dtype).repeat_interleave(repeats)
+
+
+def join_with_numpy(adapters, weights):
+    A, B = right_join(adapters[::-1], weights[::-1])
+    return [A.numpy(), B.numpy()]
+
+
+def times_by_least_squares(base, merged, changes):
+    change = torch.cat([change.flatten() for change in changes.values()])
+    difference = torch.cat([(merged[name] - base[name]).flatten() for name in changes])
+    return torch.linalg.lstsq(change[:, None], difference[:, None]).solution
+
+
+def times_with_numpy(base, merged, changes):
+    difference = numpy.concatenate([(merged[name] - base[name]).numpy().ravel() for name in changes])
+    change = numpy.concatenate([change.numpy().ravel() for change in changes.values()])
+    return difference @ change / (change @ change)
+
+
+def times_in_float32(base, merged, changes):
+    return in_16_bits(torch.float32)(base, merged, changes)
+
+
+RIGHT = {
+    "06.verdict": [close_to(rtol=0, effect_too=True), verdict_with_numpy, verdict_in_steps],
+    "06.agreement": [
+        agreement_by_distributions,
+        agreement_by_kl_div,
+        agreement_with_numpy,
+        agreement_by_cross_entropy,
     ],
-)
-def test_other_right_answers_pass(check, solution):
-    outcome = check.outcome(solution)
-    assert outcome.passed, outcome
+    "06.shard": [
+        lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: torch.addmm(w.float(), s * B, A).to(w.dtype)),
+        lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: (w.double() + (A.T @ B.T).T * s).to(w.dtype)),
+        shard_by_kind(lambda name, adapter, A: A in adapter),
+    ],
+    "06.join": [by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters)), join_by_blocks, join_with_numpy],
+    "06.times": [times_by_least_squares, times_with_numpy, times_in_float32],
+}
 
 
 def all_terms(reference, candidate):  # top-1 agreement, log p, log q
@@ -375,6 +463,15 @@ def side_by_side(adapters, weights):
         (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, t, least=20), "is 10.5 tolerances"),
         (lesson06.verdict, merged_is_base, "the merge was lost"),
         (lesson06.verdict, effect_of_merged, "differ from the base"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b, a, m, 1e-4), "tolerance is 1e-06"),
+        (lesson06.verdict, lambda b, a, m, t: right_verdict(b[-1], a[-1], m[-1], t), "of all positions"),
+        (
+            lesson06.verdict,
+            lambda b, a, m, t: right_verdict(*(x.flatten(0, -2)[:6] if x.dim() == 2 else x[0] for x in (b, a, m)), t),
+            "over all dimensions",
+        ),
+        (lesson06.agreement, log_of_softmax(lambda p: p.clamp(1e-30).log()), "Use log_softmax"),
+        (lesson06.shard, with_bias, "bias has got a change"),
         (lesson06.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
         (lesson06.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
         (
@@ -523,6 +620,10 @@ def side_by_side(adapters, weights):
         (lesson06.times, ratio_over_all_keys, "and you find"),
         (lesson06.times, lambda *given: round(right_times(*given).item(), 2), "That is rounded"),
         (lesson06.times, lambda *given: round(right_times(*given).item(), 3), "That is rounded"),
+        (lesson06.times, in_16_bits(torch.bfloat16), "bfloat16 holds two or three digits"),
+        (lesson06.times, in_16_bits(torch.bfloat16, of=torch.Tensor.item), "bfloat16 holds two or three digits"),
+        (lesson06.times, in_16_bits(torch.float16), "bfloat16 holds two or three digits"),
+        (lesson06.times, divided_in_16_bits, "bfloat16 holds two or three digits"),
         (lesson06.times, lambda *given: -right_times(*given), "sign is turned"),
         (lesson06.times, lambda *given: singles(*given).median(), "the median over the layers"),
         (lesson06.times, lambda *given: singles(*given).quantile(0.5), "the median over the layers"),

@@ -21,17 +21,20 @@ It raises only when the environment variable COURSE_STRICT is 1.
 """
 
 import contextlib
+import decimal
 import dis
 import functools
 import importlib.metadata
 import json
 import logging
 import math
+import numbers
 import os
 import pkgutil
 import platform
 import sys
 import traceback
+from collections.abc import Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -42,6 +45,7 @@ from course_utils.files import write_text
 
 LEVELS = ("warm-up", "core", "stretch")
 _registry = {}
+_answering = False  # while a learner's function runs
 
 
 class TryAgain(Exception):
@@ -167,18 +171,37 @@ def progress(lesson=""):
 # What checks use
 
 
+def reference(function):
+    """Mark `function` as a check's own solution. Lessons may call it; called from an answer, it is a `TryAgain`."""
+
+    @functools.wraps(function)
+    def guarded(*arguments, **keywords):
+        if _answering:
+            raise TryAgain(f"{function.__name__} is the check's own solution. Write one of your own.")
+        return function(*arguments, **keywords)
+
+    return guarded
+
+
 def call_learner(function, *arguments, **keywords):
     """Call the learner's function and return what it returns.
 
     Raises `TryAgain` when it is not a function or raises (the hint names the error and
-    the learner's line), and `Todo` when it still returns the stub's `...`.
+    the learner's line), or calls a check's `reference`, and `Todo` when it still returns
+    the stub's `...`.
     """
+    global _answering
     if not callable(function):
         raise TryAgain(f"A function is expected here, but this is {describe(function)}.")
+    _answering = True
     try:
         value = function(*arguments, **keywords)
+    except TryAgain:
+        raise
     except (Exception, SystemExit) as error:
         raise TryAgain(f"Your code stopped with {_error_text(error)}{_where(error, function)}") from None
+    finally:
+        _answering = False
     if value is ...:
         raise Todo
     return value
@@ -211,8 +234,24 @@ def expect_type(value, types, name):
     return value
 
 
+def expect_list(value, name, *, in_order=True):
+    """Return `value` as a list: a list, a tuple, or a tensor or array with at least one dimension.
+
+    Unless it counts which stands first (`in_order`), a set or a dict's keys will do, too.
+    `name` says in the hint what it is. Raises `TryAgain` for anything else, and `Todo` for `...`.
+    """
+    import numpy
+    import torch
+
+    if isinstance(value, (numpy.ndarray, torch.Tensor)) and value.ndim:
+        with using(name):
+            return list(value)
+    expect_type(value, (tuple, list) if in_order else (tuple, list, Set), name)
+    return list(value)
+
+
 def expect_number(value, name):
-    """Return `value` as a float: an int, a float, or a tensor or array with one element.
+    """Return `value` as a float: any real number of Python's, or a tensor or array with one element.
 
     `name` says in the hint what it is. Raises `TryAgain` for anything else, for NaN and
     for infinity, and `Todo` for `...`.
@@ -225,7 +264,7 @@ def expect_number(value, name):
             number = value.item()
         except (RuntimeError, ValueError):
             pass  # More than one element: described below as what it is.
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, (numbers.Real, decimal.Decimal)):
         raise TryAgain(f"{_capital(name)} should be a number, but is {describe(value)}.{_forgot(value)}")
     with using(name):
         number = float(number)  # A whole number may be too large for it.
@@ -234,13 +273,28 @@ def expect_number(value, name):
     return number
 
 
-def expect_plain_tensor(value, name):
-    """Return `value` if it is a torch tensor of real numbers that are in memory, not sparse.
+def expect_whole_number(value, name):
+    """Return `value` as an int, if it is a whole number in any of the forms that `expect_number` takes.
 
     Raises `TryAgain`, or `Todo` for `...`.
     """
+    number = expect_number(value, name)
+    if not number.is_integer():
+        raise TryAgain(f"{_capital(name)} should be a whole number, but is {number:g}.")
+    return int(number)
+
+
+def expect_plain_tensor(value, name):
+    """Return `value`, a torch tensor of real numbers that are in memory, not sparse, or an array made into one.
+
+    Raises `TryAgain`, or `Todo` for `...`.
+    """
+    import numpy
     import torch
 
+    if isinstance(value, numpy.ndarray):
+        with using(name):
+            value = torch.from_numpy(value.copy())  # shares nothing, and may be turned or read-only
     expect_type(value, torch.Tensor, name)
     if value.layout is not torch.strided or value.is_meta or value.is_complex() or value.dtype is torch.bool:
         kind = f"{value.dtype}, {value.layout}, on {value.device}".replace("torch.", "")
@@ -249,13 +303,13 @@ def expect_plain_tensor(value, name):
 
 
 def expect_tensor(value, shape, name="the result"):
-    """Return `value` if it is a plain torch tensor of `shape` (a tuple) with finite numbers.
+    """Return `value`, a plain torch tensor or array of `shape` (a tuple) with finite numbers, as a tensor.
 
     Raises `TryAgain`, or `Todo` for `...`.
     """
     import torch
 
-    expect_plain_tensor(value, name)
+    value = expect_plain_tensor(value, name)
     if tuple(value.shape) != tuple(shape):
         raise TryAgain(f"{_capital(name)} has shape {tuple(value.shape)}, but {tuple(shape)} is expected.")
     if not bool(torch.isfinite(value).all()):

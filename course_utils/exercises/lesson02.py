@@ -1,10 +1,10 @@
 """Checks of lesson 2: put LoRA into a model, count its parameters, cut a matrix to rank r, merge into a Conv1D."""
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, using
+from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, reference, using
 
 
-def tiny_model(seed=0):
-    """A random two-layer Llama in float64, its output layer tied to nothing."""
+def tiny_model(seed=0, bias=False):
+    """A random two-layer Llama in float64, its output layer tied to nothing; with `bias` its attention has biases."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +20,7 @@ def tiny_model(seed=0):
             max_position_embeddings=32,
             tie_word_embeddings=False,
             initializer_range=0.3,
+            attention_bias=bias,
         )
         return LlamaForCausalLM(config).double().eval()
 
@@ -29,10 +30,14 @@ def inject(function):
     """Which layers were replaced, what is trainable, is step 0 the base, and is the change s·BA with s = alpha/r?"""
     import torch
 
-    rank, alpha, input_ids = 3, 12, torch.tensor([[3, 1, 4, 1, 5]])
+    input_ids = torch.tensor([[3, 1, 4, 1, 5]])
     # "head" is the end of a name ("lm_head"), and no layer's name; "mlp" is the name of a block, not of a linear layer.
-    for names, expected in ((["v_proj"], 2), (["q_proj", "down_proj"], 4), (["head"], 0), (["mlp", "o_proj"], 2)):
-        model = tiny_model()
+    # lm_head has the model itself for a parent. The last model has biases, and somebody froze it before.
+    for seed, (names, expected, rank, alpha) in enumerate((
+        (["v_proj"], 2, 3, 12), (["q_proj", "down_proj"], 4, 2, 5), (["head", "q", "proj"], 0, 3, 12), (["mlp", "o_proj"], 2, 3, 12),
+        (["lm_head", "gate_proj"], 3, 2, 3), (["k_proj", "v_proj", "up_proj"], 6, 4, 2),
+    )):  # fmt: skip
+        model = tiny_model(seed, bias=seed == 5).requires_grad_(seed < 5)
         with torch.no_grad():
             before = model(input_ids=input_ids).logits
         old_layers = dict(model.named_modules())
@@ -115,7 +120,8 @@ def _check_change(layer, old_layer, rank, alpha):
     import torch
 
     outputs, inputs = old_layer.weight.shape
-    new = [parameter for parameter in layer.parameters() if parameter is not old_layer.weight]
+    old = {id(parameter) for parameter in old_layer.parameters()}
+    new = [parameter for parameter in layer.parameters() if id(parameter) not in old]
     A = next((p for p in new if tuple(p.shape) == (rank, inputs)), None)
     B = next((p for p in new if tuple(p.shape) == (outputs, rank)), None)
     if A is None or B is None:
@@ -142,10 +148,10 @@ def count(function):
     import random
 
     rng = random.Random(3)
-    for _ in range(4):
+    for _ in range(6):
         rank = rng.choice([2, 3, 5])
-        shapes = [(rng.randint(20, 60), rng.randint(61, 99)) for _ in range(rng.randint(2, 4))]
-        shapes += shapes[-1:]  # real models are all repeats
+        shapes = [(rng.randint(20, 99), rng.randint(20, 99)) for _ in range(rng.randint(2, 4))]
+        shapes.insert(rng.randrange(len(shapes)), shapes[-1])  # real models are all repeats
         found = expect_number(call_learner(function, list(shapes), rank), "the count")
         if found == sum(rank * (inputs + outputs) for inputs, outputs in shapes):
             continue
@@ -179,6 +185,7 @@ def _expect_dtype(found, given):
         raise TryAgain("The result is in {}, and what you were given in {}. Keep the dtype.".format(*kinds))
 
 
+@reference
 def closest(matrix, rank):
     """The matrix of this rank that is closest to `matrix`, in the same shape (Eckart and Young 1936)."""
     import torch
@@ -189,41 +196,52 @@ def closest(matrix, rank):
 
 @exercise("02.truncate", title="Keep r directions", level="core", minutes=10)
 def truncate(function):
-    """Compare with the truncated singular value decomposition, `closest`."""
+    """Compare with the truncated singular value decomposition, `closest`; also at full rank, and where there is less than r to keep."""
     import torch
 
     generator = torch.Generator().manual_seed(4)
-    for rows, columns, rank in ((12, 12, 3), (9, 14, 2), (15, 8, 5), (6, 10, 1)):
-        matrix = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    for rows, columns, rank, holds, dtype in (
+        (12, 12, 3, 12, torch.float64), (9, 14, 2, 9, torch.float64), (15, 8, 5, 8, torch.float64), (6, 10, 1, 6, torch.float64),
+        (10, 7, 4, 7, torch.float32), (8, 11, 4, 2, torch.float64), (7, 5, 5, 5, torch.float64),
+    ):  # fmt: skip
+        matrix = torch.randn(rows, columns, dtype=dtype, generator=generator)
+        if holds < min(rows, columns):
+            matrix = closest(matrix, holds)
         given = matrix.clone()
         found = expect_tensor(call_learner(function, given, rank), (rows, columns), "the result")
         if not torch.equal(given, matrix):
             raise TryAgain("The matrix that you were given has changed. Make a new one.")
         _expect_dtype(found, matrix)
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        if torch.allclose(found, closest(matrix, rank), atol=1e-8):
+        if torch.allclose(found, closest(matrix, rank), atol=1e-8 if dtype is torch.float64 else 1e-5):
             continue
-        if torch.allclose(found, matrix, atol=1e-8):
-            raise TryAgain("This is the whole matrix again. Keep the first r singular values only.")
-        if torch.allclose(found, U[:, :rank] @ Vh[:rank], atol=1e-8):
-            raise TryAgain("The directions are right, their sizes are missing: multiply with the singular values.")
-        if torch.allclose(found, U[:, -rank:] * S[-rank:] @ Vh[-rank:], atol=1e-8):
-            raise TryAgain(
-                "These are the smallest directions. The singular values come in descending order: keep the first."
-            )
-        found_rank = int(torch.linalg.matrix_rank(found))
-        if found_rank > rank:
-            raise TryAgain(f"The result has rank {found_rank}, and {rank} was asked for.")
-        if rows == columns and torch.allclose(found, U[:, :rank] * S[:rank] @ Vh.T[:rank], atol=1e-8):
-            raise TryAgain(
-                "The right-hand factor is turned. torch.linalg.svd returns V transposed already: take its first r rows."
-            )
-        if found_rank < rank:
-            raise TryAgain(f"The result has rank {found_rank} only, and {rank} was asked for.")
-        raise TryAgain(
-            f"The rank is right, but there is a closer matrix of rank {rank}: yours is {(found - matrix).norm():.2f} away, the "
-            f"closest {S[rank:].norm():.2f}. Use torch.linalg.svd, and take U, S and Vh from one call."
-        )
+        raise TryAgain(_explain_truncated(found, matrix, rank))
+
+
+def _explain_truncated(found, matrix, rank):
+    import torch
+
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    found_rank = int(torch.linalg.matrix_rank(found))
+
+    def agrees(other):
+        return torch.allclose(found, other, atol=1e-5)
+
+    if agrees(matrix):
+        return "This is the whole matrix again. Keep the first r singular values only."
+    if agrees(U[:, :rank] @ Vh[:rank]):
+        return "The directions are right, their sizes are missing: multiply with the singular values."
+    if agrees(U[:, -rank:] * S[-rank:] @ Vh[-rank:]):
+        return "These are the smallest directions. The singular values come in descending order: keep the first."
+    if found_rank > rank:
+        return f"The result has rank {found_rank}, and {rank} was asked for."
+    if len(matrix) == len(matrix.T) and agrees(U[:, :rank] * S[:rank] @ Vh.T[:rank]):
+        return "The right-hand factor is turned. torch.linalg.svd returns V transposed already: take its first r rows."
+    if found_rank < min(rank, int(torch.linalg.matrix_rank(matrix))):
+        return f"The result has rank {found_rank} only, and {rank} was asked for."
+    return (
+        f"The rank is right, but there is a closer matrix of rank {rank}: yours is {(found - matrix).norm():.2f} away, the "
+        f"closest {S[rank:].norm():.2f}. Use torch.linalg.svd, and take U, S and Vh from one call."
+    )
 
 
 @exercise("02.merge", title="Merge into a layer that lies on its side", level="stretch", minutes=15)
@@ -232,7 +250,7 @@ def merge(function):
     import torch
 
     for seed, (inputs, outputs, rank, alpha, use_rslora) in enumerate(
-        ((10, 10, 4, 9, False), (6, 18, 4, 9, False), (12, 9, 4, 9, True))
+        ((10, 10, 4, 9, False), (6, 18, 3, 8, False), (12, 9, 5, 9, True), (8, 8, 6, 7, True))
     ):
         weight, A, B, merged = conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed)
         given = weight.clone()

@@ -2,22 +2,45 @@
 
 from types import SimpleNamespace
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, expect_type
+from course_utils.exercises import (
+    TryAgain,
+    call_learner,
+    exercise,
+    expect_list,
+    expect_number,
+    expect_tensor,
+    expect_whole_number,
+    reference,
+)
+
+PADDED = ((2, 12, ((3, 9), (5, 12), (2, 7), (6, 10))), (2, 12, ((6, 10), (2, 7), (5, 12), (3, 9))), (0, 9, ((1, 9), (4, 6))),
+          (7, 15, ((4, 15), (5, 13), (8, 9), (3, 8), (1, 4))))  # fmt: skip
 
 
-def padded_batch(seed=0):
-    """(input_ids, attention_mask, prompt_lengths, pad id): tensors (4, 12), (4, 12), (4); the pad is the end token, too."""
+def padded_batch(number):
+    """(input_ids, attention_mask, prompt_lengths, pad id): tensors (batch, length) twice and (batch).
+
+    PADDED[number] has the pad's id, the length, and (length of the prompt, length of the row) for each row. The pad is the
+    end token, too: one stands at the end of each answer but the last, which was cut off, one in the first answer, as after the
+    first of two turns, and from the second batch on one in the last prompt.
+    """
     import torch
 
-    generator, end = torch.Generator().manual_seed(seed), 2
-    input_ids, attention_mask = torch.full((4, 12), end), torch.zeros(4, 12, dtype=torch.long)
-    prompt_lengths, lengths = torch.tensor([3, 5, 2, 6]), (9, 12, 7, 10)
-    for row, length in enumerate(lengths):
-        input_ids[row, : length - 1] = torch.randint(3, 90, (length - 1,), generator=generator)
+    end, width, lengths = PADDED[number]
+    generator = torch.Generator().manual_seed(number)
+    input_ids = torch.full((len(lengths), width), end)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, (_, length) in enumerate(lengths):
+        last = length if row == len(lengths) - 1 else length - 1
+        input_ids[row, :last] = torch.randint(8, 90, (last,), generator=generator)
         attention_mask[row, :length] = 1  # the end token at length - 1 is real
-    return input_ids, attention_mask, prompt_lengths, end
+    input_ids[0, lengths[0][0] + 1] = end
+    if number:
+        input_ids[-1, 0] = end
+    return input_ids, attention_mask, torch.tensor([prompt for prompt, _ in lengths]), end
 
 
+@reference
 def expected_labels(input_ids, attention_mask, prompt_lengths, offset=0):
     """input_ids where the answer stands, -100 elsewhere; `offset` moves the beginning of the answers."""
     import torch
@@ -29,72 +52,96 @@ def expected_labels(input_ids, attention_mask, prompt_lengths, offset=0):
 
 @exercise("03.labels", title="Loss on the answer only", level="core", minutes=15)
 def labels(function):
-    """Compare with the closed form, on batches in which the pad token is also the end token."""
+    """Compare with the closed form, on batches in which the pad token is also the end token, and stands within rows, too."""
     import torch
 
-    for seed in range(2):
-        given = padded_batch(seed)
-        input_ids, attention_mask, prompt_lengths, pad = padded_batch(seed)
+    for number in range(len(PADDED)):
+        given = padded_batch(number)
+        input_ids, attention_mask, prompt_lengths, pad = padded_batch(number)
         found = expect_tensor(call_learner(function, *given), input_ids.shape, "the labels")
         if found.dtype != torch.long:
             raise TryAgain(f"The labels are {found.dtype}; token ids are torch.long, and the loss takes nothing else.")
         if not torch.equal(given[0], input_ids):
             raise TryAgain("The input_ids that you were given have changed. Begin with labels = input_ids.clone().")
+        if not torch.equal(given[1], attention_mask) or not torch.equal(given[2], prompt_lengths):
+            raise TryAgain(
+                "The attention_mask or the prompt_lengths that you were given have changed. Make new tensors."
+            )
         wanted = expected_labels(input_ids, attention_mask, prompt_lengths)
-        if torch.equal(found, wanted):
-            continue
-        no_pads, everywhere = attention_mask == 0, torch.full_like(input_ids, -100)
-        by_id = wanted.masked_fill(input_ids == pad, -100)
-        prompt_only = expected_labels(input_ids, torch.ones_like(attention_mask), prompt_lengths)
-        shifted = everywhere.clone()
-        shifted[:, :-1] = wanted[:, 1:]
-        mistakes = [
-            (input_ids, "Every token carries loss, prompt and pads among them. Write -100 where no loss is wanted."),
-            (everywhere, "No token carries loss. The answer, from prompt_lengths on, keeps its ids."),
-            (
-                input_ids.masked_fill(no_pads, -100),
-                "The prompt carries loss. Its first prompt_lengths[row] places are to be -100, too.",
-            ),
-            (
-                input_ids.masked_fill(input_ids == pad, -100),
-                "The prompt carries loss, and the end of the answer carries none.",
-            ),
-            (prompt_only, "The pads carry loss. They are where attention_mask is 0."),
-            (
-                by_id,
-                "The end of each answer carries no loss: here the pad is the end token, too. Tell pads by attention_mask, not by id.",
-            ),
-            (
-                shifted,
-                "Your labels are moved by one place. The model does that itself: a label stands at its own token's place.",
-            ),
-            (
-                expected_labels(input_ids, attention_mask, prompt_lengths, 1),
-                "The first token of each answer carries no loss.",
-            ),
-            (
-                expected_labels(input_ids, attention_mask, prompt_lengths, -1),
-                "The last token of each prompt carries loss.",
-            ),
-            (
-                wanted.masked_fill(wanted == -100, 0),
-                "The masked places are 0, which is a token's id. The sign for no loss is -100.",
-            ),
-            (
-                wanted.masked_fill(wanted == -100, pad),
-                "The masked places hold the pad's id. The sign for no loss is -100.",
-            ),
-        ]
-        for wrong, hint in mistakes:
-            if torch.equal(found, wrong):
-                raise TryAgain(hint)
-        row = int((found != wanted).any(1).nonzero()[0])
-        raise TryAgain(
-            f"Row {row} is not right: {found[row].tolist()}. Its prompt has {int(prompt_lengths[row])} tokens, and "
-            f"{int(attention_mask[row].sum())} of its places are no pads."
-        )
+        if not torch.equal(found, wanted):
+            _explain_labels(found, wanted, input_ids, attention_mask, prompt_lengths, pad)
 
 
+def _explain_labels(found, wanted, input_ids, attention_mask, prompt_lengths, pad):
+    import torch
+
+    no_pads, everywhere, is_pad = attention_mask == 0, torch.full_like(input_ids, -100), input_ids == pad
+    shifted = everywhere.clone()
+    shifted[:, :-1] = wanted[:, 1:]
+    prompt_only = expected_labels(input_ids, torch.ones_like(attention_mask), prompt_lengths)
+    places = torch.arange(input_ids.shape[1])
+    answer = places >= prompt_lengths[:, None]
+    by_first_pad = [
+        everywhere.where(~(answer & kept), input_ids)
+        for begins in (is_pad, is_pad & answer)
+        for kept in (begins.cumsum(1) == 0, begins.cumsum(1) - begins.long() == 0)
+    ]
+    mistakes = [
+        (input_ids, "Every token carries loss, prompt and pads among them. Write -100 where no loss is wanted."),
+        (everywhere, "No token carries loss. The answer, from prompt_lengths on, keeps its ids."),
+        (
+            input_ids.masked_fill(no_pads, -100),
+            "The prompt carries loss. Its first prompt_lengths[row] places are to be -100, too.",
+        ),
+        (
+            input_ids.masked_fill(is_pad, -100),
+            "The prompt carries loss, and the end of the answer carries none.",
+        ),
+        (prompt_only, "The pads carry loss. They are where attention_mask is 0."),
+        (
+            wanted.masked_fill(is_pad, -100),
+            "The end of each answer carries no loss: here the pad is the end token, too. Tell pads by attention_mask, not by id.",
+        ),
+        *(
+            (
+                wrong,
+                "You look for the first token with the pad's id. Here the pad is the end token, too, and one may stand within a prompt or "
+                "an answer, or be missing at its end. Tell pads by attention_mask, not by id.",
+            )
+            for wrong in by_first_pad
+        ),
+        (
+            shifted,
+            "Your labels are moved by one place. The model does that itself: a label stands at its own token's place.",
+        ),
+        (
+            expected_labels(input_ids, attention_mask, prompt_lengths, 1),
+            "The first token of each answer carries no loss.",
+        ),
+        (
+            expected_labels(input_ids, attention_mask, prompt_lengths, -1),
+            "The last token of each prompt carries loss.",
+        ),
+        (
+            wanted.masked_fill(wanted == -100, 0),
+            "The masked places are 0, which is a token's id. The sign for no loss is -100.",
+        ),
+        (
+            wanted.masked_fill(wanted == -100, pad),
+            "The masked places hold the pad's id. The sign for no loss is -100.",
+        ),
+    ]
+    for wrong, hint in mistakes:
+        if torch.equal(found, wrong):
+            raise TryAgain(hint)
+    row = int((found != wanted).any(1).nonzero()[0])
+    raise TryAgain(
+        f"Row {row} is not right: {found[row].tolist()}. Its prompt has {int(prompt_lengths[row])} tokens, and "
+        f"{int(attention_mask[row].sum())} of its places are no pads: attention_mask says which."
+    )
+
+
+@reference
 def chosen_rate(rows):
     """The learning rate with the best mean `validation` over its seeds; of equal ones the lowest.
 
@@ -109,50 +156,69 @@ def _means(rows, column):
     return {rate: sum(values) / len(values) for rate, values in scores.items()}
 
 
+# Of three seeds or more, so that each of these rates is the best by another standard. Their sums are exact, so the tie is one
+# in whatever order they are added.
+SWEPT = {
+    "right": (0.6875, 0.6875, 0.9375),
+    "the same mean": (0.625, 0.75, 0.9375),
+    "best single run": (1.0, 0.125, 0.25),
+    "best median": (0.875, 0.875, 0.25),
+    "best worst run": (0.75, 0.75, 0.75),
+    "largest sum": (0.625, 0.5, 0.625, 0.75, 0.625),
+    "best on test": (0.5, 0.5, 0.5),
+}
+
+
 def swept_rows(seed=0):
-    """Rows of a made-up sweep: 2e-3 and 1e-2 share the best mean validation; 5e-2 has the best seed, 1e-3 the best test and most seeds."""
+    """(rows of a made-up sweep, {rate: its key in SWEPT}): the same scores at other rates, and in another order, for each seed."""
     import random
 
-    # Sums of these are exact, so the tie is one in whatever order they are added.
-    validation = {
-        1e-3: (0.625, 0.5, 0.625, 0.75, 0.625),
-        2e-3: (0.75, 0.75, 0.9375),
-        1e-2: (0.8125, 0.8125, 0.8125),
-        5e-2: (1.0, 0.125, 0.25),
-    }
-    test = {1e-3: 1.0, 2e-3: 0.2, 1e-2: 0.2, 5e-2: 0.1}
+    rng = random.Random(seed)
+    keys, rates = list(SWEPT), [1e-4, 5e-4, 1e-3, 2e-3, 1e-2, 2e-2, 5e-2]
+    rng.shuffle(keys)
+    first, second = sorted(keys.index(key) for key in ("right", "the same mean"))
+    keys[first], keys[second] = "right", "the same mean"  # of equal ones the lower rate is right
+    named = dict(zip(rates, keys))
     rows = [
-        {"seed": number, "learning_rate": rate, "validation": score, "test": test[rate]}
-        for rate, scores in validation.items()
-        for number, score in enumerate(scores)
+        {"seed": number, "learning_rate": rate, "validation": score, "test": 1.0 if key == "best on test" else 0.2}
+        for rate, key in named.items()
+        for number, score in enumerate(SWEPT[key])
     ]
-    random.Random(seed).shuffle(rows)
-    return rows
+    rng.shuffle(rows)
+    return rows, named
 
 
 @exercise("03.rate", title="Choose a learning rate", level="warm-up", minutes=5)
 def rate(function):
-    """Compare with the best mean on validation, where test, a lucky seed and a tie would mislead."""
-    for seed in range(3):
-        rows = swept_rows(seed)
+    """Compare with the best mean on validation, where test, a lucky seed, a median, a tie and more would mislead."""
+    for seed in range(5):
+        rows, named = swept_rows(seed)
         found = expect_number(call_learner(function, [dict(row) for row in rows]), "the learning rate")
-        if found == chosen_rate(rows):
+        right = chosen_rate(rows)
+        if found == right:
             continue
-        mistakes = {
-            max(rows, key=lambda row: row["validation"])[
-                "learning_rate"
-            ]: "That rate has the best single run, and its other seeds are poor. Take the mean over the seeds.",
-            max(rows, key=lambda row: row["test"])[
-                "learning_rate"
-            ]: "That is the best on test, or has the most runs. Choose by the mean on validation alone: a test set that chose "
-            "something, even in part, can't judge it any more.",
-            1e-2: "Two rates share the best mean. Take the lower one: the higher is nearer to the edge.",
+        if found not in named:
+            raise TryAgain(
+                "That is none of the learning rates. Return the rate, not its score."
+                if found <= 1
+                else "That is none of the learning rates in the rows."
+            )
+        means = _means(rows, "validation")
+        less = f"Its mean on validation is {means[found]:.3f}, and the best mean is {means[right]:.3f}."
+        # What is true of that rate, whatever the learner did.
+        hints = {
+            "the same mean": "Two rates share the best mean. Take the lower one: the higher is nearer to the edge.",
+            "best single run": f"That rate has the best single run, and its other seeds are poor. {less} Take the mean over the seeds.",
+            "best median": f"That rate has the best median over its seeds. {less} Take the mean over the seeds.",
+            "best worst run": f"Of that rate the worst run is better than that of any other. {less} Take the mean over the seeds.",
+            "largest sum": f"That rate has the most runs, and so the largest sum. {less} Divide by the number of its runs.",
+            "best on test": f"That rate is the best on test. {less} Choose by validation alone: a test set that chose something, even in "
+            "part, can't judge it any more.",
         }
-        if found <= 1 and found not in {row["learning_rate"] for row in rows}:
-            raise TryAgain("That is none of the learning rates. Return the rate, not its score.")
-        raise TryAgain(mistakes.get(found, "That rate's mean on validation is not the best."))
+        raise TryAgain(hints[named[found]])
 
 
+@reference
 def early_stopping(losses, patience):
     """(best, last) as transformers' EarlyStoppingCallback has it, fed with one validation loss after the other.
 
@@ -196,6 +262,9 @@ STOPPING_CASES = [
     ([1.0, 0.5, 0.5, 0.5, 0.4], 2),
     ([3.0, 2.0, 1.0], 2),
     ([1.0], 1),
+    ([3.0, 2.0, 2.5, 1.0, 1.5], 1),
+    ([1.0, 1.1, 1.05, 1.2, 0.9], 3),
+    ([1.0, 0.9999, 0.9998, 0.9997, 0.9996], 2),
 ]
 
 
@@ -208,16 +277,24 @@ def stop(function):
     """Compare with transformers' own callback, over several curves; recognise what differs."""
     found, right = [], [early_stopping(*case) for case in STOPPING_CASES]
     for losses, patience in STOPPING_CASES:
-        answer = expect_type(call_learner(function, list(losses), patience), (tuple, list), "the answer")
+        answer = expect_list(call_learner(function, list(losses), patience), "the answer")
         if len(answer) != 2:
             raise TryAgain(f"Return two numbers, best and last; you returned {len(answer)}.")
-        found.append(tuple(int(expect_number(value, name)) for value, name in zip(answer, ("best", "last"))))
+        found.append(tuple(expect_whole_number(value, name) for value, name in zip(answer, ("best", "last"))))
     if found == right:
         return
     mistakes = [
         (
             lambda losses, patience: (early_stopping(losses, patience)[1],) * 2,
             "You keep the last checkpoint. The one to keep is that with the lowest loss so far.",
+        ),
+        (
+            lambda losses, patience: (losses.index(min(losses)), early_stopping(losses, patience)[1]),
+            "The best is looked for in the whole list. Evaluations after the last one never take place.",
+        ),
+        (
+            _stops(lambda losses, number, best: losses[number] < losses[best] - 1e-3),
+            "A new best is any loss that is lower, by however little.",
         ),
         (
             _stops(_below_best, lambda given: 1),
@@ -262,17 +339,24 @@ def stop(function):
 
 
 def rows_to_cut():
-    """Conversational prompt/completion rows of many lengths."""
+    """Conversational prompt/completion rows of many lengths, some with several messages on a side, and some of them twice."""
     words = "the key lies under the old oak by the mill at the end of the long road to the harbour".split()
-    return [
-        {
-            "prompt": [{"role": "user", "content": " ".join(words[: 2 + 5 * number % 17])}],
-            "completion": [{"role": "assistant", "content": " ".join(words[: 1 + 7 * number % 11])}],
-        }
-        for number in range(16)
-    ]
+
+    def says(role, number):
+        return {"role": role, "content": " ".join(words[:number])}
+
+    rows = []
+    for number in range(16):
+        prompt, completion = [says("user", 2 + 5 * number % 17)], [says("assistant", 1 + 7 * number % 11)]
+        if number % 4 == 1:
+            prompt = [says("user", 9), says("assistant", number % 3 + 1), *prompt]
+        if number % 4 == 2:
+            completion += [says("user", 3), says("assistant", 14 - number // 2)]
+        rows.append({"prompt": prompt, "completion": completion})
+    return rows[:7] + [rows[2], rows[5]] + rows[7:] + [rows[11], rows[0]]
 
 
+@reference
 def row_lengths(rows, tokenizer):
     """(tokens of each prompt, tokens of each whole row), both with the chat template's own."""
     asked = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
@@ -280,23 +364,30 @@ def row_lengths(rows, tokenizer):
     return [len(ids) for ids in asked], [len(ids) for ids in whole]
 
 
+def _ends(rows, first):
+    """The rows with one message on each side: the first, or the last."""
+    return [{side: row[side][:1] if first else row[side][-1:] for side in row} for row in rows]
+
+
 @exercise("03.cut", title="Which rows lose their end?", level="stretch", minutes=15)
 def cut(function, *, tokenizer):
     """Compare with the lengths that the chat template gives, at limits where the usual mistakes show."""
     rows = rows_to_cut()
     prompts, lengths = row_lengths(rows, tokenizer)
-    contents = [[row[part][0]["content"] for part in ("prompt", "completion")] for row in rows]
-    bare = [sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in pair) for pair in contents]
-    limits = sorted({sorted(lengths)[5], sorted(lengths)[10], sorted(prompts)[8], max(lengths), min(lengths)})
+    contents = [[message["content"] for part in ("prompt", "completion") for message in row[part]] for row in rows]
+    bare = [sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) for texts in contents]
+    limits = sorted(
+        {sorted(lengths)[5], sorted(lengths)[10], sorted(prompts)[8], sorted(prompts)[3], max(lengths), min(lengths)}
+    )
     found = []
     for limit in limits:
         answer = call_learner(function, rows_to_cut(), tokenizer, limit)
         if isinstance(answer, (int, float)):
             raise TryAgain("Return the numbers of the rows, as a list, not how many there are.")
-        answer = list(expect_type(answer, (list, tuple, set), "the answer"))
+        answer = expect_list(answer, "the answer", in_order=False)
         if any(isinstance(entry, dict) for entry in answer):
             raise TryAgain("Return the rows' numbers, counted from 0, not the rows themselves.")
-        found.append(sorted(int(expect_number(entry, "a row's number")) for entry in answer))
+        found.append(sorted(expect_whole_number(entry, "a row's number") for entry in answer))
     if found == [_above(lengths, limit) for limit in limits]:
         return
     mistakes = [
@@ -310,8 +401,25 @@ def cut(function, *, tokenizer):
             "You count the tokens of the contents. The chat template adds its own: use apply_chat_template.",
         ),
         (
-            lambda limit: _above([sum(map(len, pair)) for pair in contents], limit),
+            lambda limit: _above([sum(map(len, texts)) for texts in contents], limit),
             "You count characters. max_length is in tokens.",
+        ),
+        *(
+            (
+                lambda limit, first=first: _above(row_lengths(_ends(rows, first), tokenizer)[1], limit),
+                "You look at one message of the prompt and one of the completion. Either may have several: row['prompt'] + row['completion'].",
+            )
+            for first in (True, False)
+        ),
+        (
+            lambda limit: [
+                number for number, row in enumerate(rows) if rows.index(row) == number and lengths[number] > limit
+            ],
+            "Some rows stand here twice. Each has a number of its own: enumerate(rows).",
+        ),
+        (
+            lambda limit: [number for number in _above(lengths, limit) if prompts[number] <= limit],
+            "Rows that lose all of their answer are missing. They lose tokens of it, too.",
         ),
         (
             lambda limit: [number for number, length in enumerate(lengths) if length <= limit],
@@ -324,6 +432,10 @@ def cut(function, *, tokenizer):
             raise TryAgain(hint)
     if strangers := {number for answer in found for number in answer} - set(range(len(rows))):
         raise TryAgain(f"There are rows 0 to {len(rows) - 1}, and you return {min(strangers)}.")
+    if any(len(set(answer)) < len(answer) for answer in found):
+        raise TryAgain(
+            "A number stands in your answer more than once. Some rows stand here twice: number them with enumerate(rows)."
+        )
     limit, answer = next((limit, answer) for limit, answer in zip(limits, found) if answer != _above(lengths, limit))
     number = sorted(set(answer) ^ set(_above(lengths, limit)))[0]
     raise TryAgain(

@@ -2,18 +2,26 @@
 
 import math
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, expect_type
+from course_utils.exercises import (
+    TryAgain,
+    call_learner,
+    exercise,
+    expect_list,
+    expect_number,
+    expect_tensor,
+    reference,
+)
 
 
 @exercise("04.bits", title="Bits per parameter", level="warm-up", minutes=5)
 def bits(function):
     """Compare with 4 + 32/block, and with double quantisation 4 + 8/block + 32/(block * group)."""
-    for block, group in ((64, None), (128, None), (64, 256), (32, 256)):
+    for block, group in ((64, None), (128, None), (64, 256), (32, 256), (128, 64), (16, 16), (256, None)):
         found = expect_number(call_learner(function, block, group), "the number of bits")
         right = 4 + 32 / block if group is None else 4 + 8 / block + 32 / (block * group)
         if math.isclose(found, right, abs_tol=1e-9):
             continue
-        if round(right, 3) == found != right:
+        if any(round(right, digits) == found for digits in range(9)):
             raise TryAgain("That is rounded. Return the number as it is.")
         mistakes = [
             (right - 4, "That is the scales' share alone. Add the 4 bits of the number itself."),
@@ -37,6 +45,10 @@ def bits(function):
                     "Blocks need not have 64 numbers: a group stands for group × block of them.",
                 ),
                 (
+                    4 + 8 / block + 32 / (block * 256),
+                    "Groups need not have 256 absmax values: the second number that you are given says how many.",
+                ),
+                (
                     4 + 32 / block + 8 / block + 32 / (block * group),
                     "The 8 bits stand in place of the 32, they don't come on top.",
                 ),
@@ -50,6 +62,7 @@ def bits(function):
         )
 
 
+@reference
 def there_and_back(weight, levels, block):
     """`weight` quantised in blocks of `block` numbers in a row to levels in [-1, 1], and read back, in the same shape."""
     import torch
@@ -61,11 +74,15 @@ def there_and_back(weight, levels, block):
 
 
 def level_sets():
-    """{name: levels} of NF4 and of a plain 4-bit integer, in ascending order."""
+    """{name: levels} of NF4, of a plain 4-bit integer, and of two bits that nobody uses, in ascending order."""
     import torch
     from bitsandbytes.functional import get_4bit_type
 
-    return {"NF4": get_4bit_type("nf4", device="cpu"), "int4": torch.arange(-7, 8) / 7}
+    return {
+        "NF4": get_4bit_type("nf4", device="cpu"),
+        "int4": torch.arange(-7, 8) / 7,
+        "four uneven": torch.tensor([-1.0, -0.3, 0.05, 1.0]),
+    }
 
 
 @exercise("04.quantise", title="Quantise in blocks", level="core", minutes=15)
@@ -74,7 +91,7 @@ def quantise(function):
     import torch
 
     generator = torch.Generator().manual_seed(6)
-    for shape, block in (((16, 128), 64), ((12, 96), 32), ((6, 64), 128)):
+    for shape, block in (((16, 128), 64), ((12, 96), 32), ((6, 64), 128), ((4, 96), 64), ((3, 32), 16)):
         for name, levels in level_sets().items():
             weight = torch.randn(shape, generator=generator) * torch.logspace(-4, 1, shape[0])[:, None]
             given, known = weight.clone(), levels.clone()
@@ -157,13 +174,15 @@ def _explain_quantised(weight, levels, block, found, right, name):
     )
 
 
-def four_bit_layer(inputs, outputs, seed=0):
-    """A `Linear4bit` in NF4 with random weights, never run."""
+def four_bit_layer(inputs, outputs, seed=0, quant_type="nf4", double=False):
+    """A `Linear4bit` with random weights, never run; `double` quantises its scales, too."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
     generator = torch.Generator().manual_seed(seed)
-    layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer = Linear4bit(
+        inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=double
+    )
     layer.weight.data = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     return layer.to("cpu")
 
@@ -185,11 +204,14 @@ def read(layer):
 
 @exercise("04.merge", title="Merge where nothing is rounded", level="core", minutes=10)
 def merge(function):
-    """Compare with the dequantised weight plus scaling * B @ A."""
+    """Compare with the dequantised weight plus scaling * B @ A, in NF4 and FP4, with scales as they are and quantised."""
     import torch
 
-    for seed, (inputs, outputs, rank, scaling) in enumerate(((64, 64, 4, 2.0), (128, 64, 3, 0.5), (64, 192, 5, 2.0))):
-        layer, (A, B) = four_bit_layer(inputs, outputs, seed), change_of(inputs, outputs, rank, seed)
+    for seed, (inputs, outputs, rank, scaling, how) in enumerate((
+        (64, 64, 4, 2.0, {}), (128, 64, 3, 0.5, {"double": True}), (64, 192, 5, 2.0, {"quant_type": "fp4"}),
+        (192, 128, 1, 0.25, {"quant_type": "fp4", "double": True}),
+    )):  # fmt: skip
+        layer, (A, B) = four_bit_layer(inputs, outputs, seed, **how), change_of(inputs, outputs, rank, seed)
         stored, base, change = layer.weight.data.clone(), read(layer), B @ A
         given = A.clone(), B.clone()
         found = expect_tensor(call_learner(function, layer, *given, scaling), (outputs, inputs), "the merged weight")
@@ -202,7 +224,8 @@ def merge(function):
             continue
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        rounded = dequantize_4bit(*quantize_4bit(right, quant_type="nf4"))
+        kind = layer.weight.quant_state.quant_type
+        rounded = dequantize_4bit(*quantize_4bit(right, quant_type=kind))
         mistakes = [
             (base, "This is the base alone: the adapter's change is missing."),
             (scaling * change, "This is the adapter's change alone: add the base's weight."),
@@ -223,29 +246,29 @@ def merge(function):
         for wrong, hint in mistakes:
             if wrong is not None and torch.allclose(found.float(), wrong, atol=1e-5):
                 raise TryAgain(hint)
+        double = " with quantised scales" if how.get("double") else ""
         raise TryAgain(
-            f"The merged weight is off by {(found - right).abs().max():.2g}. Read the base back with "
+            f"The base is in {kind.upper()}{double} here. The merged weight is off by {(found - right).abs().max():.2g}. Read the base back with "
             "bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), and add scaling * B @ A."
         )
 
 
 def small_model():
     """Two blocks of 4-bit layers, one of them with quantised scales, and a head that is not in 4 bits."""
-    import torch
-    from bitsandbytes.nn import Linear4bit
     from torch import nn
 
     parts = ("query", "key", "up", "down")
     blocks = nn.ModuleList(
         nn.ModuleDict({name: four_bit_layer(64, 64, 4 * i + j) for j, name in enumerate(parts)}) for i in range(2)
     )
-    double = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
-    double.weight.data = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))
-    return nn.ModuleDict({"blocks": blocks, "last": double.to("cpu"), "head": nn.Linear(64, 8)})
+    last = four_bit_layer(64, 64, 9, double=True)
+    return nn.ModuleDict({"blocks": blocks, "last": last, "head": nn.Linear(64, 8)})
 
 
 def spoilers(model):
     """{what happens: (an action that does it to the model, the names of the layers that it spoils)}."""
+    import copy
+
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     first, second = model["blocks"]
@@ -268,10 +291,17 @@ def spoilers(model):
         first["down"].weight.quant_state.absmax.mul_(2)
 
     def scales_of_scales():
-        model["last"].weight.quant_state.state2.absmax.mul_(1.01)
+        model["last"].weight.quant_state.state2.absmax.mul_(1.001)
 
     def another_layer():
         first["up"] = four_bit_layer(64, 64, seed=77)
+
+    def equal_copy():
+        first["query"] = copy.deepcopy(first["query"])
+
+    def first_and_last():
+        first["query"].weight.data[0] ^= 16
+        model["last"].weight.data[0] ^= 16
 
     def head_only():
         model["head"].weight.data.zero_()
@@ -284,8 +314,22 @@ def spoilers(model):
         "other scales": (scales_only, {"blocks.0.down"}),
         "other scales of the scales": (scales_of_scales, {"last"}),
         "another layer in the place of one": (another_layer, {"blocks.0.up"}),
+        "an equal layer in the place of one": (equal_copy, set()),
+        "another first number": (first_and_last, {"blocks.0.query", "last"}),
         "a head in float32": (head_only, set()),
     }
+
+
+def _watched(action, ran):
+    """The action as the learner gets it: it adds to `ran` when it is called, and takes nothing."""
+
+    def watched(*given):
+        if given:
+            raise TryAgain(f"The action takes no arguments, and you gave it {len(given)}: call action().")
+        ran.append(True)
+        action()
+
+    return watched
 
 
 @exercise("04.spoilt", title="Which weights were spoilt?", level="stretch", minutes=15)
@@ -297,11 +341,7 @@ def spoilt(function):
         model, ran = small_model(), []
         action, right = spoilers(model)[what]
 
-        def watched(action=action, ran=ran):
-            ran.append(True)
-            action()
-
-        answer = expect_type(call_learner(function, model, watched), (list, tuple, set, frozenset), "the answer")
+        answer = expect_list(call_learner(function, model, _watched(action, ran)), "the answer", in_order=False)
         if not ran:
             raise TryAgain("Your function was given an action and did not call it: action().")
         if len(ran) > 1:
@@ -318,6 +358,10 @@ def spoilt(function):
         if strangers := sorted(found - layers):
             raise TryAgain(
                 f"{strangers[0]} is no 4-bit layer. Look at isinstance(layer, Linear4bit), and give the layer's name, not its weight's."
+            )
+        if what.startswith("an equal") and found:
+            raise TryAgain(
+                f"A layer was replaced by an equal one, and you found {sorted(found)}. Compare the numbers: torch.equal."
             )
         if what == "nothing":
             raise TryAgain(

@@ -3,15 +3,15 @@
 import functools
 import math
 
-from course_utils.exercises import TryAgain, call_learner, describe, exercise, expect_number, expect_tensor, expect_type
+from course_utils.exercises import TryAgain, call_learner, describe, exercise, expect_list, expect_number, expect_tensor
 
 
 def _parts(value, number, names):
-    """The learner's result as a tuple of `number` parts."""
-    expect_type(value, (tuple, list), "the result")
-    if len(value) != number:
+    """The learner's result as a list of `number` parts."""
+    parts = expect_list(value, "the result")
+    if len(parts) != number:
         raise TryAgain(f"{number} things are to be returned, {names}; this is {describe(value)}.")
-    return tuple(value)
+    return parts
 
 
 @exercise("05.olora", title="Start as OLoRA does", level="core", minutes=15)
@@ -19,7 +19,8 @@ def olora(function):
     """Compare with PEFT's own start on wide and tall weights; signs of directions are the learner's own choice."""
     import torch
 
-    cases = (12, 12, 3, 3, "float64"), (20, 8, 2, 6, "float64"), (9, 15, 4, 2, "float64"), (9, 15, 4, 8, "float32")
+    cases = ((12, 12, 3, 3, "float64"), (20, 8, 2, 6, "float64"), (9, 15, 4, 2, "float64"), (9, 15, 4, 8, "float32"),
+             (13, 6, 6, 9, "float64"), (5, 14, 1, 0.5, "float64"))  # fmt: skip
     for seed, (outputs, inputs, rank, alpha, dtype) in enumerate(cases):
         weight = torch.randn(
             outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=getattr(torch, dtype)
@@ -28,8 +29,7 @@ def olora(function):
         close = functools.partial(torch.allclose, atol=1e-8 if dtype == "float64" else 1e-4)
         returned = _parts(call_learner(function, given, rank, alpha), 3, "A, B and the new weight")
         shapes = {"A": (rank, inputs), "B": (outputs, rank), "the new weight": (outputs, inputs)}
-        for part, (name, shape) in zip(returned, shapes.items()):
-            expect_tensor(part, shape, name)
+        returned = [expect_tensor(part, shape, name) for part, (name, shape) in zip(returned, shapes.items())]
         if not torch.equal(given, weight):
             raise TryAgain(
                 "The weight that you were given has changed. Return a new one: weight - ..., not weight -= ..."
@@ -92,7 +92,7 @@ def quiet(function):
     """B·A must be 0 with neither of them 0, each with as many directions as it can have, and anew with each seed."""
     import torch
 
-    for inputs, outputs, rank in ((10, 14, 4), (9, 6, 2), (20, 20, 6)):
+    for inputs, outputs, rank in ((10, 14, 4), (9, 6, 2), (20, 20, 6), (7, 12, 8)):
         torch.manual_seed(rank)
         draws = [_factors(function, inputs, outputs, rank) for _ in range(20)]
         A, B = draws[0]
@@ -162,6 +162,8 @@ def reach(function):
         ({5: 0.5, 10: 0.45, 15: 0.4}, 1.0, 5),
         ({0: 0.8, 7: 0.6, 14: 0.5}, 1.0, 0),
         ({5: 3.0, 10: 0.5, 15: 0.9, 20: 1.5}, 1.0, 10),
+        ({30: 1.2, 3: 0.35, 12: 0.2, 1: 0.9}, 0.3, 12),
+        ({1: 6.5, 2: 5.5, 4: 5.0}, 6.0, 2),
     )
     for curve, level, right in curves:
         found = call_learner(function, dict(curve), level)
@@ -218,7 +220,9 @@ def convert(function):
     """s2·B2·A2 must be s·(B·A − B0·A0), of rank 2r, with s2 = alpha2 / 2r."""
     import torch
 
-    for seed, (outputs, inputs, rank, alpha) in enumerate(((7, 9, 2, 4), (12, 5, 3, 3), (6, 6, 2, 7), (8, 5, 2, 4.3))):
+    for seed, (outputs, inputs, rank, alpha) in enumerate(
+        ((7, 9, 2, 4), (12, 5, 3, 3), (6, 6, 2, 7), (8, 5, 2, 4.3), (4, 11, 1, 16))
+    ):
         generator = torch.Generator().manual_seed(seed)
         A0, A = (torch.randn(rank, inputs, generator=generator, dtype=torch.float64) for _ in range(2))
         B0, B = (torch.randn(outputs, rank, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -226,12 +230,17 @@ def convert(function):
         returned = _parts(call_learner(function, *given, alpha), 3, "the new A, the new B and the new alpha")
         if any(not torch.equal(*pair) for pair in zip(given, (A0, B0, A, B))):
             raise TryAgain("One of the matrices that you were given has changed. Make new ones with torch.cat.")
-        if isinstance(returned[0], torch.Tensor) and tuple(returned[0].shape) == (rank, inputs):
+        if getattr(returned[0], "shape", None) == (rank, inputs):
             raise TryAgain(
                 "The new A has rank r still. A difference of two products of rank r needs 2r: lay A over A0, with torch.cat."
             )
-        new_A = expect_tensor(returned[0], (2 * rank, inputs), "the new A").double()
-        new_B = expect_tensor(returned[1], (outputs, 2 * rank), "the new B").double()
+        new_A = expect_tensor(returned[0], (2 * rank, inputs), "the new A")
+        new_B = expect_tensor(returned[1], (outputs, 2 * rank), "the new B")
+        for matrix, name in ((new_A, "A"), (new_B, "B")):
+            if matrix.dtype != A.dtype:
+                raise TryAgain(
+                    f"The matrices that you were given are float64, and the new {name} is {str(matrix.dtype)[6:]}. Keep their dtype."
+                )
         new_alpha = expect_number(returned[2], "the new alpha")
         if new_alpha <= 0:
             raise TryAgain(
