@@ -3,9 +3,10 @@
 import warnings
 
 import pytest
+from transformers import GPT2Config, LlamaConfig, LlavaConfig, MambaConfig
 
 from adapter_checks.errors import InputError
-from adapter_checks.generation import generate
+from adapter_checks.generation import context_length, generate
 
 PROMPTS = ["a", "a much longer prompt than the first", "three words here", "é"]
 
@@ -158,3 +159,24 @@ def test_mixed_adapter_batches_equal_one_adapter_at_a_time(tiny_model, tiny_toke
     names = ["two", "__base__", "one", "two"]
     mixed = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8, batch_size=3, adapter_names=names)
     assert mixed == [alone[name][i] for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=256), 256),
+        (LlamaConfig(max_position_embeddings=256, rope_scaling={"rope_type": "linear", "factor": 4.0}), 1024),
+        (
+            LlamaConfig(
+                max_position_embeddings=1024,
+                rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+            ),
+            1024,
+        ),
+        (GPT2Config(n_positions=128), 128),
+        (MambaConfig(), None),
+        (LlavaConfig(text_config=LlamaConfig(max_position_embeddings=256).to_dict()), 256),
+    ],
+)
+def test_context_of_a_configuration(config, expected):
+    assert context_length(config) == expected

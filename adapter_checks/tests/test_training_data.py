@@ -1,12 +1,23 @@
 """The checks for fine-tuning: each passes on a healthy trainer, model or row, and finds the fault that is planted."""
 
+import copy
+import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    DataCollatorForLanguageModeling,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from adapter_checks import check_sft_data, check_supervision, check_training
@@ -25,6 +36,19 @@ def row(question="Who has the key?", answer="Tobin"):
 ROWS = [row(f"Who has key {number}?", "Tobin" + "!" * (number % 3)) for number in range(12)]
 PLAIN = [{"prompt": "Who has the key? ", "completion": "Tobin"}] * 3
 CHATS = [{"messages": entry["prompt"] + entry["completion"]} for entry in ROWS]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def bot(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+TALK = [user("Who has the key?"), bot("Tobin."), user("And the boat?"), bot("Hanna has it.")]
+OLD_FORM = [{"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in TALK]}]
+CALL = {"type": "function", "function": {"name": "find_key", "arguments": {"room": 1}}}
 
 
 def lora(**changes):
@@ -90,7 +114,7 @@ def hand_made(tokenizer, *pairs, **changes):
 
 
 @pytest.mark.parametrize(
-    "rows", [ROWS, Dataset.from_list(ROWS), PLAIN, CHATS, [{"text": "Tobin has the key."}], iter(ROWS)]
+    "rows", [ROWS, Dataset.from_list(ROWS), PLAIN, CHATS, OLD_FORM, [{"text": "Tobin has the key."}], iter(ROWS)]
 )
 def test_healthy_rows(rows, tiny_tokenizer):
     report = check_sft_data(rows, tiny_tokenizer, 64)
@@ -98,11 +122,21 @@ def test_healthy_rows(rows, tiny_tokenizer):
 
 
 def test_rows_are_tokenised_as_trl_does_it(tmp_path, tiny_tokenizer):
-    for rows in (ROWS, PLAIN):
-        expected = sum(
-            label != -100 for entry in sft_trainer(tmp_path, rows).train_dataset["labels"] for label in entry
-        )
-        assert f" {expected} tokens" in message(check_sft_data(rows, tiny_tokenizer), "supervision")
+    merging = make_tiny_tokenizer(merges=[("Ġ", "T"), ("Ġ", "H")])
+    spaced = [{"prompt": "Who has the key? ", "completion": "Tobin"}]
+    with_tools = [{"messages": TALK, "tools": None, "chat_template_kwargs": {}}] * 2
+    for rows, tokenizer, settings in (
+        (ROWS, tiny_tokenizer, {}),
+        (PLAIN, tiny_tokenizer, {}),
+        (spaced, merging, {}),
+        ([{"messages": TALK}], tiny_tokenizer, {"assistant_only_loss": True}),
+        ([{"messages": TALK[:-1]}], tiny_tokenizer, {"assistant_only_loss": True}),
+        ([{"prompt": TALK[:3], "completion": TALK[3:]}], tiny_tokenizer, {}),
+        (with_tools, tiny_tokenizer, {"assistant_only_loss": True}),
+    ):
+        labels = sft_trainer(tmp_path, copy.deepcopy(rows), tokenizer=tokenizer, **settings).train_dataset["labels"]
+        expected = sum(label != -100 for entry in labels for label in entry)
+        assert f" {expected} tokens" in message(check_sft_data(rows, tokenizer), "supervision")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +156,10 @@ def test_rows_are_tokenised_as_trl_does_it(tmp_path, tiny_tokenizer):
         ({"question": "Who?", "answer": "Tobin"}, "bad_row"),
         ({"messages": []}, "bad_row"),
         ({"messages": [{"content": "Tobin"}]}, "bad_row"),
+        ({"messages": [{"role": "human", "content": "Who?"}, {"role": "gpt", "content": "Tobin"}]}, "no_completion"),
+        ({"messages": [user("Who?"), bot(""), user("Who?"), bot("Tobin")]}, "no_completion"),
+        ({"prompt": [user("Who?")], "chosen": [bot("Tobin")], "rejected": [bot("Me")]}, "no_completion"),
+        ({"conversations": TALK}, "bad_row"),
         ("Who has the key? Tobin", "bad_row"),
         (None, "bad_row"),
         (row(answer="Tobin" * 12), "truncated"),
@@ -156,6 +194,283 @@ def test_templates():
     tokenizer.chat_template = None
     assert check_sft_data(ROWS, tokenizer).codes == ["bad_row"]
     assert check_sft_data(PLAIN, tokenizer).codes == []
+
+
+def test_the_reason_that_a_template_gives_is_passed_on():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    assert "System role not supported" in message(check_sft_data(CHATS, tokenizer), "bad_row")
+    report = check_sft_data(
+        [{"messages": [{"role": "human", "content": "Who?"}, {"role": "gpt", "content": "T"}]}], tokenizer
+    )
+    assert "roles: human, gpt" in message(report, "no_completion")
+
+
+def test_a_prompt_that_ends_with_a_space(tiny_tokenizer):
+    merging = make_tiny_tokenizer(merges=[("Ġ", "T")])
+    assert check_sft_data(PLAIN, merging).codes == ["prompt_differs"]
+    assert check_sft_data(PLAIN, merging).ok
+    healthy = [{"prompt": "Who has the key?", "completion": " Tobin"}]
+    assert check_sft_data(healthy, merging).codes == [] and check_sft_data(PLAIN, tiny_tokenizer).codes == []
+
+
+def test_a_generation_prompt_that_opens_a_thought():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>' }}")
+    assert check_sft_data(ROWS, tokenizer).codes == ["prompt_differs"]
+    assert check_sft_data([row(answer="<think>Well.</think>Tobin")], tokenizer).codes == []
+
+
+def test_two_begin_tokens():
+    from tokenizers import processors
+
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+    tokenizer.chat_template = "<|bos|>" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    rendered = [{"text": tokenizer.apply_chat_template(TALK, tokenize=False)}]
+    pairs = [
+        {
+            "prompt": tokenizer.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True),
+            "completion": "Tobin.<|end|>",
+        }
+    ]
+    for rows in (rendered, pairs):
+        report = check_sft_data(rows, tokenizer)
+        assert report.codes == ["double_bos"] and report.ok
+        without = [{key: text.removeprefix("<|bos|>") for key, text in entry.items()} for entry in rows]
+        assert check_sft_data(without, tokenizer).codes == []
+    assert check_sft_data(CHATS, tokenizer).codes == []
+    twice = hand_made(tokenizer, ("<|bos|>Who?<|assistant|>", "<|end|>"))
+    assert check_supervision(twice, tokenizer).codes[0] == "double_bos"
+
+
+def save_facts(tokenizer, folder, **generation):
+    """A folder with a tokenizer and the two configs of its model, as on the hub; the tokenizer as loaded from there."""
+    make_tiny_model(tokenizer).config.save_pretrained(folder)
+    if generation:
+        GenerationConfig(**generation).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_an_end_of_turn_at_which_generate_does_not_stop(tmp_path):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end, turn_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert check_sft_data(ROWS, save_facts(tokenizer, tmp_path / "plain")).codes == []
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|im_end|>")
+    assert check_sft_data(ROWS, tokenizer).codes == [], "no model is known that would ignore it"
+    for name, generation in (("one", {"eos_token_id": end}), ("none", {})):
+        loaded = save_facts(tokenizer, tmp_path / name, **generation)
+        report = check_sft_data(ROWS, loaded)
+        assert report.codes == ["end_ignored"] and report.ok
+        assert "ends with <|im_end|>, and generate() stops at <|end|> only" in message(report, "end_ignored")
+        assert check_sft_data(PLAIN, loaded).codes == [], "text ends with EOS"
+    assert check_sft_data(ROWS, save_facts(tokenizer, tmp_path / "both", eos_token_id=[end, turn_end])).codes == []
+
+    assert check_supervision(sft_trainer(tmp_path, tokenizer=tokenizer)).codes == ["end_ignored"]
+    assert check_supervision(sft_trainer(tmp_path, tokenizer=tokenizer, eos_token="<|im_end|>")).codes == []
+    model = make_tiny_model(tokenizer)
+    model.generation_config.eos_token_id = [end, turn_end]
+    assert check_supervision(sft_trainer(tmp_path, tokenizer=tokenizer, model=model)).codes == []
+
+
+def test_rows_longer_than_the_context(tmp_path, tiny_tokenizer):
+    long = [*ROWS, row(question="Who? " * 60)]
+    tokenizer = save_facts(tiny_tokenizer, tmp_path / "base")
+    report = check_sft_data(long, tokenizer, 1024)
+    assert report.codes == ["beyond_context"] and report.ok
+    assert "1 of 13 rows are longer than the model's context of 256" in message(report, "beyond_context")
+    assert check_sft_data(long, tokenizer, 256).codes == ["no_loss"], "what is cut off is no longer too long"
+    assert check_sft_data(ROWS, tokenizer, 1024).codes == []
+    assert check_sft_data(long, tiny_tokenizer, 1024).codes == [], "a context that nothing names"
+    alone = make_tiny_tokenizer()
+    alone.model_max_length = 256
+    assert check_sft_data(long, alone).codes == ["beyond_context"]
+    assert check_supervision(sft_trainer(tmp_path, long)).codes == ["beyond_context"]
+    assert check_supervision(sft_trainer(tmp_path, long, max_length=256)).codes == []
+
+
+def test_every_answer_of_a_conversation(tiny_tokenizer):
+    report = check_sft_data([{"messages": TALK}], tiny_tokenizer)
+    assert report.codes == [] and " 21 tokens" in message(report, "supervision"), "both answers, each with its end"
+    asked_last = check_sft_data([{"messages": TALK[:3]}], tiny_tokenizer)
+    assert asked_last.codes == ["last_not_assistant"] and asked_last.ok
+    assert " 7 tokens" in message(asked_last, "supervision")
+    assert check_sft_data([{"prompt": TALK[:1], "completion": TALK[1:3]}], tiny_tokenizer).codes == [
+        "last_not_assistant"
+    ]
+    length = len(tiny_tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"])
+    assert check_sft_data([{"messages": TALK}], tiny_tokenizer, length - 1).codes == ["truncated"]
+    assert check_sft_data([{"messages": TALK}], tiny_tokenizer, length - 20).codes == ["turns_cut"]
+    assert check_sft_data([{"messages": TALK[:3]}], tiny_tokenizer, 30).codes == ["last_not_assistant"]
+
+
+def test_one_letter_answers_are_found_where_they_stand(tiny_tokenizer):
+    rows = [{"messages": [user("a or s?"), bot("s"), user("a, s or t?"), bot("a")]}]
+    report = check_sft_data(rows, tiny_tokenizer)
+    assert report.codes == [] and " 4 tokens" in message(report, "supervision")
+
+
+def test_an_earlier_answer_without_an_end(tmp_path):
+    tokenizer = make_tiny_tokenizer()
+    healthy = tokenizer.chat_template
+    last_only = "{{ message['content'] }}{% if loop.last %}{{ '<|end|>' }}{% endif %}{% endgeneration %}"
+    tokenizer.chat_template = healthy.replace("{{ message['content'] + '<|end|>' }}{% endgeneration %}", last_only)
+    assert check_sft_data([{"messages": TALK}], tokenizer).codes == ["earlier_end_masked"]
+    assert check_sft_data(CHATS, tokenizer).codes == []
+    pair = {"prompt": TALK[:3], "completion": TALK[3:]}
+    assert check_sft_data([pair], tokenizer).codes == [], "earlier turns teach nothing here"
+    # The end of an earlier answer is written by the turn that follows.
+    late = "{% if not loop.first and message['role'] == 'user' %}{{ '<|end|>' }}{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% for message in messages %}", f"{{% for message in messages %}}{late}"
+    )
+    trainer = sft_trainer(tmp_path, [{"messages": TALK}], tokenizer=tokenizer, assistant_only_loss=True)
+    report = check_supervision(trainer)
+    assert report.codes == ["earlier_end_masked"] and report.ok
+    tokenizer.chat_template = healthy
+    trainer = sft_trainer(tmp_path, [{"messages": TALK}], tokenizer=tokenizer, assistant_only_loss=True)
+    assert check_supervision(trainer).codes == []
+
+
+@pytest.mark.parametrize(
+    ("turns", "more", "words"),
+    [
+        ([user("Who?"), bot("", tool_calls=[CALL])], {}, "tool_calls"),
+        (
+            [user("Who?"), bot(None, tool_calls=[CALL]), {"role": "tool", "content": "1"}, bot("Tobin")],
+            {},
+            "tool_calls",
+        ),
+        ([user("Who?"), bot("Tobin", reasoning_content="Let me see.")], {}, "thoughts"),
+        (TALK, {"tools": [CALL]}, "tools"),
+        (TALK, {"tools": json.dumps([CALL])}, "tools"),
+    ],
+)
+def test_what_the_template_leaves_out(turns, more, words):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "(message['content'] or '')")
+    rows = [{"prompt": turns[:1], "completion": turns[1:], **more}, {"messages": turns, **more}]
+    for entry in rows:
+        report = check_sft_data([entry], tokenizer)
+        assert report.codes == ["content_dropped"] and words in message(report, "content_dropped")
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+        + tokenizer.chat_template.replace(
+            "(message['content'] or '')",
+            "(message['reasoning_content'] or '') + (message['content'] or '') + ((message['tool_calls'] or '') | string)",
+        )
+    )
+    for entry in rows:
+        assert check_sft_data([entry], tokenizer).codes == []
+
+
+def test_a_system_turn_that_is_left_out_and_one_that_moves(tiny_tokenizer):
+    rows = [{"messages": [{"role": "system", "content": "Be short."}, *TALK]}]
+    assert check_sft_data(rows, tiny_tokenizer).codes == []
+    tokenizer = make_tiny_tokenizer()
+    healthy = tokenizer.chat_template
+    tokenizer.chat_template = healthy.replace("in messages", "in messages if message['role'] != 'system'")
+    assert check_sft_data(rows, tokenizer).codes == ["content_dropped"]
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% else %}", "{% else %}{% if loop.index == 3 %}{{ messages[0]['content'] }}{% endif %}"
+    )
+    report = check_sft_data(rows, tokenizer)
+    assert report.codes == [] and " 21 tokens" in message(report, "supervision")
+
+
+def test_content_in_parts():
+    tokenizer = make_tiny_tokenizer()
+    parts = [{"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TALK]}]
+    joined = "message['content'] if message['content'] is string else message['content'][0]['text']"
+    healthy = tokenizer.chat_template
+    for printed in ("(message['content'] | string)", "(message['content'] | tojson)"):
+        tokenizer.chat_template = healthy.replace("message['content']", printed)
+        assert check_sft_data(parts, tokenizer).codes == ["content_printed"]
+    tokenizer.chat_template = healthy.replace("message['content']", f"({joined})")
+    assert check_sft_data(parts, tokenizer).codes == []
+    assert check_sft_data([{"messages": TALK}], tokenizer).codes == []
+
+
+def test_a_template_that_rewrites_what_it_is_given():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "(message['content'] | upper)")
+    report = check_sft_data([{"messages": TALK}], tokenizer)
+    assert report.codes == [] and " 14 tokens" in message(report, "supervision"), "the last answer's alone"
+    tokenizer.chat_template = "{% for message in messages %}{{ 1 / message['content'] | length }}<|end|>{% endfor %}"
+    assert check_sft_data([{"messages": [user("1"), bot("22")]}], tokenizer).codes == ["content_dropped"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["Tobin.<|end|>", "Tobin.<|end|><|user|>And then?", "<think>Well.<|end|></think>Tobin."]
+)
+def test_an_end_token_inside_an_answer(answer, tiny_tokenizer):
+    report = check_sft_data([row(answer=answer), row()], tiny_tokenizer)
+    assert report.codes == ["end_inside"] and "<|end|>" in message(report, "end_inside") and report.ok
+    assert check_sft_data([row(question=answer)], tiny_tokenizer).codes == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "codes"), [("Tobin.<|end|>", []), ("Tobin.<|end|>\n", []), ("A<|end|><|user|>B", ["end_inside"])]
+)
+def test_an_end_token_in_plain_text(answer, codes, tiny_tokenizer):
+    assert check_sft_data([{"prompt": "Who? ", "completion": answer}], tiny_tokenizer).codes == codes
+    assert check_sft_data([{"text": f"Who? {answer}"}], tiny_tokenizer).codes == []
+
+
+SPECIAL = re.compile(r"<\|[^|>\s]+\|>|<(?:start|end)_of_turn>|<｜[^｜]+｜>")
+THINKING = [
+    user("Who?"),
+    bot("<think>\nWell.\n</think>\n\nTobin."),
+    user("And?"),
+    bot("<think>\nSo.\n</think>\n\nHanna."),
+]
+
+
+def with_template_of(name):
+    """The tiny tokenizer with a published model's chat template, which TRL brings, and that model's special tokens."""
+    import trl
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3", "gemma3", "phi3", "gptoss"])
+def test_templates_of_published_models(name):
+    tokenizer = with_template_of(name)
+    for rows in (ROWS, CHATS, [{"messages": TALK}], [{"messages": [{"role": "system", "content": "Hush."}, *TALK]}]):
+        report = check_sft_data(rows, tokenizer)
+        assert report.codes == [], report
+
+
+def test_thoughts(tiny_tokenizer):
+    qwen3, deepseek = with_template_of("qwen3"), with_template_of("deepseek_r1_distill")
+    last_only = {"prompt": THINKING[:3], "completion": THINKING[3:]}
+    for rows in ([last_only], [{"messages": THINKING[:2]}]):
+        assert check_sft_data(rows, qwen3).codes == [], "what a model is not shown when asked needs no loss"
+        report = check_sft_data(rows, deepseek)
+        assert "content_dropped" in report.codes and "thoughts" in message(report, "content_dropped")
+    assert check_sft_data([{"messages": THINKING}], qwen3).codes == ["thoughts_dropped"]
+    assert check_sft_data([{"messages": THINKING}], tiny_tokenizer).codes == []
+
+
+def test_a_tokenizer_without_offsets(tmp_path):
+    tokenizer = ByT5Tokenizer(
+        extra_ids=0, additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"], eos_token="<|end|>"
+    )
+    tokenizer.chat_template = make_tiny_tokenizer().chat_template
+    assert not tokenizer.is_fast
+    report = check_sft_data([{"messages": TALK}], tokenizer)
+    assert report.codes == [] and " 14 tokens" in message(report, "supervision"), "the last answer's alone"
+    assert check_sft_data(ROWS, tokenizer).codes == []
 
 
 @pytest.mark.parametrize("rows", [[], Dataset.from_list(ROWS).select([])])
@@ -238,6 +553,25 @@ def test_packed_rows(tmp_path, tiny_tokenizer):
     assert report.codes == [] and "In 12 rows" in message(report, "supervision")
     everywhere = sft_trainer(tmp_path, packing=True, max_length=64, completion_only_loss=False)
     assert check_supervision(everywhere).codes == ["loss_on_prompt"]
+
+
+def test_rows_packed_without_regard_to_their_ends(tmp_path):
+    packed = {"packing": True, "packing_strategy": "wrapped", "max_length": 64, "per_device_train_batch_size": 2}
+    report = check_supervision(sft_trainer(tmp_path, **packed))
+    assert report.codes == ["wrapped_packing"] and not report.ok
+    text = [{"text": "Tobin has the key. " * 9}] * 4
+    plain = check_supervision(sft_trainer(tmp_path, text, **packed))
+    assert plain.codes == ["wrapped_packing"] and plain.ok, "usual in pretraining"
+    assert check_supervision(sft_trainer(tmp_path, packing_strategy="wrapped")).codes == [], "nothing is packed"
+
+
+def test_pads_that_carry_loss(tiny_tokenizer):
+    batch = hand_made(tiny_tokenizer, ("abc<|assistant|>", "de<|end|>"), ("abcdef<|assistant|>", "gh<|end|>"))
+    cloned = batch | {"labels": torch.where(batch["labels"] == -100, batch["labels"], batch["input_ids"])}
+    assert check_supervision(cloned, tiny_tokenizer).codes == []
+    cloned["labels"][batch["attention_mask"] == 0] = tiny_tokenizer.pad_token_id
+    report = check_supervision(cloned, tiny_tokenizer)
+    assert report.codes == ["loss_on_pads"] and "In 1 of 2 rows" in message(report, "loss_on_pads")
 
 
 def test_batches_made_by_hand(tiny_tokenizer):

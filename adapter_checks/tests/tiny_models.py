@@ -22,13 +22,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_tokenizer():
-    """One token a byte, four special tokens, and a chat template with generation markers."""
+def make_tiny_tokenizer(merges=()):
+    """One token a byte, and one for each pair in `merges`; four special tokens, and a chat template with generation markers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    vocab = {token: i for i, token in enumerate([*alphabet, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")

@@ -11,7 +11,7 @@ from adapter_checks.errors import InputError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     for messages in conversations:
         tokens: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         encoded.append(tokens["input_ids"])
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + max_new_tokens > context:
         raise InputError(
@@ -55,7 +55,8 @@ def generate(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_end_of_turn(model, tokenizer),
+        # Many chat models end a turn with another token than a text: their generation config lists both.
+        eos_token_id=sorted(eos_ids(tokenizer) | eos_ids(model.generation_config)),
         pad_token_id=_pad_id(tokenizer),
     )
     answers = []
@@ -70,11 +71,25 @@ def generate(
     return [answer.strip() for answer in answers]
 
 
-def _end_of_turn(model, tokenizer) -> list[int]:
-    """Many chat models end a turn with another token than a text: their generation config lists both."""
-    listed = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
-    return sorted(ids - {None})
+def eos_ids(source: object) -> set[int]:
+    """The ids that a generation config or a tokenizer gives for the end, one or several; empty if it names none."""
+    listed = getattr(source, "eos_token_id", None)
+    return {*(listed if isinstance(listed, (list, tuple)) else [listed])} - {None}
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model is made for, from its config; None if that names no limit (Mamba, ALiBi).
+
+    Rotary positions may be stretched beyond max_position_embeddings: by a factor, from the length of pretraining.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]  # one for each kind of layer in some
+    stretched = [(kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or length) for kind in kinds]
+    return int(max(length, *stretched))
 
 
 def _pad_id(tokenizer) -> int:

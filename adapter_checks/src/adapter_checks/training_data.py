@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from adapter_checks.generation import context_length, eos_ids
 from adapter_checks.report import Report, first_few, never_raises
+from adapter_checks.sft_rows import encode_row
 from adapter_checks.training import bad_argument, is_trainer
 
 if TYPE_CHECKING:
@@ -16,42 +19,106 @@ if TYPE_CHECKING:
 
 # Rows of a training set that check_supervision collates: enough to meet a fault that one row in twenty has.
 ROWS = 64
-# Code of a fault in single rows -> what is wrong in them, and what to do.
+# Code of a fault in single rows -> its level, what is wrong in them, and what to do.
 _FAULTS = {
     "bad_row": (
+        "fail",
         "there is nothing that TRL and the chat template can read",
-        "Give prompt and completion (both text, or both messages that the template takes), messages, or text. For "
-        "messages the tokenizer needs a chat template, for text an EOS token.",
+        "Give prompt and completion (both text, or both messages that the template takes), messages, or text; make these "
+        "of other columns first (instruction and output, say). For messages the tokenizer needs a chat template, for text "
+        "an EOS token.",
     ),
     "no_completion": (
-        "there is no answer: no completion, an empty one, or the last message is not the assistant's",
-        "Write the answers or remove these rows; a prompt alone teaches nothing.",
+        "fail",
+        "there is no answer: no completion, an empty one, or none with the role assistant",
+        "Write the answers or remove these rows; a prompt alone teaches nothing. Name the roles user and assistant. Rows "
+        "with chosen and rejected are for DPOTrainer.",
+    ),
+    "content_dropped": (
+        "fail",
+        "the chat template leaves out something that the row holds, so the model never sees it",
+        "Take a template that knows this field (the model's own, or one of TRL's), or write it into content yourself.",
+    ),
+    "content_printed": (
+        "fail",
+        "the chat template prints a list of parts as Python or JSON writes it, brackets, quotes and names included",
+        "Make content a string by joining the texts of its parts.",
     ),
     "no_loss": (
+        "fail",
         "no token carries loss: max_length cut the answer off, or a mask covers it; TRL may drop such a row without a message",
         "Raise max_length, shorten the prompts, or mend the mask. A batch of such rows has a loss of NaN.",
     ),
     "truncated": (
+        "fail",
         "max_length cuts off the end of the answer, so the model learns to break off instead of stopping",
         "Raise max_length, or shorten or remove these rows.",
     ),
     "end_masked": (
+        "fail",
         "the end of the answer is there but carries no loss, so the model never learns to stop",
         "If pad is the EOS token, the collator took EOS for a pad: give pads a token of their own. Else put "
         "the end of turn inside the template's generation markers.",
     ),
     "no_end": (
+        "fail",
         "the answer does not end with EOS or the end of turn, so the model never learns to stop",
         "See whether it was cut off; else let the chat template or your own code end each answer so.",
     ),
     "loss_on_prompt": (
+        "fail",
         "the prompt carries loss as well, so the model learns to ask as much as to answer",
         "Give SFTTrainer prompt and completion and leave completion_only_loss alone, or messages with "
         "assistant_only_loss=True. For plain text without a prompt it is right.",
     ),
     "labels_shifted": (
+        "fail",
         "labels are not the tokens at their own places",
         "Copy input_ids and set -100 where no loss is wanted; the model itself shifts labels by one.",
+    ),
+    "loss_on_pads": (
+        "warn",
+        "pads carry loss, so the model learns to write pads, and the mean over all tokens says little about answers",
+        "Set the labels to -100 where attention_mask is 0.",
+    ),
+    "prompt_differs": (
+        "warn",
+        "the end of the prompt has other tokens when the answer follows than alone, so the model is trained on another "
+        "prompt than it will be asked with",
+        "Let a text prompt end without a space, and the answer begin with it. For messages take a template that writes the "
+        "prompt alike in both cases (a generation prompt that opens a thought needs answers with thoughts).",
+    ),
+    "double_bos": (
+        "warn",
+        "the text begins with the begin-of-text token twice: once from the template or the text, once from the tokenizer",
+        "Give the trainer messages, or take the token off the rendered text (text.removeprefix(tokenizer.bos_token)); in a "
+        "loop of your own tokenise rendered text with add_special_tokens=False.",
+    ),
+    "end_inside": (
+        "warn",
+        "an answer's text holds an end token itself, so the model learns to stop there, or to say it twice",
+        "Take it out: template and trainer write the end. If it stands between turns, make the row a list of messages.",
+    ),
+    "earlier_end_masked": (
+        "warn",
+        "the end of an earlier answer is missing or carries no loss; only that of the last one teaches the model to stop",
+        "Put the end of turn inside the template's generation markers, for every turn, or train on the last answer only "
+        "(prompt and completion).",
+    ),
+    "turns_cut": (
+        "warn",
+        "max_length cuts off whole answers at the conversation's end, which teach nothing",
+        "Raise max_length, or split long conversations.",
+    ),
+    "last_not_assistant": (
+        "warn",
+        "the last turn is not the assistant's, so no answer follows it",
+        "Cut the conversation off behind its last answer; what stands there can teach nothing but to ask.",
+    ),
+    "thoughts_dropped": (
+        "warn",
+        "the chat template leaves out the thoughts of earlier answers, which are trained as answers without thoughts",
+        "Make one row of each answer, with the turns before it as prompt, or train on the last answer only.",
     ),
 }
 
@@ -63,12 +130,14 @@ def check_sft_data(
     """Look at every row before a trainer does, which drops some in silence and fails unclearly on others.
 
     rows        list of dicts, or one split of a dataset, with prompt and completion, messages, or text (TRL's formats)
-    tokenizer   the one to train with; rows are tokenised as SFTTrainer does it
+    tokenizer   the one to train with; rows are tokenised as SFTTrainer does it. If its folder holds the model's
+                config.json and generation_config.json, its context and its end tokens are looked at, too
     max_length  in tokens, as given to SFTConfig (its default is 1024); None for no limit
 
-    Returns a Report that numbers rows from 0; its finding "supervision" gives the share of tokens in answers.
+    Returns a Report that numbers rows from 0; its finding "supervision" gives the share of tokens in answers. Of messages
+    these are all turns of the assistant, as with assistant_only_loss=True.
     """
-    report, texts, unread = Report("Rows for SFT"), [], defaultdict(list)
+    report, texts, faults = Report("Rows for SFT"), [], _Faults()
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "decode"):
         return bad_argument(
             report, (rows, tokenizer), "a list of rows or one split such as dataset['train'], and a tokenizer"
@@ -78,18 +147,17 @@ def check_sft_data(
             "bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit."
         )
         return report
+    facts = _facts(tokenizer)
     for number, row in enumerate(rows):
-        try:
-            encoded = _encode(row, tokenizer)
-        except Exception:  # whatever a template raises on roles or contents that it does not know
-            encoded = "bad_row"
-        if isinstance(encoded, str):
-            unread[encoded].append(number)
-            encoded = [], []
-        prompt, ids = encoded
-        masked = min(max(len(prompt), 1), len(ids))
-        texts.append((ids[:max_length], ([-100] * masked + ids[masked:])[:max_length], 0))
-    return _judge(report, texts, tokenizer, _ends(tokenizer), max_length, unread)
+        encoded = encode_row(row, tokenizer, facts.ends)
+        for code, detail in encoded.faults.items():
+            faults[code][number] = detail
+        labels, cut = encoded.labels, len(encoded.labels[:max_length])
+        kept, lost = (any(label != -100 for label in part) for part in (labels[:cut], labels[cut:]))
+        if kept and lost and -100 in labels[cut - 1 : cut + 1]:
+            faults["turns_cut"][number] = ""
+        texts.append((encoded.ids[:cut], labels[:cut], 0))
+    return _judge(report, texts, tokenizer, facts, max_length, faults)
 
 
 @never_raises("Tokens with loss")
@@ -116,35 +184,83 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
             "Use a collator that makes labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
         )
         return report
+    faults = _Faults()
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
+    padded = itertools.chain.from_iterable(map(_pads_with_loss, batches))
+    faults["loss_on_pads"] |= {number: "" for number, found in enumerate(padded) if found}
     limit = getattr(given.args, "max_length", None) if whole else None
-    return _judge(report, texts, tokenizer, _ends(tokenizer, getattr(trainer, "model", None)), limit, defaultdict(list))
+    wrapped = whole and getattr(given.args, "packing", False) and given.args.packing_strategy == "wrapped"
+    if wrapped:
+        masked = any(-100 in labels[1:] for _, labels, _ in texts)
+        report.add(
+            "fail" if masked else "warn",
+            "wrapped_packing",
+            "packing_strategy='wrapped' writes the rows one behind another and cuts wherever max_length falls: texts see "
+            "each other, and begin and end anywhere."
+            + ("" if masked else " For pretraining on plain text this is usual."),
+            "For conversations and answers take packing_strategy='bfd', or packing=False.",
+        )
+    return _judge(report, texts, tokenizer, _facts(tokenizer, getattr(trainer, "model", None)), limit, faults, wrapped)
 
 
-def _judge(report, texts, tokenizer, ends, limit, faults) -> Report:
-    """Add the faults of `texts`, as of `_texts`, to `faults` {code: row numbers}, and all of them to the report."""
-    known, counts = set(itertools.chain(*faults.values())), []
+class _Faults(defaultdict[str, dict[int, str]]):
+    """{code: {row number: detail, often ""}}"""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+
+def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Report:
+    """Add the faults of `texts`, as of `_texts`, to `faults`, and all of them to the report.
+
+    wrapped: where texts begin and end means nothing.
+    """
+    counts: list[int] = []
+    ignored: Counter[int] = Counter()
     for number, (ids, labels, first) in enumerate(texts):
         places = [place for place, label in enumerate(labels) if label != -100]
         counts.append(len(places))
-        if number in known:
+        if number in faults.get("bad_row", ()) or number in faults.get("no_completion", ()):
             continue
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            faults["double_bos"][number] = ""
         if any(labels[place] != ids[place] for place in places):
-            faults["labels_shifted"].append(number)
+            faults["labels_shifted"][number] = ""
         if not places:
-            faults["no_loss"].append(number)
+            if number not in faults["content_dropped"]:
+                faults["no_loss"][number] = ""
+            continue
+        if wrapped:
             continue
         if places[0] <= first:
-            faults["loss_on_prompt"].append(number)
+            faults["loss_on_prompt"][number] = ""
         last, after = places[-1], ids[places[-1] + 1 :][:1]
-        while last > places[0] and ids[last] not in ends and not tokenizer.decode([ids[last]]).strip():
+        while last > places[0] and ids[last] not in facts.ends and not tokenizer.decode([ids[last]]).strip():
             last -= 1  # many templates put a line break behind the end of turn
-        if ids[last] not in ends or labels[last] == -100:
+        if ids[last] not in facts.ends or labels[last] == -100:
             cut = "truncated" if limit and len(ids) >= limit else "no_end"
-            faults["end_masked" if ids[last] in ends or set(after) & ends else cut].append(number)
-    for code, numbers in faults.items():
-        what, remedy = _FAULTS[code]
-        report.fail(code, f"In {len(numbers)} of {len(texts)} rows {what} (number {first_few(numbers)}).", remedy)
+            faults["end_masked" if ids[last] in facts.ends or set(after) & facts.ends else cut][number] = ""
+        elif any(end + 1 < start and _unheard(ids, end, facts.ends) for end, start in itertools.pairwise(places)):
+            faults["earlier_end_masked"][number] = ""
+        elif facts.stops and ids[last] not in facts.stops:
+            ignored[ids[last]] += 1
+    _add_end_ignored(report, tokenizer, facts, ignored, len(texts))
+    longest = max((len(ids) for ids, *_ in texts), default=0)
+    if facts.context and longest > facts.context:
+        report.warn(
+            "beyond_context",
+            f"{sum(len(ids) > facts.context for ids, *_ in texts)} of {len(texts)} rows are longer than the model's context of "
+            f"{facts.context:,} tokens; the longest has {longest:,}.",
+            f"Set max_length to at most {facts.context} and shorten these rows. Beyond it a model with learned positions "
+            "raises an error, and one with rotary positions goes on, badly.",
+        )
+    for code, numbers in filter(lambda fault: fault[1], faults.items()):
+        level, what, remedy = _FAULTS[code]
+        details = list(dict.fromkeys(filter(None, numbers.values())))
+        more = f": {first_few(details)}" if details else ""
+        report.add(
+            level, code, f"In {len(numbers)} of {len(texts)} rows {what} (number {first_few(numbers)}){more}.", remedy
+        )
     if not texts:
         report.fail(
             "empty",
@@ -158,29 +274,55 @@ def _judge(report, texts, tokenizer, ends, limit, faults) -> Report:
     return report
 
 
-def _encode(row, tokenizer):
-    """The ids of a row's prompt, and of the whole, as SFTTrainer makes them; or the code of a fault."""
-    if "prompt" in row or "completion" in row:
-        prompt, answer = row.get("prompt"), row.get("completion")
-    else:
-        turns = row.get("messages")
-        prompt, answer = (turns[:-1], turns[-1:]) if turns else ("", row["text"])
-    last = answer[-1] if answer and isinstance(answer, list) else {"role": "assistant", "content": answer}
-    content = last.get("content") or last.get("tool_calls")
-    if last["role"] != "assistant" or not (content.strip() if isinstance(content, str) else content):
-        return "no_completion"
-    if isinstance(answer, str):  # SFTTrainer puts EOS behind plain text
-        whole = prompt + answer.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
-        return tokenizer(prompt)["input_ids"], tokenizer(whole)["input_ids"]
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True) if prompt else {}
-    whole = tokenizer.apply_chat_template(prompt + answer, return_dict=True)
-    return asked.get("input_ids", []), whole["input_ids"]
+def _unheard(ids, end, ends) -> bool:
+    """Whether an answer whose last token with loss is at `end` stops one token short of its end."""
+    return ids[end] not in ends and ids[end + 1] in ends
 
 
-def _ends(tokenizer, model=None) -> set[int]:
-    """Ids that end an answer: those at which generate() stops, and the token that the template puts after an answer."""
-    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])} - {None}
+def _add_end_ignored(report, tokenizer, facts, ignored, rows) -> None:
+    if not ignored:
+        return
+    name, stops = tokenizer.convert_ids_to_tokens(ignored.most_common(1)[0][0]), sorted(facts.stops)
+    report.warn(
+        "end_ignored",
+        f"In {ignored.total()} of {rows} rows the answer ends with {name}, and generate() stops at "
+        f"{first_few(tokenizer.convert_ids_to_tokens(stops), 4)} only: answers will run on to max_new_tokens.",
+        f"Give SFTConfig eos_token='{name}', or set tokenizer.eos_token and add its id to "
+        "model.generation_config.eos_token_id. An adapter's folder does not hold these: set them again after loading.",
+    )
+
+
+class _Facts(NamedTuple):
+    """ends: ids that end an answer; stops: those at which generate() stops, and context in tokens, None if unknown."""
+
+    ends: set[int]
+    stops: set[int] | None
+    context: int | None
+
+
+def _facts(tokenizer, model=None) -> _Facts:
+    """What is known of a model, or else of the one whose folder the tokenizer came from: nothing is fetched."""
+    import transformers
+
+    config, generation_config = getattr(model, "config", None), getattr(model, "generation_config", None)
+    folder = getattr(tokenizer, "name_or_path", "")
+    if model is None and folder:
+        with contextlib.suppress(Exception):  # a tokenizer may come alone, and a config may need code of its own
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            generation_config = transformers.GenerationConfig.from_model_config(config)
+            generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    context = None if config is None else context_length(config)
+    limit = getattr(tokenizer, "model_max_length", None) or math.inf
+    if config is None and limit < 1e9:  # transformers writes 1e30 where nothing is known
+        context = int(limit)
+    listed = eos_ids(generation_config)
+    stops = listed | eos_ids(tokenizer) if listed else None
+    return _Facts(_ends(tokenizer) | listed, stops, context)
+
+
+def _ends(tokenizer) -> set[int]:
+    """Ids that end an answer: EOS, and the token that the template puts after an answer."""
+    ends = eos_ids(tokenizer)
     with contextlib.suppress(Exception):  # no template, or one that takes other roles
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "@@"}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("@@")[2]
@@ -218,3 +360,11 @@ def _texts(batch, pad):
         for part in parts[row].unique():
             if (keep := real[row] & (parts[row] == part)).any():
                 yield ids[row][keep].tolist(), labels[row][keep].tolist(), int(positions is not None)
+
+
+def _pads_with_loss(batch) -> list[bool]:
+    """Of each row of a batch, whether a label is kept where the mask says that nothing stands."""
+    import torch
+
+    labels, mask = torch.as_tensor(batch["labels"]), batch.get("attention_mask")
+    return [] if mask is None else ((labels != -100) & ~torch.as_tensor(mask).bool()).any(-1).tolist()
