@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 TESTS = {
     "adapter_config": ["test_adapter_folder.py"],
     "adapter_folder": ["test_adapter_folder.py", "test_adapters.py"],
+    "adapter_numbers": ["test_adapter_folder.py"],
     "base_shapes": ["test_adapter_folder.py", "test_adapters.py"],
     "counting": ["test_counting.py"],
     "initialisation": ["test_initialisation.py"],
@@ -35,6 +36,7 @@ TESTS = {
     "safetensors_header": ["test_safetensors_header.py"],
     "training": ["test_training_data.py"],
     "training_data": ["test_training_data.py"],
+    "vocabulary": ["test_vocabulary.py"],
 }
 SECONDS = 240  # for one mutant; longer counts as noticed, since such a run would not pass unseen
 SWAPS = {

@@ -72,11 +72,11 @@ def test_a_setting_of_the_wrong_kind_is_named(name, value, adapter, tiny_folders
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lora_alpha", 8.5), ("target_modules", None), ("target_modules", "all-linear"), ("target_modules", r".*_proj"),
+        ("lora_alpha", 8.5), ("target_modules", "all-linear"), ("target_modules", r".*_proj"),
         ("exclude_modules", []), ("modules_to_save", None), ("layers_to_transform", [0, 1]), ("layers_to_transform", None),
         ("rank_pattern", None), ("rank_pattern", {"q_proj": 4}), ("rank_pattern", {r".*\.v_proj": 4}),
-        ("alpha_pattern", {"q_proj": 0.5}), ("bias", "lora_only"), ("init_lora_weights", False), ("use_rslora", None),
-        ("base_model_name_or_path", None), ("task_type", None), ("a_setting_of_tomorrow", {"x": 1}),
+        ("alpha_pattern", {"q_proj": 0.5}), ("bias", "lora_only"), ("use_rslora", None),
+        ("base_model_name_or_path", None), ("task_type", None), ("a_setting_of_tomorrow", None), ("merge_weights", False), ("enable_lora", []),
     ],
 )  # fmt: skip
 def test_what_peft_takes_is_healthy(name, value, adapter, tiny_folders):
@@ -184,7 +184,9 @@ def test_layers_that_would_begin_anew(adapter, tiny_folders):
     for targets in ("all-linear", ["q_proj", "down_proj"]):
         reconfigure(adapter, target_modules=targets, init_lora_weights=True)
         report = check_adapter_folder(adapter, tiny_folders / "base")
-        assert report.codes == ["layers_not_covered"] and "B with zeros" in message(report, "layers_not_covered")
+        others = [] if targets == "all-linear" else ["not_targeted"]
+        assert report.codes == [*others, "layers_not_covered"]
+        assert "B with zeros" in message(report, "layers_not_covered")
     reconfigure(adapter, init_lora_weights=False)
     assert "at random" in message(check_adapter_folder(adapter, tiny_folders / "base"), "layers_not_covered")
 
@@ -328,7 +330,7 @@ def test_names_of_layers_depend_on_the_class(kind, settings, tmp_path):
     assert check_adapter_folder(folder, tmp_path / "base").codes == []
     assert check_adapter_folder(folder, getattr(transformers, kind)(config)).codes == []
     rewrite(folder, lambda tensors: {n.replace("encoder.layer", "encoder.block"): t for n, t in tensors.items()})
-    assert "layer_not_in_base" in check_adapter_folder(folder, tmp_path / "base").codes
+    assert check_adapter_folder(folder, tmp_path / "base").codes == ["other_prefix"]
 
 
 def test_names_that_peft_translates(tmp_path):
@@ -347,7 +349,7 @@ def test_names_that_peft_translates(tmp_path):
     )
     assert check_adapter_folder(folder, config).codes == []
     rewrite(folder, lambda tensors: {n.replace("language_model.model.", "language."): t for n, t in tensors.items()})
-    assert "layer_not_in_base" in check_adapter_folder(folder, config).codes
+    assert check_adapter_folder(folder, config).codes == ["other_prefix"]
 
     mixtral = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=2)
@@ -357,8 +359,8 @@ def test_names_that_peft_translates(tmp_path):
     rewrite(
         folder,
         lambda _: {
-            f"{START}model.layers.{layer}.block_sparse_moe.experts.{expert}.w{i}.lora_{factor}.weight": torch.ones(
-                shape
+            f"{START}model.layers.{layer}.block_sparse_moe.experts.{expert}.w{i}.lora_{factor}.weight": torch.full(
+                shape, 0.1
             )
             for layer in range(2)
             for expert in range(2)
@@ -397,3 +399,245 @@ def test_a_base_of_another_library(tmp_path):
     folder = trained(base, tmp_path, target_modules=["0"])
     assert check_adapter_folder(folder, torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))).codes == []
     assert check_adapter_folder(folder, torch.nn.Sequential(torch.nn.Linear(6, 4))).codes == ["shape_mismatch"]
+
+
+def test_names_that_differ_by_their_beginning(tmp_path):
+    """A text model's adapter on the model that sees, and the other way round: PEFT fills nothing and warns only."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=LlamaConfig(**SMALL),
+        # as many layers of the same size and names as the text has
+        vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, **vision),
+        image_token_index=63,
+    )
+    text = trained(
+        transformers.LlamaForCausalLM(config.text_config), tmp_path / "text", target_modules=["q_proj", "v_proj"]
+    )
+    sees = trained(
+        transformers.LlavaForConditionalGeneration(config),
+        tmp_path / "sees",
+        target_modules=r".*language_model.*(q|v)_proj",
+    )
+    for folder, base, theirs, own in (
+        (text, transformers.LlavaForConditionalGeneration(config), "model.", "model.language_model."),
+        (sees, config.text_config, "model.language_model.", "model."),
+    ):
+        report = check_adapter_folder(folder, base)
+        assert "other_prefix" in report.codes and "layer_not_in_base" not in report.codes
+        assert f"called {theirs}layers.0" in message(report, "other_prefix")
+        assert f"has {own}layers.0" in message(report, "other_prefix")
+    rewrite(text, lambda tensors: {n.replace("layers.1", "layers.7"): t for n, t in tensors.items()})
+    report = check_adapter_folder(text, transformers.LlavaForConditionalGeneration(config))
+    assert "layer_not_in_base" in report.codes, "not the beginning alone"
+
+
+# ------------------------------------------------------------------------------------------------ the configuration
+
+
+def test_a_random_start_that_each_loading_repeats(adapter):
+    reconfigure(adapter, init_lora_weights=False)
+    report = check_adapter_folder(adapter)
+    assert report.ok and report.codes == ["random_start"]
+
+
+@pytest.mark.parametrize("value", [True, {"x": 1}, "newest", 3])
+def test_settings_that_the_installed_peft_does_not_know(value, adapter):
+    reconfigure(adapter, a_setting_of_tomorrow=value, peft_version="99.0.0")
+    report = check_adapter_folder(adapter)
+    assert report.ok and report.codes == ["unknown_settings"]
+    said = message(report, "unknown_settings")
+    assert "a_setting_of_tomorrow" in said and "written by PEFT 99.0.0" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("LORRA", "'LORRA'"), ("lora", "it has 'LORA'"), (["LORA"], "['LORA']"), (None, "None")]
+)
+def test_a_method_that_peft_does_not_know(method, words, adapter):
+    reconfigure(adapter, peft_type=method)
+    report = check_adapter_folder(adapter)
+    assert report.codes == ["unknown_method"] and words in message(report, "unknown_method")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": NAMES[:2]},
+        {"target_modules": r".*\.(q|k)_proj"},
+        {"target_modules": NAMES, "layers_to_transform": [0]},
+    ],
+)
+def test_tensors_that_the_configuration_does_not_target(changes, adapter, tiny_folders):
+    """PEFT is asked as well: it makes no adapter there, and drops them."""
+    reconfigure(adapter, **changes)
+    assert check_adapter_folder(adapter).codes == ["not_targeted"]
+    assert check_adapter_folder(adapter, tiny_folders / "base").codes == ["not_targeted"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folders / "base"), adapter)
+    loaded = sum("lora_B" in name for name, _ in model.named_parameters())
+    assert f"for {14 - loaded} layers" in message(check_adapter_folder(adapter), "not_targeted")
+
+
+def test_no_targets_stand_for_peft_s_own(adapter, tiny_folders):
+    reconfigure(adapter, target_modules=None)
+    assert check_adapter_folder(adapter).codes == [], "which those are depends on the base"
+    report = check_adapter_folder(adapter, tiny_folders / "base")
+    assert report.codes == ["not_targeted"] and "for 10 layers" in message(report, "not_targeted")
+    rewrite(adapter, lambda tensors: {n: t for n, t in tensors.items() if "q_proj" in n or "v_proj" in n})
+    assert check_adapter_folder(adapter, tiny_folders / "base").codes == []
+
+
+def test_a_whole_model_in_the_place_of_an_adapter(adapter, tiny_folders):
+    report = check_adapter_folder(tiny_folders / "base")
+    assert report.codes == ["whole_model"] and "and no adapter" in message(report, "whole_model")
+    shutil.copy(tiny_folders / "base" / "config.json", adapter)
+    assert check_adapter_folder(adapter).codes == ["merged_model_beside"]
+
+
+def test_a_classifier_on_a_base_whose_head_is_new(adapter, classifier):
+    """The configuration knows nothing of a head, and the file has none; only the base's class tells."""
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3,
+    }  # fmt: skip
+    base = LlamaForSequenceClassification(LlamaConfig(**settings))
+    assert check_adapter_folder(classifier, base).codes == []
+    rewrite(classifier, lambda tensors: {n: t for n, t in tensors.items() if "score" not in n})
+    assert check_adapter_folder(classifier, base).codes == ["missing_tensors"]
+    reconfigure(classifier, task_type=None, modules_to_save=None)
+    report = check_adapter_folder(classifier, base)
+    assert report.ok and report.codes == ["head_not_saved"] and "score" in message(report, "head_not_saved")
+    base.config.architectures = ["LlamaForSequenceClassification"]
+    assert check_adapter_folder(classifier, base).codes == []
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def each(change):
+    return lambda tensors: {name: change(name, tensor) for name, tensor in tensors.items()}
+
+
+def large_only(change):
+    """As with a threshold below which tensors stay whole."""
+    return lambda name, tensor: change(name, tensor) if tensor.numel() > 300 else tensor
+
+
+def empty(name, tensor):
+    return torch.zeros(0)
+
+
+def flat_part(name, tensor):
+    return tensor.flatten()[: tensor.numel() // 4]
+
+
+@pytest.mark.parametrize("change", [empty, large_only(empty), flat_part, lambda name, tensor: tensor[:0]])
+def test_weights_that_were_not_gathered(change, adapter, tiny_folders):
+    """The other findings are there all the same."""
+    reconfigure(adapter, base_model_name_or_path="someone/else", init_lora_weights=False)
+    rewrite(adapter, each(change))
+    assert check_adapter_folder(adapter).codes == ["random_start", "ungathered"]
+    report = check_adapter_folder(adapter, tiny_folders / "base")
+    assert report.codes == ["random_start", "ungathered", "base_mismatch"]
+    assert "ZeRO-3, FSDP" in message(report, "ungathered")
+
+
+def test_an_empty_file_has_two_causes(adapter):
+    rewrite(adapter, lambda tensors: {})
+    report = check_adapter_folder(adapter)
+    assert report.codes == ["empty"] and "ZeRO-3, FSDP" in message(report, "empty")
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(2, 2), (4, 1), (3, 2)])
+def test_one_process_s_rows(processes, rows, adapter, tiny_folders):
+    rewrite(adapter, each(lambda name, tensor: tensor[: -(-len(tensor) // processes)]))
+    for base in (None, tiny_folders / "base"):
+        report = check_adapter_folder(adapter, base)
+        assert report.codes == ["partial_shards"] and f"{rows} of 4 rows" in message(report, "partial_shards")
+
+
+def test_ranks_that_are_short_in_one_layer_are_another_matter(adapter):
+    rewrite(adapter, each(lambda name, tensor: tensor[:2] if "layers.0.mlp.up_proj.lora_A" in name else tensor))
+    assert check_adapter_folder(adapter).codes == ["rank_mismatch"]
+
+
+@pytest.mark.parametrize("part", [slice(0, 0.5), slice(0.5, 1), slice(0.25, 0.5)])
+def test_rows_of_one_process_among_zeros(part, adapter):
+    def keep(name, tensor):
+        if "lora_B" not in name:
+            return tensor
+        kept = torch.zeros_like(tensor)
+        rows = slice(int(part.start * len(tensor)), int(part.stop * len(tensor)))
+        kept[rows] = tensor[rows]
+        return kept
+
+    rewrite(adapter, each(keep))
+    report = check_adapter_folder(adapter)
+    assert report.ok and report.codes == ["zero_rows"]
+    assert f"only {part.stop - part.start:.0%}" in message(report, "zero_rows")
+
+
+def test_zeros_here_and_there_are_healthy(adapter):
+    """Rows of units that never fire, in other places in each layer."""
+
+    def silence(name, tensor):
+        if "lora_B" in name:
+            tensor[torch.randperm(len(tensor), generator=torch.Generator().manual_seed(0))[: len(tensor) // 2]] = 0
+        return tensor
+
+    rewrite(adapter, each(silence))
+    assert check_adapter_folder(adapter).codes == []
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_factors_that_are_zero(adapter):
+    for factor in "AB":
+        whole = each(lambda name, tensor, factor=factor: tensor * 0 if f"lora_{factor}" in name else tensor)
+        part = each(lambda name, tensor, factor=factor: tensor * 0 if f"up_proj.lora_{factor}" in name else tensor)
+        for change, code in ((part, f"partly_zero_{factor.lower()}"), (whole, f"zero_{factor.lower()}")):
+            folder = shutil.copytree(adapter, adapter.parent / code)
+            rewrite(folder, change)
+            report = check_adapter_folder(folder)
+            assert report.codes == [code] and f"{factor} is all zero" in message(report, code)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"), [({}, 1000), ({"lora_alpha": 8000}, 1), ({"alpha_pattern": {".*": 8000}}, 1)]
+)
+def test_a_change_out_of_all_proportion(settings, factor, adapter):
+    reconfigure(adapter, **settings)
+    rewrite(adapter, each(lambda name, tensor: tensor * factor if "lora_B" in name else tensor))
+    report = check_adapter_folder(adapter)
+    assert report.ok and report.codes == ["huge_change"]
+    assert "in 14 of 14 layers" in message(report, "huge_change").lower()
+
+
+def test_the_size_of_a_change_against_a_direct_calculation(adapter):
+    from safetensors import safe_open
+
+    from adapter_checks.adapter_numbers import _changes
+
+    module = f"{START}model.layers.0.mlp.up_proj"
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"up_proj": 12}, "use_rslora": True}
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        A, B = (file.get_tensor(f"{module}.lora_{factor}.weight").double() for factor in "AB")
+        found = _changes(file, config, set(file.keys()), [module])[module]
+    inputs = torch.randn(100_000, A.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    assert found == pytest.approx((12 / 2 * inputs @ A.T @ B.T).square().mean().sqrt().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_may_not_be_read(name, adapter, monkeypatch):
+    from pathlib import Path
+
+    opened = Path.open
+
+    def refuse(path, *given, **named):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    report = check_adapter_folder(adapter)
+    assert report.codes == ["not_readable"] and f"{name} can't be read" in message(report, "not_readable")

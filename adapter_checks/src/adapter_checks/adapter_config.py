@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from adapter_checks.errors import InputError
 from adapter_checks.model_folder import read_json
+from adapter_checks.names import plain_name
 from adapter_checks.report import Report, first_few
 
 CONFIG = "adapter_config.json"
@@ -39,9 +41,10 @@ def read_adapter_config(report: Report, folder: Path) -> dict[str, Any] | None:
         if "peft_type" not in config:
             raise InputError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's configuration.")
     except InputError as error:
-        report.fail("bad_config", str(error), "Save the adapter again, or copy the file again.")
+        code = "not_readable" if isinstance(error.__cause__, OSError) else "bad_config"
+        report.fail(code, str(error), "Save the adapter again, or copy the file again.")
         return None
-    if config["peft_type"] != "LORA":
+    if not _is_known_method(report, config["peft_type"]) or config["peft_type"] != "LORA":
         return config
     wrong = [
         f"{name} is {config[name]!r:.40} and should be {wanted}"
@@ -57,6 +60,20 @@ def read_adapter_config(report: Report, folder: Path) -> dict[str, Any] | None:
             f"{CONFIG} does not give {' and '.join(absent)}, so PEFT uses its default of 8, and with it another scaling.",
             "Add what the adapter was trained with.",
         )
+    if unknown := unknown_settings(config):
+        by = f" It was written by PEFT {config['peft_version']}." if config.get("peft_version") else ""
+        report.warn(
+            "unknown_settings",
+            f"The installed PEFT {_peft_version()} does not know {first_few(unknown, 4)}, and leaves it out.{by}",
+            "Use the version of PEFT that wrote the file, or correct the name.",
+        )
+    if config.get("init_lora_weights") is False:
+        report.warn(
+            "random_start",
+            "init_lora_weights is false: each loading draws A and B at random before it reads the file, so whatever it does not "
+            "find there is random.",
+            "Set it to true in the file, and see by check_adapters(model, folder=...) that what is loaded is what was saved.",
+        )
     config = {"r": 8, "lora_alpha": 8} | config
     if config["lora_alpha"] <= 0:
         report.fail(
@@ -65,6 +82,54 @@ def read_adapter_config(report: Report, folder: Path) -> dict[str, Any] | None:
             "Put in the value that the adapter was trained with.",
         )
     return config
+
+
+def unknown_settings(config: Mapping[str, Any]) -> list[str]:
+    """The names in a LoRA configuration that the installed PEFT drops although they are set to something."""
+    import peft
+
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    return sorted(
+        name for name, value in config.items() if name not in known and value not in (None, False, "", [], {})
+    )
+
+
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """The rank that a configuration gives a module, by its name with or without PEFT's prefix."""
+    return _by_pattern(config.get("rank_pattern"), module, config["r"])
+
+
+def scaling_of(config: Mapping[str, Any], module: str) -> float:
+    """What BA is multiplied by in this module: alpha over the rank, or with rsLoRA over its root."""
+    rank, alpha = rank_of(config, module), _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    from peft.utils.other import get_pattern_key
+
+    return (pattern or {}).get(get_pattern_key(list(pattern or ()), plain_name(module)), default)
+
+
+def _is_known_method(report: Report, method: Any) -> bool:
+    from peft import PeftType
+
+    if method in list(PeftType):
+        return True
+    alike = next((known.value for known in PeftType if known.value == str(method).upper()), None)
+    report.fail(
+        "unknown_method",
+        f"peft_type is {method!r:.40}, and the installed PEFT {_peft_version()} has no such method"
+        + (f"; it has {alike!r}." if alike else "."),
+        "Correct the name in the file, or use the version of PEFT that wrote it.",
+    )
+    return False
+
+
+def _peft_version() -> str:
+    import peft
+
+    return peft.__version__
 
 
 def _is_number(value: Any) -> bool:

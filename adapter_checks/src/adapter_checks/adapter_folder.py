@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_checks.adapter_config import CONFIG, HEADS, read_adapter_config
-from adapter_checks.base_shapes import check_fit
+from adapter_checks.adapter_config import CONFIG, HEADS, rank_of, read_adapter_config
+from adapter_checks.adapter_numbers import check_numbers
+from adapter_checks.base_shapes import check_fit, check_targets
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
-from adapter_checks.names import plain_name
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.safetensors_header import read_safetensors_header
 
@@ -26,6 +26,7 @@ _TRAINER_STATE = re.compile(
     r"training_args\.bin|optimizer(_\d+)?\.(pt|bin)|scheduler(_\d+)?\.(pt|bin)|scaler\.pt|rng_state.*\.pth|random_states_\d+\.pkl"
     r"|sampler.*\.bin|pytorch_model_fsdp(_\d+)?\.bin"
 )
+_SPOILED = {"ungathered", "malformed_factors", "partial_shards"}
 # What wrappers put into the names of parameters. A layer may be called "module", too, but not the whole model.
 _WRAPPER = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.|^base_model\.(model\.)?module\."
@@ -51,25 +52,29 @@ def check_adapter_folder(
     if path is None:
         return report
     report.title = f"Adapter's folder {path.name}"
-    _check_files(report, path)
+    if not _check_files(report, path):
+        return report
     config = read_adapter_config(report, path)
     shapes = _read_shapes(report, path)
     if config is None or shapes is None:
         return report
     if config.get("peft_type") != "LORA":
-        report.warn(
-            "not_lora",
-            f"The adapter's method is {config.get('peft_type')}; only LoRA's tensors are looked at in detail.",
-            "Load it and compare outputs with check_changes_output.",
-        )
+        if "unknown_method" not in report.codes:
+            report.warn(
+                "not_lora",
+                f"The adapter's method is {config.get('peft_type')}; only LoRA's tensors are looked at in detail.",
+                "Load it and compare outputs with check_changes_output.",
+            )
         return report
     pairs = _check_tensors(report, config, shapes)
     if pairs:
         _check_complete(report, config, pairs, shapes)
-        _check_numbers(report, path)
-        _check_ranks(report, config, pairs)
-        if base is not None:
-            check_fit(report, config, pairs, base)
+        whole = _check_shapes(report, config, pairs)
+        check_numbers(report, config, path / WEIGHTS, whole)
+        if base is None:
+            check_targets(report, config, pairs)
+        else:
+            check_fit(report, config, pairs, shapes, path, base, factors_are_whole=not _SPOILED & set(report.codes))
         if changes_base(config):
             report.warn(
                 "changes_base",
@@ -105,7 +110,8 @@ def _existing_folder(report, folder: Any) -> Path | None:
     return None
 
 
-def _check_files(report, folder: Path) -> None:
+def _check_files(report, folder: Path) -> bool:
+    """Whether there is an adapter to look at; what else lies in the folder goes into the report."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     trainer_state = [name for name in names if _TRAINER_STATE.fullmatch(name)]
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES) and name not in trainer_state]
@@ -126,6 +132,14 @@ def _check_files(report, folder: Path) -> None:
         )
     whole = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?|pytorch_model.*")
     merged = [name for name in names if whole.fullmatch(name) and name not in trainer_state]
+    if merged and not {CONFIG, WEIGHTS, "adapter_model.bin"} & set(names):
+        report.fail(
+            "whole_model",
+            f"{folder.name} holds a whole model ({first_few(merged)}) and no adapter.",
+            "Load it as a model, without PEFT. If an adapter was to be saved here, save what get_peft_model returned, before "
+            "merge_and_unload.",
+        )
+        return False
     if merged:
         report.fail(
             "merged_model_beside",
@@ -133,6 +147,7 @@ def _check_files(report, folder: Path) -> None:
             "loads the model and puts the adapter on top, so a merged model gets its change twice.",
             "Save the merged model to a folder of its own and move these files there.",
         )
+    return True
 
 
 def _read_shapes(report, folder: Path) -> dict | None:
@@ -147,6 +162,9 @@ def _read_shapes(report, folder: Path) -> dict | None:
     try:
         return {name: shape for name, (_, shape) in read_safetensors_header(folder / WEIGHTS).items()}
     except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            report.fail("not_readable", str(error), "See who may read the file, and whether the disk is well.")
+            return None
         report.fail("damaged_weights", str(error), "Do not train or generate with it: no part of it can be trusted.")
         return None
 
@@ -173,8 +191,10 @@ def _check_tensors(report, config, shapes) -> dict:
     elif not shapes:
         report.fail(
             "empty",
-            "The weights' file holds no tensor at all: the adapter was gone from the model when it was saved.",
-            "Save before merge_and_unload(); what that returns is the merged model.",
+            "The weights' file holds no tensor at all: the adapter was gone from the model when it was saved, or its weights lay "
+            "in parts on several processes (DeepSpeed ZeRO-3, FSDP) and were not gathered.",
+            "Save before merge_and_unload(), which returns the merged model. After ZeRO-3 or FSDP save through the trainer or "
+            "accelerator.get_state_dict.",
         )
     elif not pairs:
         report.fail(
@@ -219,18 +239,58 @@ def _check_tensors(report, config, shapes) -> dict:
             f"{len(unpaired)} layers have only one of A and B: {first_few(unpaired)}.",
             "Part of the file is missing: save the adapter again.",
         )
-    whole = {module: pair for module, pair in pairs.items() if pair.keys() == {"A", "B"}}
-    malformed = [
-        f"{module} {tuple(pair.values())}" for module, pair in whole.items() if min(map(len, pair.values())) < 2
-    ]
+    return {module: pair for module, pair in pairs.items() if pair.keys() == {"A", "B"}}
+
+
+def _check_shapes(report, config, pairs) -> list[str]:
+    """The modules whose A and B are the matrices that the rank asks for, in so far as shapes tell without the base."""
+    malformed = [module for module, pair in pairs.items() if min(map(len, pair.values())) < 2]
+    malformed += [module for module, pair in pairs.items() if 0 in (*pair["A"], *pair["B"]) and module not in malformed]
+    matrices = {module: pair for module, pair in pairs.items() if module not in malformed}
     if malformed:
+        shapes = f"{len(malformed)} layers: {malformed[0]} {tuple(pairs[malformed[0]].values())}"
+        flat = [module for module in malformed if max(map(len, pairs[module].values())) == 1]
+        if any(0 in (*pairs[module]["A"], *pairs[module]["B"]) for module in malformed) or 2 * len(flat) > len(pairs):
+            report.fail(
+                "ungathered",
+                f"A and B are empty or flat in {shapes}. They were saved while several processes each held a part of them (DeepSpeed "
+                "ZeRO-3, FSDP), so the file does not hold what was trained.",
+                "Gather before saving: stage3_gather_16bit_weights_on_model_save, FULL_STATE_DICT, or accelerator.get_state_dict. "
+                "The whole weights may still be in the checkpoint (zero_to_fp32.py).",
+            )
+        else:
+            report.fail(
+                "malformed_factors",
+                f"A or B is not a matrix in {shapes}.",
+                "They were cut, flattened or packed by some other program: save the adapter again.",
+            )
+    if config.get("target_parameters"):  # stacked experts: their factors hold rank times the number of experts
+        return list(matrices)
+    wrong = {
+        module: (rank, pair["A"][0], pair["B"][1])
+        for module, pair in matrices.items()
+        if (pair["A"][0], pair["B"][1]) != ((rank := rank_of(config, module)),) * 2
+    }
+    # Processes share the rows of each tensor: A (rank, inputs) loses a part of its rank, B (outputs, rank) does not.
+    if wrong and len(wrong) == len(matrices) and all(a < rank == b for rank, a, b in wrong.values()):
+        rank, rows, _ = next(iter(wrong.values()))
         report.fail(
-            "malformed_factors",
-            f"In {len(malformed)} layers A or B is not a matrix: {first_few(malformed, 1)}.",
-            "They were cut, flattened or packed by some other program: save the adapter again.",
+            "partial_shards",
+            f"A has {rows} of {rank} rows in the first of all {len(wrong)} layers, and B has all its {rank} columns: the rows lay on "
+            "several processes, and the file holds one process's part.",
+            "Gather before saving (FSDP: FULL_STATE_DICT, or accelerator.get_state_dict). The other parts may still be in the "
+            "checkpoint's folder.",
         )
-        return {}
-    return whole
+    elif wrong:
+        module, (rank, a, b) = next(iter(wrong.items()))
+        rest = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        report.fail(
+            "rank_mismatch",
+            f"In {len(wrong)} layers the tensors' rank is not the one that {CONFIG} states: {module} has rank "
+            f"{a if a == b else (a, b)}, expected {rank}{rest}.",
+            "Configuration and weights come from two different runs: restore the pair that belongs together.",
+        )
+    return [module for module in matrices if module not in wrong]
 
 
 def _check_complete(report, config, pairs, shapes) -> None:
@@ -264,56 +324,3 @@ def _is_expected(config, name: str) -> bool:
     if any(part in name for part in (*usual, *(config.get("modules_to_save") or ()))):
         return True
     return config.get("bias", "none") != "none" and name.endswith(".bias")
-
-
-def _check_numbers(report, folder: Path) -> None:
-    import torch
-    from safetensors import safe_open
-
-    zero, zero_initialised, broken = [], [], []
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        for name in file.keys():
-            tensor = file.get_tensor(name)
-            if not torch.isfinite(tensor.float()).all():
-                broken.append(name)
-            if re.search(r"\.(lora_B\.weight|lora_embedding_A)$", name):  # the factor that is zero at the start
-                zero_initialised.append(name)
-                if not tensor.any():
-                    zero.append(name)
-    if broken:
-        report.fail(
-            "non_finite",
-            f"{len(broken)} tensors hold NaN or infinity: {first_few(broken)}.",
-            "Training diverged: take an earlier checkpoint, and lower the learning rate.",
-        )
-    if zero and len(zero) == len(zero_initialised):
-        report.fail(
-            "zero_b",
-            f"B is all zero in all {len(zero)} layers: this adapter changes nothing.",
-            "It was saved before training, or training did not reach it: check for trainable parameters and train again.",
-        )
-    elif zero:
-        report.warn(
-            "partly_zero_b",
-            f"B is all zero in {len(zero)} of {len(zero_initialised)} layers, which the adapter leaves unchanged: {first_few(zero)}.",
-            "Training did not reach them: check that they were trainable, and that this adapter was loaded whole before.",
-        )
-
-
-def _check_ranks(report, config, pairs) -> None:
-    from peft.utils.other import get_pattern_key
-
-    if config.get("target_parameters"):  # stacked experts: their factors hold rank times the number of experts
-        return
-    patterns = config.get("rank_pattern") or {}
-    wrong = []
-    for module, pair in pairs.items():
-        rank = patterns.get(get_pattern_key(list(patterns), plain_name(module)), config["r"])
-        if (found := (pair["A"][0], pair["B"][1])) != (rank, rank):
-            wrong.append(f"{module} has rank {found[0] if found[0] == found[1] else found}, expected {rank}")
-    if wrong:
-        report.fail(
-            "rank_mismatch",
-            f"In {len(wrong)} layers the tensors' rank is not the one that {CONFIG} states: {first_few(wrong, 1)}.",
-            "Configuration and weights come from two different runs: restore the pair that belongs together.",
-        )

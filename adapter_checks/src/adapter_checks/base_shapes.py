@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_config import HEADS
@@ -13,13 +15,15 @@ from adapter_checks.model_classes import model_classes
 from adapter_checks.model_folder import load_config
 from adapter_checks.names import plain_name, same_base
 from adapter_checks.report import first_few
+from adapter_checks.vocabulary import check_vocabulary, report_other_vocabulary
 
 if TYPE_CHECKING:
     import torch
 
     from adapter_checks.report import Report
 
-    Pairs = dict[str, dict[str, tuple[int, ...]]]
+    Shapes = dict[str, tuple[int, ...]]
+    Pairs = dict[str, Shapes]
 
 # The settings that decide which layers get an adapter, and the shapes of its tensors.
 _DECIDES = (
@@ -27,10 +31,27 @@ _DECIDES = (
     "layers_pattern", "modules_to_save", "target_parameters", "layer_replication", "fan_in_fan_out", "ensure_weight_tying",
     "use_qalora", "qalora_group_size", "use_bdlora",
 )  # fmt: skip
+# Classes whose head no pretraining knows: it begins at random unless the checkpoint was saved from the same class.
+_NEW_HEAD = re.compile(r"Classification|QuestionAnswering|MultipleChoice|ForCTC")
 
 
-def check_fit(report: Report, config: dict[str, Any], pairs: Pairs, base: Any) -> None:
-    """Add findings on how `pairs` ({module: {"A": shape, "B": shape}}) and the base's layers go together."""
+def check_fit(
+    report: Report,
+    config: dict[str, Any],
+    pairs: Pairs,
+    shapes: Shapes,
+    folder: Path,
+    base: Any,
+    *,
+    factors_are_whole: bool,
+) -> None:
+    """Add findings on how an adapter and the base go together.
+
+    pairs              {module: {"A": shape, "B": shape}}
+    shapes             {name: shape} of all tensors in the file
+    folder             the adapter's: its tokenizer is compared as well, if it has one
+    factors_are_whole  if not, their shapes are known to be wrong and only names are compared
+    """
     try:
         model, name = meta_base(base, config, pairs)
     except Exception as error:
@@ -41,7 +62,10 @@ def check_fit(report: Report, config: dict[str, Any], pairs: Pairs, base: Any) -
         )
         return
     pairs = _as_loaded(pairs, model, config)
-    layers = {path: shapes for path, module in model.named_modules() if (shapes := in_out(module))}
+    layers = {path: sizes for path, module in model.named_modules() if (sizes := in_out(module))}
+    tables = _tables(model)
+    check_vocabulary(report, config, shapes, pairs, folder, tables, name)
+    _check_head(report, config, model, shapes)
     try:
         wanted = _injected(model, config)
     except ValueError as error:  # PEFT finds nothing to adapt, or refuses
@@ -49,9 +73,69 @@ def check_fit(report: Report, config: dict[str, Any], pairs: Pairs, base: Any) -
         if any(_ends_a_name(target, layers) for target in _listed(config)):
             report.fail("bad_config", f"PEFT refuses the configuration: {error}.", "Save the adapter again.")
             return
-    _check_names(report, config, pairs, wanted, layers)
+    _check_names(report, config, pairs, wanted, layers, tables)
+    if factors_are_whole:
+        _check_shapes(report, config, pairs, wanted, tables)
+    trained_on = config.get("base_model_name_or_path")
+    if trained_on and name and not same_base(trained_on, name):
+        report.warn(
+            "base_mismatch",
+            f"The adapter says that it was trained on {trained_on}, and this base is {name}.",
+            "If the shapes agree it loads without complaint and answers badly: load the base that it names.",
+        )
+
+
+def _tables(model) -> dict[str, int]:
+    """Path and rows of the embedding and the output head: the layers that grow when tokens are added."""
+    ends = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):  # a model of images, or none of transformers
+            continue
+    return {
+        path: len(module.weight)
+        for path, module in model.named_modules()
+        if any(module is end for end in ends) and getattr(module, "weight", None) is not None
+    }
+
+
+def new_head(model: torch.nn.Module) -> list[str]:
+    """The parts of a classifier's head, of which the base's checkpoint knows nothing; empty for other models.
+
+    A model whose configuration names its own class was saved as such, with its head.
+    """
+    kind, backbone = type(model).__name__, str(getattr(model, "base_model_prefix", ""))
+    known = getattr(getattr(model, "config", None), "architectures", None) or ()
+    if not _NEW_HEAD.search(kind) or not hasattr(model, backbone) or kind in known:
+        return []
+    return [name for name, part in model.named_children() if name != backbone and any(True for _ in part.parameters())]
+
+
+def _check_head(report, config, model, shapes) -> None:
+    said = {
+        *(config.get("modules_to_save") or ()),
+        *HEADS.get(config.get("task_type"), ()),
+    }  # missing_tensors tells of those
+    unsaved = [
+        part
+        for part in new_head(model)
+        if not any(part.endswith(name) for name in said)
+        and not any(name.startswith(f"base_model.model.{part}.") and ".lora_" not in name for name in shapes)
+    ]
+    if unsaved:
+        report.warn(
+            "head_not_saved",
+            f"The file has no weights for {first_few(unsaved)} of this {type(model).__name__}. A new head begins at random, so each "
+            "loading gives another classifier.",
+            f"Train again with modules_to_save={unsaved} or the task type. If the base's own checkpoint holds the trained head, "
+            "all is well.",
+        )
+
+
+def _check_shapes(report, config, pairs, wanted, tables) -> None:
     stacked = bool(config.get("target_parameters"))
-    wrong = []
+    wrong, vocabulary = [], []
     for module, pair in pairs.items():
         if module not in wanted:
             continue
@@ -66,48 +150,111 @@ def check_fit(report: Report, config: dict[str, Any], pairs: Pairs, base: Any) -
                 wrong.append(
                     f"{module}: {side} size expected {sizes[0]}, found {sizes[1]} (lora_{factor} is {pair[factor]})"
                 )
-    if wrong:
+                if expected == [tables.get(module)]:
+                    vocabulary.append((module, found[0]))
+    if wrong and len(wrong) == len(vocabulary):
+        report_other_vocabulary(report, vocabulary, tables)
+    elif wrong:
         report.fail(
             "shape_mismatch",
             f"{len(wrong)} tensors do not fit this base's layers: {first_few(wrong, 1)}.",
             "The adapter was trained on a base of another size: load the one that base_model_name_or_path names.",
         )
-    trained_on = config.get("base_model_name_or_path")
-    if trained_on and name and not same_base(trained_on, name):
-        report.warn(
-            "base_mismatch",
-            f"The adapter says that it was trained on {trained_on}, and this base is {name}.",
-            "If the shapes agree it loads without complaint and answers badly: load the base that it names.",
-        )
 
 
-def _check_names(report, config, adapted, wanted, layers) -> None:
+def _check_names(report, config, adapted, wanted, layers, tables) -> None:
     absent = sorted(adapted.keys() - wanted.keys())
     strange = [module for module in absent if module not in layers]
-    if strange:
+    uncovered = wanted.keys() - adapted.keys()
+    if prefixes := _other_prefix(strange, adapted, layers, tables):
+        theirs, own = prefixes
+        report.fail(
+            "other_prefix",
+            f"The names differ from this base's by their beginning only: {len(strange)} adapted layers are called "
+            f"{theirs or '(nothing)'}{strange[0].removeprefix(theirs)} and the like, and this base has {own}{strange[0].removeprefix(theirs)}. "
+            "PEFT finds no place for them, and the base answers alone.",
+            "Load the class of model that the adapter was trained on (a text model alone is called otherwise than in a model "
+            f"that sees or hears), or replace {theirs!r} by {own!r} in the tensors' names after base_model.model.",
+        )
+        uncovered = uncovered - {own + module.removeprefix(theirs) for module in strange}
+    elif strange:
         report.fail(
             "layer_not_in_base",
             f"{len(strange)} of the {len(adapted)} adapted layers do not exist in this base: {first_few(strange)}. PEFT drops "
             "their tensors without an error.",
             "This is another architecture, or one with fewer layers: load the base that the adapter was trained on.",
         )
-    uncovered = sorted(wanted.keys() - adapted.keys())
+    if wanted:
+        _report_not_targeted(report, [module for module in absent if module in layers])
     targets = _listed(config)
     unknown = [target for target in targets if not _ends_a_name(target, layers)]
     if unknown and not wanted:
-        own = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        own_names = sorted({name.rsplit(".", 1)[-1] for name in layers})
         report.fail(
             "target_not_in_base",
-            f"This base has no layers named {first_few(unknown, 4)}. It has {first_few(own, 8)}.",
+            f"This base has no layers named {first_few(unknown, 4)}. It has {first_few(own_names, 8)}.",
             "The adapter belongs to another architecture; for a new one choose target_modules among these names.",
         )
     if uncovered:
         report.fail(
             "layers_not_covered",
             f"The adapter should sit on {len(wanted)} layers of this base and has no weights for {len(uncovered)} of them: "
-            f"{first_few(uncovered)}. PEFT initialises A and B anew there"
+            f"{first_few(sorted(uncovered))}. PEFT initialises A and B anew there"
             + (", both at random." if config.get("init_lora_weights") is False else ", B with zeros."),
             "This base has more layers than the one that the adapter was trained on, or the file is incomplete.",
+        )
+
+
+def _other_prefix(strange: list[str], adapted: Pairs, layers, tables) -> tuple[str, str] | None:
+    """(beginning in the file, beginning in the base) if that is all by which the names of `strange` differ from layers of the base."""
+    found = {}
+    parts = strange[0].split(".") if strange else []
+    for start in range(len(parts)):
+        tail = ".".join(parts[start:])
+        if not re.search(r"\.\d+\.", f".{tail}"):
+            break
+        for name in layers:
+            if not _ends_a_name(tail, [name]):
+                continue
+            theirs, own = strange[0].removesuffix(tail), name.removesuffix(tail)
+            if all(module.startswith(theirs) and own + module.removeprefix(theirs) in layers for module in strange):
+                misfits = sum(
+                    (adapted[module]["A"][-1:], adapted[module]["B"][:1])
+                    != tuple((size,) for size in layers[own + module.removeprefix(theirs)])
+                    for module in strange
+                )
+                # Of two towers with layers alike, the text's is meant: the one that the embedding lies in.
+                found[theirs, own] = (misfits, not any(path.startswith(own) for path in tables))
+    return min(found, key=found.__getitem__) if found else None
+
+
+def check_targets(report: Report, config: dict[str, Any], pairs: Pairs) -> None:
+    """Without the base: are there tensors of layers that the configuration doesn't name?"""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = config.get("target_modules")
+    elsewhere = ("target_parameters", "layer_replication", "ensure_weight_tying")  # these say more than the names do
+    if not targets or str(targets).lower() == "all-linear" or any(config.get(name) for name in elsewhere):
+        return
+    choices = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    try:
+        settings = LoraConfig(**{name: config[name] for name in choices if config.get(name) is not None})
+    except (TypeError, ValueError) as error:
+        report.fail("bad_config", f"PEFT refuses the configuration: {error}.", "Save the adapter again.")
+        return
+    # A name with .base_layer lies inside a layer that PEFT took apart.
+    names = [plain_name(module) for module in pairs if ".base_layer" not in module]
+    _report_not_targeted(report, [name for name in names if not check_target_module_exists(settings, name)])
+
+
+def _report_not_targeted(report, modules) -> None:
+    if modules:
+        report.fail(
+            "not_targeted",
+            f"The file has tensors for {len(modules)} layers that the configuration does not target: {first_few(modules)}. PEFT "
+            "drops them without an error.",
+            "Configuration and weights come from two different runs, or target_modules was edited: restore it.",
         )
 
 

@@ -184,6 +184,7 @@ def _memory(options: argparse.Namespace) -> Outcome:
 def _config(options: argparse.Namespace) -> Outcome:
     import peft
 
+    from adapter_checks.adapter_config import unknown_settings
     from adapter_checks.counting import meta_model
     from adapter_checks.lora_config import check_lora_config
     from adapter_checks.model_folder import load_config, read_json
@@ -193,7 +194,6 @@ def _config(options: argparse.Namespace) -> Outcome:
     if content.get("peft_type", "LORA") != "LORA":
         raise InputError(f"{path} is a configuration for {content['peft_type']}, and this check knows LORA only.")
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    unknown = sorted(name for name in content if name not in known)
     try:
         lora_config = peft.LoraConfig(**{name: value for name, value in content.items() if name in known})
     except (TypeError, ValueError, ImportError) as error:
@@ -201,7 +201,7 @@ def _config(options: argparse.Namespace) -> Outcome:
     lora_config.inference_mode = False  # as PEFT saves each configuration, whatever it was trained with
     task = getattr(lora_config.task_type, "value", lora_config.task_type)
     report = check_lora_config(meta_model(load_config(options.model), task), lora_config, options.learning_rate)
-    if unknown:
+    if unknown := unknown_settings(content):
         report.warn(
             "unknown_settings",
             f"The installed PEFT {peft.__version__} does not know {', '.join(unknown)}, and leaves it out.",

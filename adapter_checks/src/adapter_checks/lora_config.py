@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_config import HEADS
-from adapter_checks.base_shapes import in_out
+from adapter_checks.base_shapes import in_out, new_head
 from adapter_checks.initialisation import changes_base, check_config
 from adapter_checks.names import plain_name
 from adapter_checks.report import Report, first_few, never_raises
@@ -27,8 +27,6 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# Classes whose head no pretraining knows: it begins at random unless the checkpoint was saved from the same class.
-_NEW_HEAD = re.compile(r"Classification|QuestionAnswering|MultipleChoice|ForCTC")
 _MLP = re.compile(r"(gate|up|down|gate_up)_proj|w[123]|fc_?[12]|w[io]")
 
 
@@ -326,21 +324,17 @@ def _check_task(report, config, base) -> None:
 
 def _check_head(report, base, adapted) -> None:
     """A head that is new is trained and saved only if modules_to_save or the task type says so."""
-    kind, backbone = type(base).__name__, base.base_model_prefix
-    if not _NEW_HEAD.search(kind) or not hasattr(base, backbone) or kind in (base.config.architectures or ()):
-        return
-    unsaved = [
-        name
-        for name, child in adapted.get_base_model().named_children()
-        if name != backbone
-        and any(not re.search(r"(^|\.)(modules_to_save|original_module)\.", key) for key, _ in child.named_parameters())
-    ]
+    tuned, unsaved = adapted.get_base_model(), []
+    for name in new_head(base):
+        weights = [key for key, _ in tuned.get_submodule(name).named_parameters()]
+        if not all(re.search(r"(^|\.)(modules_to_save|original_module)\.", key) for key in weights):
+            unsaved.append(name)
     if unsaved:
         by_task = set(unsaved) <= set(HEADS.get(_task(base) or "", ()))
         report.warn(
             "head_not_saved",
-            f"{first_few(unsaved)} of this {kind} is neither trained whole nor saved with the adapter. A new head begins at "
-            "random, and at another random place at each loading.",
+            f"{first_few(unsaved)} of this {type(base).__name__} is neither trained whole nor saved with the adapter. A new head begins "
+            "at random, and at another random place at each loading.",
             f"Add modules_to_save={unsaved}{f', or set task_type={_task(base)!r}' if by_task else ''}. A head that the base was "
             "trained with may stay as it is.",
         )

@@ -137,7 +137,16 @@ def check_merged_folder(
         skipped |= {"base_mismatch"} if _trained_on(folder, base) else set()
         found = check_adapter_folder(folder, base=base_folder).findings
         report.findings += [finding for finding in found if finding.level != "ok" and finding.code not in skipped]
-    unreadable = {"no_config", "bad_config", "no_weights", "damaged_weights", "not_a_model", "quantised_weights"}
+    unreadable = {
+        "whole_model",
+        "not_readable",
+        "no_config",
+        "bad_config",
+        "no_weights",
+        "damaged_weights",
+        "not_a_model",
+        "quantised_weights",
+    }
     if files is None or base_files is None or unreadable & set(report.codes):
         return report
     try:
