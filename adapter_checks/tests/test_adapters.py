@@ -354,6 +354,65 @@ def test_original_base_that_cannot_serve(loaded, saved, tmp_path):
     assert report.codes == ["bad_argument"] and "model.safetensors" in str(report)
 
 
+def test_what_is_loaded_is_what_was_saved(loaded, saved):
+    assert check_adapters(loaded, folder=saved / "one").codes == []
+    assert "as_saved" in [finding.code for finding in check_adapters(loaded, folder=str(saved / "one")).findings]
+    report = check_adapters(loaded, folder=saved / "two")
+    assert report.codes == ["not_as_saved"] and "8 of 8 weights" in message(report, "not_as_saved")
+    loaded.load_adapter(saved / "two", adapter_name="second")
+    assert check_adapters(loaded, folder={"default": saved / "one", "second": saved / "two"}).codes == []
+    report = check_adapters(loaded, folder={"default": saved / "one", "second": saved / "one"})
+    assert report.codes == ["not_as_saved"] and "'second'" in message(report, "not_as_saved")
+    for odd in (
+        saved / "one",
+        {"third": saved / "one"},
+        {"default": 3},
+        {"default": saved / "nowhere"},
+        {"default": saved / "base"},
+    ):
+        assert check_adapters(loaded, folder=odd).codes == ["bad_argument"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_was_saved_in_another_type(dtype, folder, saved):
+    rewrite(folder, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    assert check_adapters(PeftModel.from_pretrained(base, folder), folder=folder).codes == []
+    half = AutoModelForCausalLM.from_pretrained(saved / "base", dtype=dtype)
+    model = PeftModel.from_pretrained(half, saved / "one", autocast_adapter_dtype=False)
+    assert check_adapters(model, folder=saved / "one").codes == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+    ],
+    ids=str,
+)
+def test_other_adapters_as_they_were_saved(changes, saved, tmp_path):
+    as_if_trained(get_peft_model(make_base(), lora(**changes))).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make_base(), tmp_path)
+    assert "not_as_saved" not in check_adapters(model, folder=tmp_path).codes
+    own = make_base()
+    own.load_adapter(str(tmp_path), adapter_name="own")
+    assert "not_as_saved" not in check_adapters(own, folder={"own": tmp_path}).codes
+
+
+def test_a_random_adapter_in_the_place_of_the_saved_one(folder, saved):
+    """The names don't fit, so PEFT loads nothing; and B did not begin at zero."""
+    reconfigure(folder, init_lora_weights=False)
+    rewrite(folder, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    model = quietly(PeftModel.from_pretrained, AutoModelForCausalLM.from_pretrained(saved / "base"), folder)
+    assert check_adapters(model).codes == [], "nothing tells without the file"
+    report = check_adapters(model, folder=folder)
+    assert report.codes == ["not_as_saved"] and "8 of 8 weights" in message(report, "not_as_saved")
+    assert "8 tensors of the file have no place" in message(report, "not_as_saved")
+
+
 def test_peft_model_in_a_peft_model(loaded, saved):
     twice = quietly(PeftModel.from_pretrained, loaded, saved / "one")
     assert torch.equal(output(twice), output(make_base()))  # the first adapter's weights are gone, too

@@ -150,7 +150,7 @@ def test_config(folders, run):
     assert run("config", "base", "adapter")[0] == 0
     path = folders / "adapter" / "adapter_config.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"target_modules": ["q_proj", "w_proj"], "rank_patern": {}}))
+    path.write_text(json.dumps(content | {"target_modules": ["q_proj", "w_proj"], "rank_patern": {"q_proj": 2}}))
     status, out, _ = run("config", "base/config.json", path, "--learning-rate", 2e-5, "--json")
     assert status == 1 and codes(as_json(out)) == ["rate_too_low", "matches_nothing", "unknown_settings"]
 

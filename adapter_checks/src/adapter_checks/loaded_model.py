@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.initialisation import check_shared
-from adapter_checks.loaded_weights import adapter_names, check_applied_twice, check_base_weights, check_weights
+from adapter_checks.loaded_weights import (
+    adapter_names,
+    check_applied_twice,
+    check_as_saved,
+    check_base_weights,
+    check_weights,
+)
 from adapter_checks.names import same_base
 from adapter_checks.report import Report, first_few, never_raises
 
 if TYPE_CHECKING:
-    import os
-
     import torch
 
 
@@ -28,6 +33,7 @@ def check_adapters(
     base_name: str | None = None,
     base_revision: str | None = None,
     original_base: torch.nn.Module | str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Report:
     """Look at a model with adapters (LoRA and other methods that sit in the layers) for all that commonly goes wrong.
 
@@ -41,6 +47,8 @@ def check_adapters(
     original_base    another copy of the base, or its folder of safetensors: shows whether this model's base has the
                      adapter merged into it already, lacks what an OLoRA or PiSSA adapter subtracted from it, or was changed otherwise;
                      of a model without adapters, too. Costs a pass over the adapted weights.
+    folder           what the adapter was loaded from, or {adapter name: folder}: are its weights those of the file? Shows
+                     what is left at random values where the configuration has init_lora_weights false
 
     Returns a Report; the finding "adapters" names what is loaded and active. All-zero B matrices are a failure in a
     frozen adapter (nothing was loaded: LoRA starts with B = 0, https://arxiv.org/abs/2106.09685, section 4.1) and a
@@ -93,8 +101,25 @@ def check_adapters(
     _check_base_name(report, model, base_name, base_revision)
     if original_base is not None:
         check_base_weights(report, layers, configs, original_base)
+    if folder is not None:
+        _check_as_saved(report, model, configs, folder)
     report.note("adapters", f"Loaded: {', '.join(loaded)}. Active: {', '.join(active) or 'none'}.")
     return report
+
+
+def _check_as_saved(report, model, configs, folder) -> None:
+    folders = folder if isinstance(folder, Mapping) else dict.fromkeys(configs, folder)
+    if not (
+        set(folders) <= set(configs) and all(isinstance(path, (str, os.PathLike)) for path in folders.values())
+    ) or (folders is not folder and len(folders) > 1):
+        report.fail(
+            "bad_argument",
+            f"folder is {folder!r:.60}, and the model holds {', '.join(configs)}.",
+            "Pass the folder of the only adapter, or {adapter name: folder}.",
+        )
+        return
+    for adapter, path in folders.items():
+        check_as_saved(report, model, configs[adapter], adapter, path)
 
 
 def _check_load_result(report, load_result) -> None:

@@ -180,6 +180,52 @@ def check_base_weights(
         check_changed_base(report, configs, f"in {len(moved)} of {compared} layers: {first_few(moved)}", *smallest)
 
 
+def check_as_saved(
+    report: Report, model: torch.nn.Module, config: LoraConfig, adapter: str, folder: str | os.PathLike[str]
+) -> None:
+    """Are the weights of this adapter in the model those of the file that it was loaded from?"""
+    import torch
+    from peft import get_peft_model_state_dict
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    from safetensors.torch import load_file
+
+    file = Path(folder).expanduser() / "adapter_model.safetensors"
+    try:
+        read_safetensors_header(file)  # says what is wrong with the file
+    except InputError as error:
+        report.fail("bad_argument", f"The folder of {adapter!r} can't be read. {error}", "Pass the adapter's folder.")
+        return
+    base = getattr(model, "get_base_model", lambda: model)()
+    # PEFT follows what transformers has renamed and stacked since the file was written.
+    content = convert_peft_adapter_state_dict_for_transformers(base, config, load_file(file), adapter)
+    saved = {plain_name(name): tensor for name, tensor in content.items()}
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    loaded = {plain_name(name): tensor for name, tensor in state.items()}
+
+    def alike(one, other):
+        if one.is_meta or one.shape != other.shape:
+            return False
+        one = one.to(other.device)
+        # In which of both types the file or the model is, doesn't matter: one is the other, rounded.
+        return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)
+
+    other = sorted(name for name, tensor in loaded.items() if name not in saved or not alike(tensor, saved[name]))
+    # save_pretrained adds the whole embedding where it could matter; PEFT loads that into the base.
+    unused = sorted(saved.keys() - loaded.keys() - {plain_name(name) for name, _ in base.named_parameters()})
+    if other or unused:
+        places = (
+            f", and {len(unused)} tensors of the file have no place in the model: {first_few(unused)}" if unused else ""
+        )
+        report.fail(
+            "not_as_saved",
+            f"{len(other)} of {len(loaded)} weights of {adapter!r} are not those of {Path(folder).name}"
+            f"{f': {first_few(other)}' if other else ''}{places}.",
+            "If it was not trained since, the file was not loaded, or not whole: run check_adapter_folder on it with the base.",
+        )
+    else:
+        report.note("as_saved", f"All {len(loaded)} weights of {adapter!r} are those of {Path(folder).name}.")
+
+
 class _InnerProducts:
     """Sums over the layers: of two kinds of matrices the inner products, and the squares of each."""
 
