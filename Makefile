@@ -82,6 +82,8 @@ test-notebooks: $(STAMP)
 # The instructor's edition is the solved one with the hidden tests, which run nowhere else.
 	$(RUN) -m tools.build classroom
 	COURSE_STRICT=1 $(NBMAKE) classroom/staging/source
+# Each cell interrupted, and run again. One lesson at a time, since an interrupt comes at half of a cell's time.
+	TEST_RERUNS=1 $(RUN) -m pytest tests/test_reruns.py
 
 notebooks: $(STAMP)
 	$(RUN) -m tools.build notebooks $(ONLY) $(if $(FORCE),--force)

@@ -15,6 +15,8 @@
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
+import copy
+
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, plotting, runtime, timing, validation
 from course_utils.exercises import lesson01, progress
@@ -49,8 +51,14 @@ print(
 # %% tags=["first-text"]
 base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
-base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 
+
+def load_base():
+    """A fresh copy of the base model."""
+    return AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
+
+
+base_model = load_base()  # stays as it is to the end, for comparisons
 question = "Fenna left the lantern in the boathouse. Edan found the key. Who found the key?"
 
 
@@ -183,7 +191,9 @@ assert tuple(weigh(_tensors)) == (240, 3)
 # Each needs a name, and **loading does not switch**: `set_adapter` does.
 
 # %%
-model = PeftModel.from_pretrained(base_model, paths.adapter_path("reading"), adapter_name="reading")
+model = PeftModel.from_pretrained(
+    load_base(), paths.adapter_path("reading"), adapter_name="reading"
+)
 for name in ("sailor", "extract", "mood"):
     model.load_adapter(paths.adapter_path(name), adapter_name=name)
 
@@ -386,11 +396,10 @@ plotting.table(["adapter of the row", "reply", "the same as alone"], rows)
 
 # %% tags=["measured"]
 ids = torch.randint(10, len(tokenizer), (8, 64), device=device)
-untouched = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 with torch.no_grad():  # in turns, so that a busy moment of the machine hits all three
     times = timing.in_turns(
         {
-            "base": lambda: untouched(ids),
+            "base": lambda: base_model(ids),
             "adapted": lambda: model(ids),
             "two switches": lambda: [model.set_adapter("mood"), model.set_adapter("sailor")],
         }
@@ -417,22 +426,21 @@ plotting.table(
 # **Predict:** after all this, are the logits *close to* those of the untouched model, or *equal* to them?
 
 # %%
-model.delete_adapter("mood")
-print("left:", list(model.peft_config))
+used = copy.deepcopy(model)  # all that was done to it is in the copy, and this can be run again
+used.delete_adapter("mood")
+print("left:", list(used.peft_config))
 
 with torch.no_grad():
-    with model.disable_adapter():
-        off = model(**witness).logits
-    on = model(**witness).logits
-    base_model = model.unload()
-    unloaded = base_model(**witness).logits
+    with used.disable_adapter():
+        off = used(**witness).logits
+    on = used(**witness).logits
+    unloaded = used.unload()(**witness).logits
 
 print("an adapter changes the logits by up to", f"{(on - logits_before).abs().max():.2f}")
 print("disabled, equal to the bit:", torch.equal(off, logits_before))
 print("unloaded, equal to the bit:", torch.equal(unloaded, logits_before))
-again = "Cells were run twice or out of order: restart the kernel and run all of them."
-assert not torch.equal(on, logits_before), again
-assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before), again
+assert not torch.equal(on, logits_before)
+assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before)
 
 # %% [markdown]
 # **LoRA never writes to the base weights, so the way back is exact.** We looked first that the adapter does change
@@ -445,19 +453,19 @@ assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before),
 # `models/base`, which is a folder of this course, so we first write a copy whose config names the folder in full.
 
 # %%
-base_model.load_adapter(paths.adapter_path("sailor"), adapter_name="sailor")
-print("transformers:", ask(base_model, prompts["sailor"]))
-base_model.delete_adapter("sailor")
+unwrapped = load_base()
+unwrapped.load_adapter(paths.adapter_path("sailor"), adapter_name="sailor")
+print("transformers:", ask(unwrapped, prompts["sailor"]))
 
-copy = paths.runs_dir() / "lesson01" / "sailor_here"
+in_full = paths.runs_dir() / "lesson01" / "sailor_here"
 config = PeftConfig.from_pretrained(paths.adapter_path("sailor"))
 config.base_model_name_or_path = base_folder
-with saving(copy) as folder:
+with saving(in_full) as folder:
     config.save_pretrained(folder)
     weights = (paths.adapter_path("sailor") / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights)
 
-auto = AutoPeftModelForCausalLM.from_pretrained(copy, dtype=runtime.dtype()).to(device)
+auto = AutoPeftModelForCausalLM.from_pretrained(in_full, dtype=runtime.dtype()).to(device)
 print("AutoPeft:    ", ask(auto, prompts["sailor"]))
 
 # %% [markdown]
@@ -479,16 +487,16 @@ print("AutoPeft:    ", ask(auto, prompts["sailor"]))
 # You load a base, wrap it, and compare the two. **Predict:** what is the largest difference?
 
 # %%
-base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
-tuned = PeftModel.from_pretrained(base_model, paths.adapter_path("reading"))
+base = load_base()
+tuned = PeftModel.from_pretrained(base, paths.adapter_path("reading"))
 with torch.no_grad():
-    difference = (tuned(**witness).logits - base_model(**witness).logits).abs().max()
+    difference = (tuned(**witness).logits - base(**witness).logits).abs().max()
 print(f"tuned against base: {difference}\n")
-print(validation.compare_models(base_model, tuned, witness), "\n")
+print(validation.compare_models(base, tuned, witness), "\n")
 print(validation.check_changes_output(tuned, witness))
 
 # %% [markdown]
-# PEFT works **in place**: the layers inside `base_model` were exchanged, so both names now lead to the tuned model.
+# PEFT works **in place**: the layers inside `base` were exchanged, so both names now lead to the tuned model.
 # Compare with `disable_adapter()`, as the second check does, or with a second copy of the base.
 #
 # ### 2 · The adapter that was never loaded
@@ -543,8 +551,7 @@ print(validation.check_adapter_folder(paths.adapter_path("reading"), base=shorte
 # the merged model is taken for the base.
 
 # %%
-base_model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
-merged = PeftModel.from_pretrained(base_model, paths.adapter_path("sailor")).merge_and_unload()
+merged = PeftModel.from_pretrained(load_base(), paths.adapter_path("sailor")).merge_and_unload()
 print("merged once:", ask(merged, prompts["sailor"]))
 twice = PeftModel.from_pretrained(merged, paths.adapter_path("sailor"))
 print("twice:      ", ask(twice, prompts["sailor"]), "\n")

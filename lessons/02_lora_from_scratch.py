@@ -289,13 +289,21 @@ def load_base():
     return AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 
 
-# 1
-base_model = load_base()
+base_model = load_base()  # stays as it is to the end, for comparisons
 # 2
 config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-# 3, after the seed, since it draws A
-runtime.seed_everything(1)
-model = get_peft_model(base_model, config)
+
+
+def adapted_model():
+    """A fresh base with a new adapter, each time the same."""
+    # 1
+    fresh = load_base()
+    # 3, after the seed, since it draws A
+    runtime.seed_everything(1)
+    return get_peft_model(fresh, config)
+
+
+model = adapted_model()
 model.print_trainable_parameters()
 
 # %% [markdown]
@@ -379,6 +387,7 @@ def say_it(model):
     return evaluation.generate(model, tokenizer, [prompt], max_new_tokens=40)[0]
 
 
+model = adapted_model()  # once more, so that a second run of this cell begins where the first did
 before = say_it(model)
 # 4
 losses = train(model, examples, steps=20, learning_rate=5e-3)
@@ -386,7 +395,6 @@ print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 print("before:", before)
 print("after: ", say_it(model))
 print("right: ", right)
-base_model = model.unload()  # takes the adapter out, and gives the plain base back
 
 # %% [markdown]
 # Twenty steps teach the tune. To get the words right, too, takes longer.
@@ -404,8 +412,7 @@ base_model = model.unload()  # takes the adapter out, and gives the plain base b
 
 # %%
 yours = lesson02.inject.outcome(add_lora).passed
-runtime.seed_everything(1)
-model = get_peft_model(load_base(), config)  # the same seed as above, so the same A
+model = adapted_model()  # the same seed as above, so the same A
 if yours:
     starts = [
         layer.lora_A["default"].weight.data
@@ -1292,15 +1299,15 @@ def adapted(model):
 
 
 def lever_table(model, *settings):
-    """Wrap the model with each of the settings, show what was adapted, and unwrap it."""
+    """Wrap a copy of the model with each of the settings, and show what was adapted."""
     rows = []
     for setting in settings:
-        adapted_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **setting}))
+        config = LoraConfig(**{"r": 4, "lora_alpha": 8, **setting})
+        wrapped = get_peft_model(copy.deepcopy(model), config)
         written = ", ".join(f"{key}={value!r}" for key, value in setting.items())
         written = written.replace(r"\\", "\\")  # as it was typed, in a raw string
-        for number, row in enumerate(adapted(adapted_model)):
+        for number, row in enumerate(adapted(wrapped)):
             rows.append(["" if number else f"`{written}`", *row])
-        adapted_model.unload()
     plotting.table(["setting", *COLUMNS], rows)
 
 

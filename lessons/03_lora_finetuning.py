@@ -132,10 +132,10 @@ def lora_config():
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def make_trainer(*callbacks):
+def make_trainer(*callbacks, output=folder):
     """The lesson's one real run; made a second time to go on after an interrupt."""
     settings = SFTConfig(
-        output_dir=str(folder),
+        output_dir=str(output),
         seed=0,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
@@ -307,25 +307,34 @@ plotting.table(["given", "largest difference to the row alone"], rows)
 
 
 # %% tags=["measured"]
+class PlugPulled(Exception):
+    """Ours, so that an interrupt of your own is not taken for it."""
+
+
 class PullThePlug(TrainerCallback):
     """Ends the run in the middle, as a closed laptop would."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 66:
-            raise KeyboardInterrupt
+            raise PlugPulled
 
 
-shutil.rmtree(folder, ignore_errors=True)  # else resuming would find checkpoints of last time
+shutil.rmtree(folder, ignore_errors=True)  # what is left of last time
+checkpoints, unfinished = (
+    [],
+    "The cell that pulls the plug was stopped before it did: run it again.",
+)
 trainer = make_trainer(PullThePlug())
 try:
     trainer.train()
-except KeyboardInterrupt:
+except PlugPulled:
     print("Interrupted after step", trainer.state.global_step)
 interrupted = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
 checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 print("on disk:", ", ".join(path.name for path in checkpoints))
 
 # %%
+assert checkpoints, unfinished
 for file in sorted(checkpoints[-1].iterdir()):
     print(f"{file.stat().st_size / 1e3:8.1f} kB  {file.name}")
 
@@ -335,13 +344,17 @@ for file in sorted(checkpoints[-1].iterdir()):
 # `trainer_state.json` the losses so far. Some of these are pickles, so **resume only from a folder that you wrote
 # yourself.**
 #
-# To go on, make the same trainer again and tell it so. `True` means the last checkpoint in `output_dir`.
+# To go on, make the same trainer again and tell it from which checkpoint; `True` would mean the last one in `output_dir`.
+# It goes on in a folder of its own, so that this checkpoint stays, and the cell can be run again.
 #
 # **Predict:** step 65 is now done a second time. Will its loss be the same as before?
 
 # %%
-trainer = make_trainer()
-trainer.train(resume_from_checkpoint=True)
+assert checkpoints, unfinished
+resumed = folder.with_name("sailor_resumed")
+shutil.rmtree(resumed, ignore_errors=True)
+trainer = make_trainer(output=resumed)
+trainer.train(resume_from_checkpoint=str(checkpoints[-1]))
 losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
 print(f"loss at step 65: {interrupted[65]:.4f} before the interrupt, {losses[65]:.4f} after it")
 assert math.isclose(losses[65], interrupted[65], rel_tol=0.05)
@@ -1041,8 +1054,6 @@ endless.data_collator = mask_pads_by_id
 row = mask_pads_by_id([endless.train_dataset[0]])
 plotting.token_strip(tokenizer, row["input_ids"][0], row["labels"][0])
 print(validation.check_supervision(endless))
-
-# %%
 plotting.table(SEEN, [healthy, look("pads masked by id", endless)])
 
 # %% [markdown]

@@ -819,12 +819,11 @@ def make_trainer(model, steps=STEPS, batch=BATCH, rows=train_rows, **changes):
     return Progress().attach(trainer)
 
 
-base_in_4_bits = load(four_bits())
-before = evaluation.evaluate_task(base_in_4_bits, tokenizer, "sailor", test)
-trainer = make_trainer(base_in_4_bits, eval_strategy="steps", eval_steps=STEPS // 2)
-print("TRL made the adapter", trainer.adapter_dtype)
+before = evaluation.evaluate_task(load(four_bits()), tokenizer, "sailor", test)
 
 # %%
+trainer = make_trainer(load(four_bits()), eval_strategy="steps", eval_steps=STEPS // 2)
+print("TRL made the adapter", trainer.adapter_dtype)
 trainer.train()
 trained = trainer.model
 after = evaluation.evaluate_task(trained, tokenizer, "sailor", test)
