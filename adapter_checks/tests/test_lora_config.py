@@ -145,13 +145,21 @@ def test_faulty_configurations(changes, code, words, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("rate", "code"), [(2e-5, "rate_too_low"), (0, "bad_rate"), (float("nan"), "bad_rate"), ("1e-4", "bad_rate")]
+    ("rate", "code"),
+    [
+        (2e-5, "rate_too_low"),
+        (0.1, "rate_too_high"),
+        (2, "rate_too_high"),
+        (0, "bad_rate"),
+        (float("nan"), "bad_rate"),
+        ("1e-4", "bad_rate"),
+    ],
 )
 def test_learning_rate(rate, code, tiny_model):
     assert check_lora_config(tiny_model, lora(), rate).codes == [code]
 
 
-@pytest.mark.parametrize(("rate", "codes"), [(9.9e-5, ["rate_too_low"]), (1e-4, []), (2e-4, []), (1, [])])
+@pytest.mark.parametrize(("rate", "codes"), [(9.9e-5, ["rate_too_low"]), (1e-4, []), (2e-4, []), (1.5e-2, [])])
 def test_the_rates_that_qloras_authors_used_are_healthy(rate, codes, tiny_model):
     """1e-4 for 33B and 65B parameters, 2e-4 below (QLoRA paper, table 9): the bound itself belongs to LoRA."""
     assert check_lora_config(tiny_model, lora(), rate).codes == codes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from adapter_checks import check_sft_data, check_supervision, check_training
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
+from adapter_checks.training import _too_small_a_step
 from adapter_checks.training_data import _ends
 from tiny_models import CPU_TRAINING, make_tiny_model, make_tiny_tokenizer
 
@@ -635,6 +636,15 @@ def test_learning_rate_of_full_fine_tuning(tmp_path, tiny_tokenizer):
     assert decayed.optimizer.param_groups[0]["lr"] == 0 and check_training(decayed).codes == []
 
 
+def test_a_learning_rate_that_is_far_too_high(tmp_path, tiny_tokenizer):
+    report = check_training(sft_trainer(tmp_path, learning_rate=0.2))
+    assert report.codes == ["rate_too_high"] and report.ok
+    assert check_training(sft_trainer(tmp_path, learning_rate=1.5e-2)).codes == []
+    full = sft_trainer(tmp_path, model=make_tiny_model(tiny_tokenizer), learning_rate=0.2)
+    assert check_training(full).codes == [], "the bound is LoRA's"
+    assert check_training(sft_trainer(tmp_path, learning_rate=0.2, optim="sgd")).codes == []
+
+
 def test_an_optimizer_of_ones_own_counts(tmp_path, tiny_tokenizer):
     model = get_peft_model(make_tiny_model(tiny_tokenizer), lora())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -675,6 +685,85 @@ def test_b_unchanged_in_one_layer(tiny_model):
     assert report.ok and report.codes == ["not_moved"] and "1 of 4 weights" in message(report, "not_moved")
 
 
+def move_B(model, pattern):
+    for name, weight in model.named_parameters():
+        if "lora_B" in name and re.search(pattern, name):
+            torch.nn.init.normal_(weight)
+    return model
+
+
+def test_most_layers_unchanged(tiny_model):
+    model = move_B(get_peft_model(tiny_model, lora(target_modules=["q_proj", "v_proj", "lm_head"])), "lm_head")
+    report = check_training(model)
+    assert report.codes == ["not_moved"] and not report.ok and "4 of 5 weights" in message(report, "not_moved")
+    assert "checkpointing" not in message(report, "not_moved")
+
+
+def test_towers_and_experts_may_rest(tiny_model):
+    """Rows without images move nothing in a tower for images, and rows that no expert was asked about nothing in that."""
+    for part in ("vision_tower", "experts"):
+        tower = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(6)])
+        setattr(tiny_model.model, part, tower)
+        config = lora(target_modules=rf".*({part}\.\d|q_proj)", task_type=None)
+        report = check_training(move_B(get_peft_model(copy.deepcopy(tiny_model), config), "q_proj"))
+        assert report.codes == ["not_moved"] and report.ok and "6 of 8 weights" in message(report, "not_moved")
+        assert not check_training(get_peft_model(copy.deepcopy(tiny_model), config)).ok
+
+
+def train_a_little(model, tokenizer):
+    batch = hand_made(tokenizer, ("abc<|assistant|>", "de<|end|>"))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
+    model.train()
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "hook", "codes"), [(True, False, ["not_moved"]), (True, True, []), (False, False, [])]
+)
+def test_checkpointing_that_passes_no_gradient_on(reentrant, hook, codes, tiny_tokenizer):
+    base = make_tiny_model(tiny_tokenizer)
+    model = get_peft_model(base, lora(target_modules=["q_proj", "v_proj", "lm_head"]))
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads() if hook else base.disable_input_require_grads()
+    report = check_training(train_a_little(model, tiny_tokenizer))
+    assert report.codes == codes
+    if codes:
+        remedy = next(finding.remedy for finding in report.findings if finding.code == "not_moved")
+        assert not report.ok and "enable_input_require_grads()" in remedy
+        assert "Gradient checkpointing is on" in message(report, "not_moved")
+
+
+def test_an_adapter_in_16_bits(tmp_path, tiny_tokenizer):
+    def adapted(dtype=torch.bfloat16, **options):
+        return get_peft_model(make_tiny_model(tiny_tokenizer).to(dtype), lora(), **options)
+
+    healthy = sft_trainer(tmp_path, model=adapted(), learning_rate=1e-4)
+    assert check_training(healthy).codes == [], "PEFT makes it in 32 bits"
+    for model in (adapted(autocast_adapter_dtype=False), adapted().to(torch.bfloat16), adapted().half()):
+        report = check_training(sft_trainer(tmp_path, model=model, learning_rate=1e-4))
+        assert report.codes == ["adapter_in_16_bits"] and report.ok
+        assert "A step of the learning rate 0.0001 leaves" in message(report, "adapter_in_16_bits")
+        assert "adapter_in_16_bits" in check_training(model).codes
+    assert "adapter_in_16_bits" not in check_training(make_tiny_model(tiny_tokenizer).to(torch.bfloat16)).codes
+    in_4_bits = adapted(autocast_adapter_dtype=False)
+    next(in_4_bits.parameters()).quant_state = object()
+    assert check_training(sft_trainer(tmp_path, model=in_4_bits, learning_rate=1e-3)).codes == []
+    assert check_training(sft_trainer(tmp_path, model=in_4_bits, learning_rate=1e-4)).codes == ["adapter_in_16_bits"]
+
+
+def test_the_numbers_that_a_step_does_not_change():
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = torch.randn(4096).to(dtype)
+        for step in (1e-2, 1e-3, 1e-4):
+            stays = ((weight.float() + step).to(dtype) == weight) & ((weight.float() - step).to(dtype) == weight)
+            assert abs(_too_small_a_step(weight, step) - int(stays.sum())) <= 40, "only powers of 2 have two distances"
+
+
 def test_weights_from_before(tiny_tokenizer):
     model = get_peft_model(make_tiny_model(tiny_tokenizer), lora(init_lora_weights="olora"))
     assert check_training(model).codes == ["cannot_tell"], "B does not start at zero"
@@ -693,7 +782,7 @@ def test_weights_from_before(tiny_tokenizer):
 def test_a_learning_rate_that_makes_the_loss_nan(tmp_path):
     trainer = trained(sft_trainer(tmp_path, learning_rate=1e38, logging_steps=1))
     report = check_training(trainer)
-    assert report.codes == ["not_finite"] and "lora_" in message(report, "not_finite")
+    assert report.codes == ["rate_too_high", "not_finite"] and "lora_" in message(report, "not_finite")
     assert all(entry.get("loss", 0) == entry.get("loss", 0) for entry in trainer.state.log_history), "the log hides it"
 
 
@@ -701,7 +790,7 @@ def test_a_learning_rate_that_kills_the_gradient(tmp_path):
     """RMSNorm makes zeros of what overflows: no NaN anywhere, and the loss stays at ln(vocabulary) for good."""
     trainer = trained(sft_trainer(tmp_path, learning_rate=1e30, logging_steps=1))
     report = check_training(trainer)
-    assert report.codes == ["no_gradient"] and "At step 2" in message(report, "no_gradient")
+    assert report.codes == ["rate_too_high", "no_gradient"] and "At step 2" in message(report, "no_gradient")
 
 
 def test_nan_in_the_log_alone(tmp_path):
@@ -712,8 +801,18 @@ def test_nan_in_the_log_alone(tmp_path):
 
 
 def test_nothing_to_train(tmp_path, tiny_tokenizer):
-    model = get_peft_model(make_tiny_model(tiny_tokenizer), lora(inference_mode=True)).requires_grad_(False)
-    assert check_training(plain_trainer(tmp_path, tiny_tokenizer, model)).codes == ["nothing_trainable"]
+    frozen = get_peft_model(make_tiny_model(tiny_tokenizer), lora(inference_mode=True)).requires_grad_(False)
+    prepared = prepare_model_for_kbit_training(get_peft_model(make_tiny_model(tiny_tokenizer), lora()))
+    bare = make_tiny_model(tiny_tokenizer).requires_grad_(False)
+    for model, words in (
+        (frozen, "is_trainable=True"),
+        (prepared, "prepare_model_for_kbit_training before"),
+        (bare, "peft_config"),
+    ):
+        report = check_training(plain_trainer(tmp_path, tiny_tokenizer, model))
+        assert report.codes == ["nothing_trainable"] and words in report.findings[0].remedy
+    right = get_peft_model(prepare_model_for_kbit_training(make_tiny_model(tiny_tokenizer)), lora())
+    assert check_training(plain_trainer(tmp_path, tiny_tokenizer, right)).codes == []
 
 
 @pytest.mark.parametrize("thing", [None, 3, "trainer", {}])

@@ -319,7 +319,8 @@ def _check_trainable(report, model, statuses, active, expect_trainable) -> None:
             report.fail(
                 "adapter_frozen",
                 f"{adapter!r} is frozen, so training would change nothing.",
-                "Load it with is_trainable=True, or call set_adapter, which makes it trainable.",
+                "Load it with is_trainable=True, or call set_adapter, which makes it trainable. Call "
+                "prepare_model_for_kbit_training before get_peft_model, as it freezes all that it finds.",
             )
         elif not all(frozen) and expect_trainable is False:
             report.fail(

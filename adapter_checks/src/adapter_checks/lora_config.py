@@ -52,7 +52,7 @@ def check_lora_config(
     if not isinstance(base, PreTrainedModel) or not isinstance(lora_config, LoraConfig):
         return bad_argument(report, (model, lora_config), "a transformers model and a peft.LoraConfig")
     if learning_rate is not None:
-        check_rate(report, learning_rate)
+        check_rate(report, learning_rate, base)
     if not _check_numbers(report, lora_config):
         return report
     _check_task(report, lora_config, base)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from adapter_checks.base_shapes import in_out
 from adapter_checks.names import plain_name
 from adapter_checks.report import Report, first_few, never_raises
 
@@ -38,16 +39,16 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
         return bad_argument(report, (trainer, before), "a trainer or a model, and a dict of tensors or nothing")
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
-        report.fail(
-            "nothing_trainable",
-            "No weight of this model is trainable.",
-            "Use get_peft_model or peft_config; load an adapter with is_trainable=True.",
-        )
+        _report_frozen(report, model)
         return report
+    rate = None
     if is_trainer(trainer):
-        _check_settings(report, trainer, any("lora_" in name for name in weights))
+        rate = _check_settings(report, trainer, any("lora_" in name for name in weights))
         state = cast("Trainer", trainer).state
         logs, steps = state.log_history, state.global_step
+    # DeepSpeed and FSDP train a copy of the weights in 32 bits.
+    if not any(getattr(trainer, name, False) for name in ("is_deepspeed_enabled", "is_fsdp_enabled")):
+        _check_precision(report, model, weights, rate)
     losses = [log[key] for log in logs for key in ("loss", "train_loss", "eval_loss") if key in log]
     not_finite = [plain_name(name) for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if not_finite or not all(map(math.isfinite, losses)):
@@ -71,8 +72,12 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
     return report
 
 
-def check_rate(report: Report, rate: Any) -> None:
-    """Is this a learning rate of Adam at which LoRA learns?"""
+def check_rate(report: Report, rate: Any, model: torch.nn.Module) -> None:
+    """Is this a learning rate of Adam at which LoRA learns on this model, with or without an adapter?"""
+    import torch
+
+    linear = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
+    widest = max((sizes[0] for sizes in map(in_out, linear) if sizes), default=1)
     if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         report.fail("bad_rate", f"The learning rate is {rate!r}, not a number above 0.", "For LoRA start with 2e-4.")
     elif rate < LOWEST_RATE:
@@ -81,13 +86,67 @@ def check_rate(report: Report, rate: Any) -> None:
             f"A learning rate of {rate:g} is one of full fine-tuning: LoRA hardly learns at it.",
             "Try ten times as much (https://thinkingmachines.ai/blog/lora/) and compare on the validation set.",
         )
+    elif rate > widest**-0.5:  # PEFT draws A between -1/sqrt(inputs) and 1/sqrt(inputs), as nn.Linear does
+        report.warn(
+            "rate_too_high",
+            f"A learning rate of {rate:g} is far too high: Adam moves every number by about as much in a single step, and A "
+            f"starts within {widest**-0.5:.1g} of zero.",
+            "For LoRA start with 2e-4; look whether a zero or a minus was lost.",
+        )
 
 
-def _check_settings(report, trainer, lora) -> None:
+def _report_frozen(report, model) -> None:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        what, remedy = "No weight of this model is trainable.", "Use get_peft_model, or give the trainer a peft_config."
+    elif all(config.inference_mode for config in configs.values()):
+        what = "No weight of this model is trainable: the adapter was loaded for inference."
+        remedy = "Load it with is_trainable=True; for a new one leave inference_mode alone."
+    else:
+        what = "No weight of this model is trainable: the adapter was frozen after it was made."
+        remedy = (
+            "Call prepare_model_for_kbit_training before get_peft_model, as it freezes all that it finds; the same holds "
+            "for a loop of your own that sets requires_grad."
+        )
+    report.fail("nothing_trainable", what, remedy)
+
+
+def _check_precision(report, model, weights, rate) -> None:
+    import torch
+
+    low = [w for name, w in weights.items() if "lora_" in name and w.dtype in (torch.bfloat16, torch.float16)]
+    if not low:
+        return
+    share = sum(_too_small_a_step(w, rate or 0) for w in low) / sum(w.numel() for w in low)
+    # TRL casts an adapter on a quantised base, as QLoRA's authors did: at usual rates that loses little.
+    if any(hasattr(weight, "quant_state") for weight in model.parameters()) and share < 0.1:
+        return
+    lost = f" A step of the learning rate {rate:g} leaves {share:.0%} of its numbers as they are." if rate else ""
+    report.warn(
+        "adapter_in_16_bits",
+        f"The adapter is trained in {str(low[0].dtype).removeprefix('torch.')}, without a copy in 32 bits: small steps "
+        f"are rounded away, and more of them as the rate falls.{lost}",
+        "Leave autocast_adapter_dtype alone, and cast the base before get_peft_model, not the model after it; bf16=True "
+        "computes in 16 bits all the same. Of an adapter that is there, set p.data = p.data.float() before training.",
+    )
+
+
+def _too_small_a_step(weight, step: float) -> int:
+    """How many numbers of a weight a step leaves where they are: it is less than half their distance to the next one."""
+    import torch
+
+    weight = weight.detach()
+    distance = torch.exp2(torch.frexp(weight.float()).exponent - 1.0) * torch.finfo(weight.dtype).eps
+    return int(((step < distance / 2) & (weight != 0)).sum())
+
+
+def _check_settings(report, trainer, lora) -> float:
+    """Returns the highest learning rate, before any schedule."""
     args, optimizer = trainer.args, getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     groups = optimizer.param_groups if optimizer else [{"lr": args.learning_rate}]
+    rate = max(group.get("initial_lr", group["lr"]) for group in groups)
     if lora and "adam" in (type(optimizer).__name__ if optimizer else str(args.optim)).lower():
-        check_rate(report, max(group.get("initial_lr", group["lr"]) for group in groups))
+        check_rate(report, rate, trainer.model)
     slow = [name for name in ("bf16", "fp16", "activation_checkpointing") if getattr(args, name, False)]
     if slow and args.device.type == "cpu":
         report.warn(
@@ -95,6 +154,28 @@ def _check_settings(report, trainer, lora) -> None:
             f"{' and '.join(slow)} (TRL's defaults are for a GPU) can slow a CPU down.",
             f"Give SFTConfig use_cpu=True, {', '.join(f'{name}=False' for name in slow)}; time both.",
         )
+    return rate
+
+
+# Experts that no token was sent to, and towers for images and sound that no row has.
+_MAY_REST = re.compile(r"\.experts\.|vision|visual|image|audio")
+
+
+def _checkpoints_without_gradient(model) -> bool:
+    """Whether blocks are checkpointed in the reentrant way, and nothing makes their inputs need the gradient that it asks for."""
+    import torch
+
+    functions = [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    needed = any(
+        getattr(module, "_require_grads_hooks", None)
+        or (isinstance(module, torch.nn.Embedding) and module.weight.requires_grad)
+        for module in model.modules()
+    )
+    return not needed and any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def _check_moved(report, model, weights, before) -> None:
@@ -118,15 +199,21 @@ def _check_moved(report, model, weights, before) -> None:
             "Pass copies from before training.",
         )
         return
-    unmoved = [plain_name(name) for name, (weight, old) in pairs.items() if torch.equal(weight, old.to(weight))]
+    unmoved = [name for name, (weight, old) in pairs.items() if torch.equal(weight, old.to(weight))]
     if unmoved:
-        report.add(
-            "fail" if len(unmoved) == len(pairs) else "warn",
-            "not_moved",
-            f"{len(unmoved)} of {len(pairs)} weights have not moved: {first_few(unmoved, 1)}.",
+        expected = [name for name in pairs if not _MAY_REST.search(name)]
+        most = len(unmoved) == len(pairs) or 2 * len(set(unmoved) & set(expected)) > len(expected)
+        what = f"{len(unmoved)} of {len(pairs)} weights have not moved: {first_few(map(plain_name, unmoved), 1)}."
+        remedy = (
             "See that the learning rate is above 0, that the optimizer was made after get_peft_model, and that "
-            "p.grad is not None after backward().",
+            "p.grad is not None after backward()."
         )
+        if _checkpoints_without_gradient(model):
+            what += (
+                " Gradient checkpointing is on, and what its blocks are given needs no gradient, so they pass none on."
+            )
+            remedy = "Call model.enable_input_require_grads() before training, or checkpoint with use_reentrant=False."
+        report.add("fail" if most else "warn", "not_moved", what, remedy)
     else:
         report.note("moved", f"{len(pairs)} weights looked at; all have moved.")
 
