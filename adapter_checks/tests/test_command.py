@@ -146,6 +146,55 @@ def test_memory(folders, run):
     assert status == 0 and "lora, 1 × 1024 tokens, float32, adamw, gradient checkpointing" in out and "total" in out
 
 
+def test_memory_takes_each_option_with_the_method_that_it_means(folders, run):
+    rank = [
+        "--method",
+        "lora",
+        "--rank",
+        4,
+        "--alpha",
+        8,
+        "--target-modules",
+        "q_proj",
+        "--bias",
+        "all",
+        "--task-type",
+        "CAUSAL_LM",
+    ]
+    for options in (rank, ["--method", "qlora", "--double-quantization"], ["--method", "full"]):
+        assert run("memory", "base", *options)[0] == 0
+
+
+@pytest.mark.parametrize(("device", "status"), [("cpu", 0), ("cuda", 0 if torch.cuda.is_available() else 2)])
+def test_a_device_that_this_torch_has_or_not(device, status, folders, run):
+    found, _, err = run("merged", "base", "adapter", "merged", "--device", device)
+    assert found == status and ("can't use the device 'cuda'" in err) == (status == 2)
+
+
+def test_a_file_that_may_not_be_read_is_no_fault_of_the_adapter(folders, run, monkeypatch):
+    from pathlib import Path
+
+    opened = Path.open
+
+    def refuse(path, *given, **named):
+        if path.name == "adapter_model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    status, out, err = run("folder", "adapter", "--json")
+    assert status == 2 and "Permission denied" in err and codes(as_json(out)) == ["not_readable"]
+
+
+def test_a_saved_classifier_on_the_base_that_has_no_head(folders, run):
+    """What PEFT writes into each saved configuration is no fault of it, and the base's folder names its own class."""
+    path = folders / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    path.write_text(json.dumps(content | {"inference_mode": True}))
+    status, out, _ = run("config", "base", path, "--json")
+    assert status == 0 and codes(as_json(out)) == []
+
+
 def test_config(folders, run):
     assert run("config", "base", "adapter")[0] == 0
     path = folders / "adapter" / "adapter_config.json"
@@ -188,11 +237,15 @@ def test_config(folders, run):
         (["count", "base", "--target-modules", "(q"], "PEFT refuses"),
         (["count", "base", "--task-type", "CHAT"], "no task type 'CHAT'"),
         (["memory", "base", "--dtype", "float3"], "no floating-point dtype"),
+        (["memory", "base", "--method", "full", "--rank", 4, "--bias", "none"], "--rank, --bias has no meaning with --method full"),
+        (["memory", "base", "--method", "full", "--double-quantization"], "--double-quantization has no meaning"),
+        (["memory", "base", "--double-quantization"], "--double-quantization has no meaning with --method lora"),
+        (["merged", "base", "adapter", "merged", "--device", "xpu:7"], "can't use the device 'xpu:7' here"),
         (["config", "base", "nowhere.json"], "no file nowhere.json"),
         (["config", "base", "ia3.json"], "a configuration for IA3"),
         (["config", "base", "wrong.json"], "PEFT refuses wrong.json"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )  # fmt: skip
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
 def test_what_could_not_be_run(arguments, words, options, folders, run):
@@ -205,8 +258,17 @@ def test_what_could_not_be_run(arguments, words, options, folders, run):
     (folders / "ia3.json").write_text('{"peft_type": "IA3"}')
     (folders / "wrong.json").write_text('{"peft_type": "LORA", "layers_to_transform": 1, "target_modules": "a"}')
     status, out, err = run(*arguments, *options)
-    assert (status, out) == (2, ""), (out, err)
-    assert err.startswith("adapter-checks: ") and err.count("\n") == 1 and words in err
+    assert status == 2 and err.startswith("adapter-checks: ") and err.count("\n") == 1 and words in err
+    if options:
+        content = as_json(out)
+        assert (
+            not content["ok"]
+            and content["command"] == arguments[0]
+            and words in json.dumps(content, ensure_ascii=False)
+        )
+        assert all(finding["code"] in command.NOT_RUN for finding in content["findings"] if finding["level"] == "fail")
+    else:
+        assert out == ""
 
 
 @pytest.mark.parametrize(

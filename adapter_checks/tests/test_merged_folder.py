@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from adapter_checks import MergedReport, check_merged_folder, merged_folder, merging
+from adapter_checks import MergedReport, Report, check_merged_folder, merged_folder, merging
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.generation import generate
 from adapter_checks.model_folder import SAFE_FILES, local_folder
@@ -240,6 +240,42 @@ def test_arithmetic_in_16_bits_where_memory_is_short(root, healthy, out):
     assert report.ok and report.max_abs <= report.tolerance, report
     rewrite(out, lambda tensors: [tensors[name].zero_() for name in tensors if "layers.1.mlp.down_proj" in name])
     assert not check(root, out, dtype=torch.bfloat16).ok
+
+
+# ------------------------------------------------------------------------------------------------ planted: files of other saves
+
+
+def sharded(folder, target):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target, max_shard_size="100KB")
+    return target
+
+
+def unread(folder):
+    report = Report("")
+    merged_folder._check_unread(report, folder)
+    assert report.codes in ([], ["unread_weights"])
+    return report.findings[0].message if report.findings else ""
+
+
+def test_weights_that_nothing_reads(root, healthy, tmp_path):
+    """Two saves in one folder: transformers takes one of them in silence, and not always the newer one."""
+    one, shards = shutil.copytree(healthy, tmp_path / "one"), sharded(healthy, tmp_path / "shards")
+    assert unread(one) == unread(shards) == ""
+    for name in ("adapter_model.safetensors", "training_args.bin"):
+        (one / name).touch()
+    assert unread(one) == "", "no weights of a model"
+    mixed = shutil.copytree(shards, tmp_path / "mixed")
+    shutil.copy(one / "model.safetensors", mixed)
+    assert "model-00001-of" in unread(mixed)
+    older = shutil.copytree(shards, tmp_path / "older")
+    shutil.copy(one / "model.safetensors", older / "model-00099-of-00099.safetensors")
+    assert "model-00099-of-00099.safetensors" in unread(older)
+    index = shutil.copytree(healthy, tmp_path / "index")
+    shutil.copy(shards / "model.safetensors.index.json", index)
+    assert "model.safetensors.index.json" in unread(index)
+    assert unread(tmp_path) == "", "no model: said elsewhere"
+    report = check(root, mixed)
+    assert set(report.codes) == {"no_tokenizer", "unread_weights"}
 
 
 # ------------------------------------------------------------------------------------------------ planted: the amount

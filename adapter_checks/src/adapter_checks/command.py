@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of the JSON: raised when a key changes its meaning or goes, not when one is added
 # Findings which say that a check could not be run, rather than what it found.
-NOT_RUN = {"bad_argument", "bad_base", "check_failed", "no_folder", "not_a_folder", "not_readable"}
+NOT_RUN = {"not_run", "bad_argument", "bad_base", "check_failed", "no_folder", "not_a_folder", "not_readable"}
+# The parser leaves these at None, so that one which was given where it has no meaning can be told.
+_LORA_DEFAULTS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 16,
+    "target_modules": ["all-linear"],
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+}
 
 
 @dataclasses.dataclass
@@ -53,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = options.run(options)
         failures = [finding for finding in outcome.report.findings if finding.level == "fail"]
         if failures and all(finding.code in NOT_RUN for finding in failures):
-            raise InputError(f"{failures[0].message} {failures[0].remedy}")
+            return _not_run(options, f"{failures[0].message} {failures[0].remedy}", outcome)
         print(_as_json(options.subcommand, outcome) if options.json else outcome.text or outcome.report, flush=True)
         return int(not outcome.report.ok)
     except KeyboardInterrupt:
@@ -63,11 +71,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (InputError, OSError) as error:
-        print(f"adapter-checks: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _not_run(options, str(error))
     except ImportError as error:
-        print(f"adapter-checks: a library is missing or doesn't fit: {error}", file=sys.stderr)
-        return 2
+        return _not_run(options, f"a library is missing or doesn't fit: {error}")
+
+
+def _not_run(options: argparse.Namespace, why: str, outcome: Outcome | None = None) -> int:
+    """One sentence on stderr; with --json the report as well, or one that says the same."""
+    why = " ".join(why.split())
+    print(f"adapter-checks: {why}", file=sys.stderr)
+    if options.json:
+        if outcome is None:
+            outcome = Outcome(Report(options.subcommand))
+            outcome.report.add("fail", "not_run", why)
+        print(_as_json(options.subcommand, outcome), flush=True)
+    return 2
 
 
 def _prepare_libraries(options: argparse.Namespace) -> None:
@@ -170,6 +188,13 @@ def _memory(options: argparse.Namespace) -> Outcome:
         "gradient_checkpointing": options.gradient_checkpointing,
         "double_quantization": options.double_quantization,
     }
+    given = [name for name in _LORA_DEFAULTS if getattr(options, name) is not None] if options.method == "full" else []
+    given += ["double_quantization"] if options.double_quantization and options.method != "qlora" else []
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"{names} has no meaning with --method {options.method}. Leave it out, or choose another method."
+        )
     lora_config = None if options.method == "full" else _lora_config(options)
     estimate = estimate_memory(load_config(options.model), lora_config=lora_config, **settings)
     title = (
@@ -258,12 +283,12 @@ def _parser() -> argparse.ArgumentParser:
     for subparser in (count, memory):
         subparser.add_argument("model", metavar="MODEL")
         lora = subparser.add_argument_group("the adapter")
-        lora.add_argument("--rank", type=_positive, default=8, help="default: 8")
-        lora.add_argument("--alpha", type=float, default=16, help="default: 16; changes neither number nor memory")
-        lora.add_argument("--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
+        lora.add_argument("--rank", type=_positive, help="default: 8")
+        lora.add_argument("--alpha", type=float, help="default: 16; changes neither number nor memory")
+        lora.add_argument("--target-modules", nargs="+", metavar="NAME",
                           help="names of layers, or one regular expression; default: all-linear")  # fmt: skip
-        lora.add_argument("--bias", choices=("none", "all", "lora_only"), default="none")
-        lora.add_argument("--task-type", default="CAUSAL_LM", help="default: CAUSAL_LM")
+        lora.add_argument("--bias", choices=("none", "all", "lora_only"), help="default: none")
+        lora.add_argument("--task-type", help="default: CAUSAL_LM")
     memory.add_argument("--method", choices=("full", "lora", "qlora"), default="lora", help="default: lora")
     memory.add_argument("--batch-size", type=_positive, default=1, help="default: 1")
     memory.add_argument("--sequence-length", type=_positive, default=1024, help="in tokens; default: 1024")
@@ -292,19 +317,17 @@ def _positive(text: str) -> int:
 def _lora_config(options: argparse.Namespace) -> LoraConfig:
     from peft import LoraConfig, TaskType
 
-    targets = options.target_modules
+    settings = {
+        name: default if (given := getattr(options, name)) is None else given
+        for name, default in _LORA_DEFAULTS.items()
+    }
+    targets = settings["target_modules"]
     if len(targets) == 1 and (targets[0] == "all-linear" or set(targets[0]) & set("*+?|()[]\\^$")):
-        targets = targets[0]
-    if options.task_type not in list(TaskType):
-        raise InputError(f"There is no task type {options.task_type!r}. Choose one of: {', '.join(TaskType)}.")
+        settings["target_modules"] = targets[0]
+    if settings["task_type"] not in list(TaskType):
+        raise InputError(f"There is no task type {settings['task_type']!r}. Choose one of: {', '.join(TaskType)}.")
     try:
-        return LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            target_modules=targets,
-            bias=options.bias,
-            task_type=options.task_type,
-        )
+        return LoraConfig(r=settings.pop("rank"), lora_alpha=settings.pop("alpha"), **settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"PEFT refuses these settings: {error}") from error
 

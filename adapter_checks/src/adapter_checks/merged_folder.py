@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adapter_checks.adapter_folder import PICKLE_SUFFIXES, check_adapter_folder
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.comparison import MERGE_ATOL, check_changes_output, compare_models
-from adapter_checks.device import best_device
+from adapter_checks.device import best_device, usable_device
 from adapter_checks.errors import InputError
 from adapter_checks.merged_report import MergedReport
 from adapter_checks.merged_weights import StoredWeights, compare_weights
@@ -94,7 +94,7 @@ def check_merged_folder(
     of the files: no_folder, not_a_model, damaged_weights, pickle, quantised_weights, adapter_beside, no_tokenizer,
     no_template, other_tokenizer, vocab_mismatch; of the output: no_change, logits_differ, score_fell; and those of
     check_adapter_folder, such as zero_b. Warnings: change_rounded_away, too_coarse, other_config,
-    not_compared.
+    not_compared, unread_weights.
 
     One model is in memory at a time. Returns a MergedReport; nothing is written, no pickle is read.
     """
@@ -110,6 +110,11 @@ def check_merged_folder(
             f"dtype is {dtype!r:.60}, which is no floating-point type of torch.",
             "Leave it out, or pass 'float32', 'bfloat16' or 'float16'.",
         )
+    if device is not None:
+        try:
+            usable_device(device)
+        except InputError as error:
+            report.fail("bad_argument", str(error), "Leave it out, or pass 'cpu'.")
     for what, given, wanted in (
         ("rows", rows, "a list of rows {'prompt': [messages], 'completion': [messages]}"),
         ("texts", texts, "a list of strings"),
@@ -132,6 +137,7 @@ def check_merged_folder(
     base_folder, adapters, merged_folder = folders
     report.title = f"Merged model {merged_folder.name}"
     files, base_files = _read_files(report, base_folder, adapters, merged_folder)
+    _check_unread(report, merged_folder)
     for folder in adapters:
         skipped = {"merged_model_beside", "bad_base" if base_files is None else ""}
         skipped |= {"base_mismatch"} if _trained_on(folder, base) else set()
@@ -227,6 +233,25 @@ def _folders(report, base, adapters, merged):
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+def _check_unread(report, folder: Path) -> None:
+    """Weights that transformers passes over: left from an earlier save, or the very ones that were meant."""
+    try:
+        read = {path.name for path in weight_files(folder)}
+    except InputError:  # said by _read_files
+        return
+    if "model.safetensors" not in read:
+        read.add("model.safetensors.index.json")
+    names = {path.name for path in folder.glob("*.safetensors*") if not path.name.startswith("adapter_model.")}
+    if unread := sorted(names - read):
+        report.warn(
+            "unread_weights",
+            f"{folder.name} holds weights that transformers does not read: {first_few(unread)}. It takes model.safetensors if it is "
+            "there, and else the files that model.safetensors.index.json names.",
+            "If they are older, delete them. If they are what was merged, the model here is another one: save it again, into an "
+            "empty folder.",
+        )
 
 
 def _read_files(report, base: Path, adapters: list[Path], merged: Path):
