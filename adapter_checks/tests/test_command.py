@@ -144,6 +144,10 @@ def test_memory(folders, run):
     )
     status, out, _ = run("memory", "base", "--gradient-checkpointing", "--dtype", "float32")
     assert status == 0 and "lora, 1 × 1024 tokens, float32, adamw, gradient checkpointing" in out and "total" in out
+    assert "1,024 tokens are longer than the model's context of 256" in out
+    findings = as_json(run("memory", "base", "--sequence-length", 257, "--json")[1])["findings"]
+    assert [finding["code"] for finding in findings] == ["beyond_context"]
+    assert as_json(run("memory", "base", "--sequence-length", 256, "--json")[1])["findings"] == []
 
 
 def test_memory_takes_each_option_with_the_method_that_it_means(folders, run):

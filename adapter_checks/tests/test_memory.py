@@ -271,6 +271,14 @@ def test_config_stays_as_it_was(architectures):
     assert config.to_dict() == before
 
 
+def test_rows_longer_than_the_context():
+    context = make_config().max_position_embeddings
+    assert estimate(make_config(), sequence_length=context).warning == ""
+    longer = estimate(make_config(), sequence_length=context + 1)
+    assert f"context of {context:,}" in longer.warning and longer.warning in str(longer)
+    assert [name for name, _ in longer.rows()] == ["weights", "gradients", "optimizer", "activations", "total"]
+
+
 def test_full_fine_tuning_needs_no_adapter_and_ignores_one():
     assert estimate(make_config()) == estimate(make_config(), lora_config=lora())
 

@@ -202,8 +202,12 @@ def _memory(options: argparse.Namespace) -> Outcome:
         + (", gradient checkpointing" if options.gradient_checkpointing else "")
     )
     note = "Beside these a GPU holds the libraries' own buffers, and what fragmentation leaves unused."
-    measured = {**dataclasses.asdict(estimate), "total": estimate.total}
-    return Outcome(Report("Memory"), {"bytes": measured, "settings": settings}, f"{title}\n{estimate}\n{note}")
+    report = Report("Memory")
+    if estimate.warning:
+        report.warn(
+            "beyond_context", estimate.warning, "Take a shorter --sequence-length, and the same max_length in training."
+        )
+    return Outcome(report, {"bytes": estimate.sizes(), "settings": settings}, f"{title}\n{estimate}\n{note}")
 
 
 def _config(options: argparse.Namespace) -> Outcome:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_checks import counting
 from adapter_checks.errors import InputError
+from adapter_checks.generation import context_length
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +21,16 @@ OPTIMIZERS = ("adamw", "adamw_8bit")
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each part. `activations` is None where they were not estimated; the total is then without them."""
+    """Bytes of each part. `activations` is None where they were not estimated; the total is then without them.
+
+    warning: a sentence about the settings, or an empty string.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int | None = None
+    warning: str = ""
 
     @property
     def total(self) -> int:
@@ -33,11 +38,16 @@ class MemoryEstimate:
 
     def rows(self) -> list[tuple[str, str]]:
         """(part, size) of each part, readable, the total last."""
-        parts = [*dataclasses.asdict(self).items(), ("total", self.total)]
-        return [(name, "not estimated" if size is None else _readable(size)) for name, size in parts]
+        return [(name, "not estimated" if size is None else _readable(size)) for name, size in self.sizes().items()]
+
+    def sizes(self) -> dict[str, int | None]:
+        """{part: bytes}, the total last."""
+        parts = ("weights", "gradients", "optimizer", "activations", "total")
+        return {name: getattr(self, name) for name in parts}
 
     def __str__(self):
-        return "\n".join(f"{name:<12}{size:>14}" for name, size in self.rows())
+        lines = [f"{name:<12}{size:>14}" for name, size in self.rows()]
+        return "\n".join([*lines, self.warning] if self.warning else lines)
 
 
 def _readable(size: int) -> str:
@@ -77,6 +87,7 @@ def estimate_memory(
     optimizer: for each trained number two moments, and 4 bytes a tensor to count steps; in 8 bits two bytes and two
     float32 for each 256 numbers, but two float32 moments for tensors below 4,096 numbers.
     activations: an upper bound on what the forward pass keeps for the backward pass; its formula is at `_activations`.
+    warning: set where the rows are longer than the context that config names.
 
     Full fine-tuning in 16 bits is said to need 12 bytes a parameter (QLoRA paper, section 1: over 780 GB for 65B):
     2 for the weight, 2 for its gradient, 8 for two float32 moments, so dtype="bfloat16" and moment_dtype=torch.float32.
@@ -117,7 +128,12 @@ def estimate_memory(
         weights -= sum(
             weight.nbytes - _quantised(weight.numel(), double_quantization) for weight in _quantised_weights(model)
         )
+    context = context_length(config)
+    beyond = context is not None and sequence_length > context
     return MemoryEstimate(
+        warning=f"Rows of {sequence_length:,} tokens are longer than the model's context of {context:,}."
+        if beyond
+        else "",
         weights=weights,
         gradients=sum(numbers * size for numbers, size in trained),
         optimizer=_optimizer(trained, optimizer, None if moment_dtype is None else _float_type(moment_dtype).itemsize),
