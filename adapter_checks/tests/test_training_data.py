@@ -170,7 +170,9 @@ def test_rows_are_tokenised_as_trl_does_it(tmp_path, tiny_tokenizer):
 def test_a_bad_row_is_found_and_numbered(bad, code, tiny_tokenizer):
     report = check_sft_data([row(), bad, row()], tiny_tokenizer, 64)
     assert (
-        report.codes == [code] and "In 1 of 3 rows" in message(report, code) and "(number 1)" in message(report, code)
+        report.codes == [code]
+        and "In 1 of 3 rows" in message(report, code)
+        and "(number 1, counted from 0)" in message(report, code)
     )
 
 

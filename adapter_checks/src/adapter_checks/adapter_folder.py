@@ -29,7 +29,8 @@ _TRAINER_STATE = re.compile(
 _SPOILED = {"ungathered", "malformed_factors", "partial_shards"}
 # What wrappers put into the names of parameters. A layer may be called "module", too, but not the whole model.
 _WRAPPER = re.compile(
-    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.|^base_model\.(model\.)?module\."
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
+    r"|(?<=^base_model\.)module\.|(?<=^base_model\.model\.)module\."
 )
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(\.\w+)*)$")
 
@@ -71,6 +72,8 @@ def check_adapter_folder(
         _check_complete(report, config, pairs, shapes)
         whole = _check_shapes(report, config, pairs)
         check_numbers(report, config, path / WEIGHTS, whole)
+        # The wrapper is told; names are compared without it, so that it hides nothing else.
+        pairs = {_WRAPPER.sub("", module): pair for module, pair in pairs.items()}
         if base is None:
             check_targets(report, config, pairs)
         else:

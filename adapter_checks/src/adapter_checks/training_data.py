@@ -259,7 +259,10 @@ def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Rep
         details = list(dict.fromkeys(filter(None, numbers.values())))
         more = f": {first_few(details)}" if details else ""
         report.add(
-            level, code, f"In {len(numbers)} of {len(texts)} rows {what} (number {first_few(numbers)}){more}.", remedy
+            level,
+            code,
+            f"In {len(numbers)} of {len(texts)} rows {what} (number {first_few(numbers)}, counted from 0){more}.",
+            remedy,
         )
     if not texts:
         report.fail(
