@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
@@ -18,13 +18,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from adapter_checks import check_sft_data, check_supervision, check_training
+from adapter_checks import check_adapters, check_sft_data, check_supervision, check_training
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.training import _too_small_a_step
 from adapter_checks.training_data import _ends
-from tiny_models import CPU_TRAINING, make_tiny_model, make_tiny_tokenizer
+from tiny_models import CPU_TRAINING, make_tiny_adapter, make_tiny_model, make_tiny_tokenizer
 
 quiet_imports()
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -815,6 +815,24 @@ def test_nothing_to_train(tmp_path, tiny_tokenizer):
         assert report.codes == ["nothing_trainable"] and words in report.findings[0].remedy
     right = get_peft_model(prepare_model_for_kbit_training(make_tiny_model(tiny_tokenizer)), lora())
     assert check_training(plain_trainer(tmp_path, tiny_tokenizer, right)).codes == []
+
+
+@pytest.mark.parametrize(("trainable", "codes"), [(True, []), (False, ["nothing_trainable"])])
+def test_preferences_on_a_trained_adapter(trainable, codes, tmp_path, tiny_tokenizer):
+    make_tiny_adapter(make_tiny_model(tiny_tokenizer)).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(make_tiny_model(tiny_tokenizer), tmp_path / "adapter", is_trainable=trainable)
+    row = {"prompt": TALK[:1], "chosen": TALK[1:2], "rejected": [bot("Me.")]}
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(**settings(tmp_path, learning_rate=2e-4)),
+        train_dataset=Dataset.from_list([row] * 4),
+        processing_class=tiny_tokenizer,
+    )
+    assert "ref" in trainer.model.peft_config
+    assert check_training(trainer).codes == codes
+    assert check_adapters(trainer.model, expect_trainable=True).ok is trainable
+    if not trainable:
+        assert "is_trainable=True" in check_training(trainer).findings[0].remedy
 
 
 @pytest.mark.parametrize("thing", [None, 3, "trainer", {}])

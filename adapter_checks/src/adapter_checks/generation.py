@@ -82,7 +82,9 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
     Rotary positions may be stretched beyond max_position_embeddings: by a factor, from the length of pretraining.
     """
-    text = config.get_text_config()
+    text = (
+        config.get_text_config() if hasattr(config, "get_text_config") else config
+    )  # a model that is not transformers' own
     length = getattr(text, "max_position_embeddings", None)
     if not isinstance(length, int) or length < 1:
         return None

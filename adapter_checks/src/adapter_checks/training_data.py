@@ -138,10 +138,9 @@ def check_sft_data(
     these are all turns of the assistant, as with assistant_only_loss=True.
     """
     report, texts, faults = Report("Rows for SFT"), [], _Faults()
-    if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "decode"):
-        return bad_argument(
-            report, (rows, tokenizer), "a list of rows or one split such as dataset['train'], and a tokenizer"
-        )
+    if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "eos_token_id"):
+        wanted = "a list of rows or one split such as dataset['train'], and a tokenizer (of a processor its .tokenizer)"
+        return bad_argument(report, (rows, tokenizer), wanted)
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         report.fail(
             "bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit."
@@ -188,8 +187,9 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
     padded = itertools.chain.from_iterable(map(_pads_with_loss, batches))
     faults["loss_on_pads"] |= {number: "" for number, found in enumerate(padded) if found}
-    limit = getattr(given.args, "max_length", None) if whole else None
-    wrapped = whole and getattr(given.args, "packing", False) and given.args.packing_strategy == "wrapped"
+    args = getattr(given, "args", None)
+    limit = getattr(args, "max_length", None)
+    wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
     if wrapped:
         masked = any(-100 in labels[1:] for _, labels, _ in texts)
         report.add(
