@@ -8,17 +8,19 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_checks.adapter_config import HEADS
+from adapter_checks.adapter_config import CONFIG, HEADS
 from adapter_checks.counting import without_weights
 from adapter_checks.errors import InputError
 from adapter_checks.model_classes import model_classes
-from adapter_checks.model_folder import load_config
+from adapter_checks.model_folder import load_config, read_json
 from adapter_checks.names import plain_name, same_base
 from adapter_checks.report import first_few
+from adapter_checks.safetensors_header import read_safetensors_header
 from adapter_checks.vocabulary import check_vocabulary, report_other_vocabulary
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from adapter_checks.report import Report
 
@@ -355,6 +357,22 @@ def meta_base(base: Any, adapter: dict[str, Any], modules: Any = ()) -> tuple[to
     return best, config.name_or_path
 
 
+def load_base(base: Path, adapter: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The base in a folder as the adapter in another was trained on it: of that class, and with as many labels as a new head has."""
+    config, shapes = read_json(adapter / CONFIG), read_safetensors_header(adapter / "adapter_model.safetensors")
+    model: Any = meta_base(base, config, {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name})[0]
+    heads = "|".join(HEADS.get(config.get("task_type") or "", ()))
+    labels = [
+        shape[0]
+        for name, (_, shape) in shapes.items()
+        if shape and re.search(rf"\.({heads})(\.out_proj)?\.weight$", name)
+    ]
+    options: Any = {}
+    if heads and labels and labels[0] != model.config.num_labels:
+        options = {"num_labels": labels[0], "ignore_mismatched_sizes": True}
+    return type(model).from_pretrained(base, dtype=dtype, use_safetensors=True, **options)
+
+
 def _copy_without_weights(model: torch.nn.Module) -> torch.nn.Module:
     import torch
     from peft import PeftModel
@@ -383,3 +401,14 @@ def in_out(module: torch.nn.Module) -> tuple[int, int] | None:
     if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
         return module.in_channels, module.out_channels
     return None
+
+
+def token_embedding(model: Any) -> torch.nn.Embedding | None:
+    """The embedding of tokens; None in a model that has none, or several."""
+    import torch
+
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, torch.nn.Embedding) else None

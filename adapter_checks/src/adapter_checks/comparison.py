@@ -214,7 +214,7 @@ def _logits_of_both(report, routes, input_ids, attention_mask, positions=None):
     found = []
     for role, route in routes.items():
         try:
-            logits = _logits(route, inputs)
+            logits = outputs(route, inputs)
         except Exception as error:
             report.fail(
                 f"{role}_failed",
@@ -328,7 +328,8 @@ def _as_positions(positions, mask):
     return positions.to(mask.device) & mask
 
 
-def _logits(route, inputs):
+def outputs(route: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """What a model gives on these inputs, a tensor if it is one that can be compared; in eval mode, without gradients."""
     import torch
 
     call, model = (route.call, route.model) if isinstance(route, _Route) else (route, route)

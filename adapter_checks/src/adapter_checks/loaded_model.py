@@ -75,6 +75,7 @@ def check_adapters(
         )
         return report
 
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     statuses = get_layer_status(model) if layers else []
     loaded = sorted({adapter for status in statuses for adapter in status.available_adapters})
@@ -89,7 +90,7 @@ def check_adapters(
         )
         if original_base is not None:
             linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-            check_base_weights(report, linear, {}, original_base)
+            check_base_weights(report, linear, {}, original_base, model)
         return report
 
     active = _check_state(report, model, layers, loaded, expect_active)
@@ -100,7 +101,7 @@ def check_adapters(
     check_shared(report, configs)
     _check_base_name(report, model, base_name, base_revision)
     if original_base is not None:
-        check_base_weights(report, layers, configs, original_base)
+        check_base_weights(report, layers, configs, original_base, base)
     if folder is not None:
         _check_as_saved(report, model, configs, folder)
     report.note("adapters", f"Loaded: {', '.join(loaded)}. Active: {', '.join(active) or 'none'}.")

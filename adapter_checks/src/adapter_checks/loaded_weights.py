@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import check_changed_base, check_kept_initialisation, projection
+from adapter_checks.model_folder import stored_names
 from adapter_checks.names import plain_name
 from adapter_checks.report import first_few
 from adapter_checks.safetensors_header import read_safetensors_header
@@ -92,15 +93,16 @@ def check_base_weights(
     layers: Mapping[str, Any],
     configs: Mapping[str, LoraConfig],
     original_base: torch.nn.Module | str | os.PathLike[str],
+    model: torch.nn.Module,
 ) -> None:
     """W now = W original? If not, is the difference this adapter's own scaling * B @ A, or an initialisation that an adapter subtracted?
 
-    layers: {name: PEFT's layer, or the base's own}; configs: {adapter: its configuration}, empty for a base alone.
+    layers: {name: PEFT's layer, or the base's own} of `model`; configs: {adapter: its configuration}, empty for a base alone.
     """
     import torch
 
     try:
-        original = weight_reader(original_base)
+        original = weight_reader(original_base, model)
     except InputError as error:
         report.fail(
             "bad_argument",
@@ -248,11 +250,15 @@ def _comparable(weight, before) -> bool:
 
 
 def weight_reader(
-    base: torch.nn.Module | str | os.PathLike[str],
+    base: torch.nn.Module | str | os.PathLike[str], model: torch.nn.Module | None = None
 ) -> Callable[[str], torch.Tensor | None]:
-    """A function from a weight's name in the plain base to its tensor, or None if there is none."""
+    """A function from a weight's name in the plain base to its tensor, or None if there is none.
+
+    model  one that was loaded from such a folder, with adapters or not: loading renames the weights of some classes
+    """
     import torch
     from safetensors import safe_open
+    from transformers import PreTrainedModel
 
     if isinstance(base, torch.nn.Module):
         weights = {plain_name(name): parameter for name, parameter in base.named_parameters()}
@@ -260,12 +266,13 @@ def weight_reader(
     if not isinstance(base, (str, Path)) or not Path(base).is_dir():
         raise InputError(f"It is {base!r}, neither a model nor a folder.")
     places = {name: path for path in sorted(Path(base).glob("*.safetensors")) for name in read_safetensors_header(path)}
+    names = stored_names(model, places) if isinstance(model, PreTrainedModel) else {name: name for name in places}
 
     def read(name):
-        if name not in places:
+        if name not in names:
             return None
-        with safe_open(places[name], framework="pt") as file:
-            return file.get_tensor(name)
+        with safe_open(places[names[name]], framework="pt") as file:
+            return file.get_tensor(names[name])
 
     return read
 

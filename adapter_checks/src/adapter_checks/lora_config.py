@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_config import HEADS
-from adapter_checks.base_shapes import in_out, new_head
+from adapter_checks.base_shapes import in_out, new_head, token_embedding
 from adapter_checks.initialisation import changes_base, check_config
 from adapter_checks.names import plain_name
 from adapter_checks.report import Report, first_few, never_raises
@@ -281,7 +281,7 @@ def _check_experts(report, config, parameters, layers) -> None:
 
 
 def _check_vocabulary(report, config, base, layers) -> None:
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding, head = token_embedding(base), base.get_output_embeddings()
     text_config = base.config.get_text_config()
     shared = {name for name, module in base.named_modules() if module in (embedding, head) and module is not None}
     if getattr(text_config, "tie_word_embeddings", False) and (found := sorted(shared & layers.keys())):
@@ -296,6 +296,8 @@ def _check_vocabulary(report, config, base, layers) -> None:
     outside = []
     for table, indices in tables.items():
         module = next((module for name, module in base.named_modules() if table and _ends(name, table)), embedding)
+        if module is None:  # a model that reads no tokens
+            continue
         rows = getattr(module, "num_embeddings", None) or module.weight.shape[0]
         outside += [f"{index} (of {rows} rows)" for index in indices if not 0 <= index < rows]
     if outside:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_folder import PICKLE_SUFFIXES, check_adapter_folder
+from adapter_checks.base_shapes import load_base, token_embedding
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
-from adapter_checks.comparison import MERGE_ATOL, check_changes_output, compare_models
+from adapter_checks.comparison import MERGE_ATOL, check_changes_output, compare_models, outputs
+from adapter_checks.counting import without_weights
 from adapter_checks.device import best_device, usable_device
 from adapter_checks.errors import InputError
 from adapter_checks.merged_report import MergedReport
 from adapter_checks.merged_weights import StoredWeights, compare_weights
+from adapter_checks.model_classes import model_classes
 from adapter_checks.model_folder import local_folder, read_json, weight_files
 from adapter_checks.names import same_base
 from adapter_checks.report import first_few, never_raises
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 # The logits may be off by this many times what one rounding of the weights does to them: a merge may round three times
 # (so √3), and of two draws of such errors the largest of one may be twice that of the other.
 LOGIT_ROUNDINGS = 4
-_SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}
 TEXTS, TOKENS = 8, 64  # on which logits are compared
 # For calls without rows or texts. What they say matters little: they are to take the models through many tokens.
 PLAIN_TEXTS = (
@@ -347,7 +349,9 @@ def _check_tokenizer(report, wanted, merged: Path):
 
 def _check_vocabulary(report, model, tokenizer, merged: StoredWeights, config) -> None:
     """Rows of embedding and head, the configuration and the tokenizer have to agree."""
-    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    ends = {"embedding": token_embedding(model), "head": model.get_output_embeddings()}
+    if ends["embedding"] is None:
+        return
     names = {module: name for name, module in model.named_modules()}
     rows = {end: found.shape[0] for end, module in ends.items()
             if module is not None and (found := merged.get(f"{names[module]}.weight")) is not None}  # fmt: skip
@@ -387,18 +391,32 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
     progress(f"loading base and adapter on {device}")
     model, shown = _load_adapted(base, adapters, dtype, device)
     base_config = model.get_base_model().config
-    inputs, rows = _inputs(model, tokenizer, given), given.rows
-    effect = check_changes_output(model, inputs)
-    report.findings += effect.findings if effect.ok else [f for f in effect.findings if f.level == "fail"]
-    progress("running base and adapter")
+    plain: Any = model.get_base_model()
+    kind = _class_for(config, type(plain))
+    inputs, rows = _inputs(plain, tokenizer, given), given.rows
+    effect: Any = check_changes_output(model, inputs) if inputs else None
+    if effect is None or (
+        {"base_failed", "model_failed"} & set(effect.codes) and plain.get_output_embeddings() is None
+    ):
+        report.note(
+            "outputs_not_compared",
+            f"{type(plain).__name__} does not run on token ids alone, so outputs were not compared, and the weights were.",
+        )
+        inputs = None
+    else:
+        report.findings += effect.findings if effect.ok else [f for f in effect.findings if f.level == "fail"]
+        progress("running base and adapter")
     logits = _logits(model, inputs)
     answers = _answers(report, model, tokenizer, rows)
-    tied, prefix = model.get_base_model().all_tied_weights_keys, model.get_base_model().base_model_prefix
-    stored = StoredWeights(files, prefix, tied if config.get_text_config().tie_word_embeddings else {})
-    base_stored = StoredWeights(base_files, prefix, tied)
-    _check_vocabulary(report, model.get_base_model(), own_tokenizer, stored, config)
+    tied, kept = plain.all_tied_weights_keys, without_weights(kind, config).all_tied_weights_keys
+    stored = StoredWeights(files, plain, {name: shared for name, shared in tied.items() if name in kept})
+    base_stored = StoredWeights(base_files, plain, tied)
+    _check_vocabulary(report, plain, own_tokenizer, stored, config)
     progress("comparing the weights")
-    model = compare_weights(report, model, shown, stored, base_stored)
+    del plain
+    model = compare_weights(report, model, shown, stored, base_stored, covered=inputs is not None)
+    if inputs is None:
+        return _compare_configs(report, base_config, config)
     # What rounding alone does: the exact merge, rounded to the dtype of the merged weights.
     report.tolerance = max(MERGE_ATOL, LOGIT_ROUNDINGS * (_logits(model, inputs) - logits).abs().max().item())
     if effect.ok and report.tolerance > (effect.max_abs or 0.0) / 2:
@@ -414,7 +432,7 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
     if (merged / "adapter_config.json").is_file() and not (merged / "adapter_model.safetensors").is_file():
         return  # transformers would look for the adapter's pickle
     progress("loading and running the merged model")
-    candidate = _load_merged(report, merged, dtype, device)
+    candidate = _load_merged(report, kind, merged, dtype, device)
     if candidate is not None:
         _compare_outputs(report, logits, candidate, inputs, dtype)
         _compare_answers(report, answers, _answers(report, candidate, own_tokenizer or tokenizer, rows), given)
@@ -423,12 +441,10 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
 
 def _load_adapted(base, adapters, dtype, device):
     """The base with all adapters active, and {adapter's name in the model: name to show}."""
-    import transformers
-
     quiet_imports()
     from peft import PeftModel
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_SAFE_LOADING).to(device)
+    model: Any = load_base(base, adapters[0], dtype).to(device)
     names = [folder.resolve().name for folder in adapters]
     shown = {f"adapter_{i}": name if names.count(name) == 1 else str(adapters[i]) for i, name in enumerate(names)}
     for name, folder in zip(shown, adapters, strict=True):
@@ -440,11 +456,14 @@ def _load_adapted(base, adapters, dtype, device):
     return model.eval(), shown
 
 
-def _load_merged(report, merged, dtype, device):
-    import transformers
+def _class_for(config, kind):
+    """The base's class, if a model with the merged configuration can be of it; else that which the configuration names."""
+    return kind if isinstance(config, kind.config_class) else next(iter(model_classes(config)), kind)
 
+
+def _load_merged(report, kind, merged, dtype, device):
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, **_SAFE_LOADING)
+        model = kind.from_pretrained(merged, dtype=dtype, use_safetensors=True)
         return model.to(device).eval()
     except Exception as error:
         report.fail(
@@ -456,17 +475,22 @@ def _load_merged(report, merged, dtype, device):
 
 
 def _inputs(model, tokenizer, given):
-    """Token ids and mask on which the logits are compared."""
+    """Token ids and mask on which the logits are compared; None for a model that reads something else."""
     import torch
 
+    embedding = token_embedding(model)
+    if embedding is None or model.main_input_name != "input_ids":
+        return None
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * TOKENS
+    tokens = min(TOKENS, context // 2)  # some count positions from a number above 0
     if tokenizer is None:  # any tokens will do to tell two models apart
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        return {"input_ids": torch.randint(vocabulary, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))}
+        vocabulary = len(embedding.weight)
+        return {"input_ids": torch.randint(vocabulary, (TEXTS, tokens), generator=torch.Generator().manual_seed(0))}
     texts = given.texts
     if not texts and given.rows and tokenizer.chat_template:
         messages = [[*row["prompt"], *row["completion"]] for row in given.rows[:TEXTS]]
         texts = [tokenizer.apply_chat_template(message, tokenize=False) for message in messages]
-    sequences = [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS] for text in (texts or PLAIN_TEXTS)]
+    sequences = [tokenizer(text, add_special_tokens=False)["input_ids"][:tokens] for text in (texts or PLAIN_TEXTS)]
     longest = max(map(len, sequences))
     return {
         "input_ids": torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences]),
@@ -475,13 +499,12 @@ def _inputs(model, tokenizer, given):
 
 
 def _logits(model, inputs):
-    import torch
-
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.cpu()
-    mask = inputs.get("attention_mask")
-    return logits if mask is None else logits * mask[..., None]  # what is computed at pads means nothing
+    if inputs is None:
+        return None
+    logits, mask = outputs(model, inputs).cpu(), inputs.get("attention_mask")
+    if mask is None or logits.shape[:2] != mask.shape:
+        return logits
+    return logits * mask[..., None]  # what is computed at pads means nothing
 
 
 def _answers(report, model, tokenizer, rows):

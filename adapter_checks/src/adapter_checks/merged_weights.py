@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.initialisation import subtracted_initialisation
 from adapter_checks.loaded_weights import adapter_names
+from adapter_checks.model_folder import stored_names
 from adapter_checks.names import plain_name
 from adapter_checks.report import first_few
 
@@ -32,13 +33,13 @@ class StoredWeights:
     """The tensors of a model's folder by the names that they have in the model, read one at a time.
 
     files   {file: {tensor: (dtype, shape)}}
-    prefix  the model's base_model_prefix, which is lacking where a base was saved without its head
+    model   the model that they are loaded into: its class decides what they are called there
     tied    {name: name of the weight that it shares}; empty if the folder's configuration ties nothing
     """
 
-    def __init__(self, files: dict[Path, dict], prefix: str, tied: dict[str, str]):
+    def __init__(self, files: dict[Path, dict], model: PreTrainedModel, tied: dict[str, str]):
         self._files = {name: file for file, header in files.items() for name in header}
-        self._prefix, self._tied = f"{prefix}.", tied
+        self._names, self._tied = stored_names(model, self._files), tied
 
     def get(self, name: str) -> torch.Tensor | None:
         """The tensor that a model loaded from this folder has under this name, or None."""
@@ -46,8 +47,7 @@ class StoredWeights:
 
         shared = self._tied.get(name, name)
         twins = [name, shared, *(twin for twin, source in self._tied.items() if source == shared)]
-        known = (form for twin in twins for form in (twin, twin.removeprefix(self._prefix)) if form in self._files)
-        if (stored := next(known, None)) is None:
+        if (stored := next((self._names[twin] for twin in twins if twin in self._names), None)) is None:
             return None
         with safe_open(self._files[stored], framework="pt") as file:
             return file.get_tensor(stored)
@@ -78,11 +78,17 @@ class _Layer:
 
 
 def compare_weights(
-    report: MergedReport, model: PeftModel, shown: dict[str, str], merged: StoredWeights, base: StoredWeights
+    report: MergedReport,
+    model: PeftModel,
+    shown: dict[str, str],
+    merged: StoredWeights,
+    base: StoredWeights,
+    covered: bool,
 ) -> PreTrainedModel:
     """Compare every weight with base + adapters; findings, `times` and `rounding` go into the report.
 
     model  a PeftModel, `shown` its active adapters ({name in the model: name in a sentence}); it is used up
+    covered  whether outputs are compared, too
     Returns the plain model that the exact merge gives, its weights rounded to the dtype of the merged ones.
     """
     from peft.tuners.lora import LoraLayer
@@ -112,7 +118,7 @@ def compare_weights(
                 ties.append(name)
             elif name not in adapted:
                 others.append(name)
-    _report_structure(report, ties, missing, unknown, others)
+    _report_structure(report, ties, missing, unknown, others, covered)
     _report_layers(report, [layer for layer in compared if layer.name not in ties], plain, shown, merged, base)
     for name, weight in plain.named_parameters():
         if (found := merged.get(name)) is not None:
@@ -201,7 +207,7 @@ def _name_of(model, module) -> str | None:
 # ---------------------------------------------------------------------------------------------- findings
 
 
-def _report_structure(report, ties, missing, unknown, others) -> None:
+def _report_structure(report, ties, missing, unknown, others, covered) -> None:
     if ties:
         report.fail(
             "tied_head",
@@ -225,11 +231,12 @@ def _report_structure(report, ties, missing, unknown, others) -> None:
             "in the adapter's folder.",
         )
     if unknown:
-        report.warn(
+        report.add(
+            "ok" if covered else "warn",
             "not_compared",
             f"{len(unknown)} weights have other names in the files than in the model: {first_few(unknown)}. They were not compared one by "
-            "one.",
-            "The comparison of outputs covers them.",
+            f"one; {'the comparison of outputs covers them' if covered else 'nothing else covers them'}.",
+            "" if covered else "Load both models and compare these weights.",
         )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_folder import check_adapter_folder
-from adapter_checks.base_shapes import meta_base
+from adapter_checks.base_shapes import load_base, meta_base
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
@@ -65,7 +65,6 @@ def merge_whole(
     Arguments, result and errors are those of merge_by_shards, and so are the merged weights. Merges all that PEFT does.
     """
     import torch
-    import transformers
 
     quiet_imports()
     from peft import PeftModel
@@ -76,9 +75,7 @@ def merge_whole(
         read_safetensors_header(file)  # names a file that is cut short, which from_pretrained does not
     _check_adapter(adapter, base)
     with saving(out) as folder:
-        options = {"dtype": dtype or "auto", "use_safetensors": True, "trust_remote_code": False}
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, **options)
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(load_base(base, adapter, dtype or "auto"), adapter).merge_and_unload()
         broken = [name for name, weight in merged.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
             raise _not_finite(broken)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.errors import InputError
+from adapter_checks.names import plain_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # All that a model, a tokenizer or an adapter is made of, and no pickle: what is fetched from the hub.
 SAFE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -93,6 +94,26 @@ def weight_files(folder: Path) -> list[Path]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{index} can't be read as an index of weights: {error}.") from error
     return [folder / name for name in names]
+
+
+def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """{a weight's name in the plain model: its name in the files}, by the renamings that transformers loads this class with.
+
+    Weights that loading stacks, such as experts, are left out. The model may have adapters in its layers.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    own = {plain_name(name): True for name in model.state_dict()}
+    names = {}
+    for name in stored:
+        renamed, stacked = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if stacked is None:
+            names[renamed] = name
+    return names
 
 
 def read_json(path: Path) -> dict[str, Any]:
