@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,9 +23,12 @@ from course_utils.exercises import (
     call_learner,
     describe,
     exercise,
+    expect_list,
     expect_number,
     expect_tensor,
     expect_type,
+    expect_whole_number,
+    reference,
     using,
 )
 
@@ -380,6 +385,7 @@ def test_expect_number_takes_what_counts_as_one_number():
     assert expect_number(3, "x") == 3.0
     assert expect_number(torch.tensor([2.5]), "x") == 2.5
     assert expect_number(torch.tensor(2.5).numpy(), "x") == 2.5
+    assert expect_number(Fraction(5, 2), "x") == expect_number(Decimal("2.5"), "x") == 2.5
     with pytest.raises(TryAgain, match=r"a Tensor of shape \(2,\)"):
         expect_number(torch.zeros(2), "x")
     with pytest.raises(Todo):
@@ -398,6 +404,52 @@ def test_expect_tensor_checks_type_shape_and_values():
         expect_tensor([1], (1,))
     with pytest.raises(Todo):
         expect_tensor(..., (1,))
+
+
+def test_an_array_counts_as_a_tensor_and_shares_nothing_with_it():
+    numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    array = numpy.arange(6.0).reshape(3, 2).T
+    array.setflags(write=False)
+    tensor = expect_tensor(array, (2, 3))
+    assert tensor.dtype is torch.float64 and tensor.tolist() == array.tolist()
+    assert expect_tensor(numpy.array([1, 2]), (2,)).dtype is torch.long
+    for wrong in (numpy.array(["a", "b"]), numpy.array([None, 1]), numpy.array([1j, 2])):
+        with pytest.raises(TryAgain):
+            expect_tensor(wrong, (2,))
+
+
+def test_expect_list_takes_what_holds_things_in_order():
+    numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    for right in ([1, 2], (1, 2), numpy.array([1, 2]), torch.tensor([1, 2])):
+        assert expect_list(right, "x") == [1, 2]
+    for names in ({"a"}, frozenset("a"), {"a": 1}.keys(), numpy.array(["a"])):
+        assert expect_list(names, "x", in_order=False) == ["a"]
+    for wrong in ({1, 2}, "ab", torch.tensor(1), {"a": 1}, iter("ab"), None):
+        with pytest.raises(TryAgain, match="The answer should be of type tuple or list"):
+            expect_list(wrong, "the answer")
+    with pytest.raises(Todo):
+        expect_list(..., "x")
+
+
+def test_expect_whole_number():
+    assert expect_whole_number(3.0, "x") == expect_whole_number(Fraction(3), "x") == 3
+    with pytest.raises(TryAgain, match="The step should be a whole number, but is 2.5"):
+        expect_whole_number(2.5, "the step")
+
+
+def test_a_reference_may_be_called_everywhere_but_in_an_answer():
+    @reference
+    def double(number):
+        return 2 * number
+
+    assert double(2) == 4
+    for answer in (double, lambda number: double(number)):
+        with pytest.raises(TryAgain, match="double is the check's own solution"):
+            call_learner(answer, 2)
+        assert double(2) == 4  # also after an answer that was stopped
+    with pytest.raises(TryAgain, match="ZeroDivisionError"):
+        call_learner(lambda number: number / 0, 2)
+    assert double(2) == 4
 
 
 def test_expect_type_names_what_it_wants():

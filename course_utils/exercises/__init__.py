@@ -15,7 +15,7 @@ In a lesson, `size_ratio(my_answer)` shows PASS, TRY AGAIN with the hint, or TOD
 the learner's code raises is a TRY AGAIN, too; where the check itself fails, it shows
 CHECK BROKEN with the versions that are installed. So a check calls the learner's
 function with `call_learner`, and uses what came back in a `with using("the answer"):`
-where that may raise.
+where that may raise. A solution of its own, which a lesson may call, is a `reference`.
 
 It raises only when the environment variable COURSE_STRICT is 1.
 """

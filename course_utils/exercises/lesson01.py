@@ -96,7 +96,7 @@ def weigh(function):
 def borrow(function):
     """Compare with PEFT's own logits under each adapter; look at what is active afterwards, also after an error.
 
-    Which adapter was active and which is asked for changes, and so do the names.
+    Which adapter was active, which is asked for, and the shape of the input change.
     """
     import torch
 

@@ -117,7 +117,7 @@ def agreement(function):
         share, kl = expect_number(found[0], "the share"), found[1]
         if gap:
             with using("the KL"):
-                kl = float(kl)
+                kl = float(kl.item() if hasattr(kl, "item") else kl)
             # torch.distributions gives inf where the candidate's softmax is 0, which is no mistake of whoever uses it.
             if not (abs(kl - right_kl) <= 1e-5 * right_kl or (gap > 700 and kl == float("inf"))):
                 raise TryAgain(f"Here some logits lie {gap} apart. softmax gives {'0' if gap > 700 else 'next to 0'} for the lower one, and "
@@ -414,20 +414,19 @@ def times(function):
         near = abs(found - pooled) < 0.03 * max(1, abs(pooled))
         coarse = (f"Here the change is {pooled:.6g} times in the weights, and you find {found:.6g}. That is rounded. Return the number as it "
                   "is, and compute in the dtype that you are given: bfloat16 holds two or three digits only.")  # fmt: skip
-        if near and _has_few_digits(answer):
+        if near and _has_few_digits(found, getattr(answer, "dtype", None)):
             raise TryAgain(coarse)
         hint = hint or _explain_times(found, pooled, base, merged, changes, difference) or (near and coarse)
         raise TryAgain(hint or f"Here the change is {pooled:.3g} times in the weights, and you find {found:.3g}. Sum the dot products of "
                        "difference and change over all layers, and divide by the changes' own.")  # fmt: skip
 
 
-def _has_few_digits(answer):
+def _has_few_digits(number, dtype):
     """Is it in 16 bits, or a number that 16 bits or three decimals hold?"""
     import torch
 
     kinds = (torch.bfloat16, torch.float16)
-    number = float(answer)
-    return getattr(answer, "dtype", None) in kinds or any(torch.tensor(number, dtype=kind).item() == number for kind in kinds) \
+    return dtype in kinds or any(torch.tensor(number, dtype=kind).item() == number for kind in kinds) \
         or round(number, 3) == number  # fmt: skip
 
 

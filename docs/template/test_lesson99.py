@@ -1,5 +1,7 @@
 """Lesson 99's checks: the stub, the solution, and typical wrong answers, each with its own hint."""
 
+from fractions import Fraction
+
 import pytest
 
 from course_utils.exercises import lesson99
@@ -15,6 +17,20 @@ def test_the_stub_is_to_do():
 
 def test_the_solution_passes():
     assert lesson99.share.outcome(right_share).passed
+
+
+RIGHT = {
+    "99.share": [
+        lambda inputs, outputs, rank: rank / inputs + rank / outputs,
+        lambda inputs, outputs, rank: (rank * inputs + outputs * rank) / (inputs * outputs),
+        lambda inputs, outputs, rank: Fraction(rank * (inputs + outputs), inputs * outputs),
+    ]
+}
+
+
+@pytest.mark.parametrize("right", RIGHT["99.share"])
+def test_other_right_answers_pass(right):
+    assert lesson99.share.outcome(right).passed
 
 
 @pytest.mark.parametrize(
