@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
@@ -224,7 +224,7 @@ def test_a_generation_prompt_that_opens_a_thought():
     assert check_sft_data([row(answer="<think>Well.</think>Tobin")], tokenizer).codes == []
 
 
-def test_two_begin_tokens():
+def test_two_begin_tokens(tmp_path):
     from tokenizers import processors
 
     tokenizer = make_tiny_tokenizer()
@@ -246,8 +246,15 @@ def test_two_begin_tokens():
         without = [{key: text.removeprefix("<|bos|>") for key, text in entry.items()} for entry in rows]
         assert check_sft_data(without, tokenizer).codes == []
     assert check_sft_data(CHATS, tokenizer).codes == []
-    twice = hand_made(tokenizer, ("<|bos|>Who?<|assistant|>", "<|end|>"))
-    assert check_supervision(twice, tokenizer).codes[0] == "double_bos"
+    twice = hand_made(tokenizer, ("<|bos|>Who?<|assistant|>", ""))
+    twice = {
+        name: torch.cat([entry, torch.tensor([[1 if name == "attention_mask" else tokenizer.eos_token_id]])], 1)
+        for name, entry in twice.items()
+    }
+    assert check_supervision(twice, tokenizer).codes == ["double_bos"]
+    apart = hand_made(tokenizer, ("Who?<|assistant|>", "Tobin.<|end|>"))
+    assert check_supervision(apart, tokenizer).codes == ["double_bos"], "before prompt and answer"
+    assert check_supervision(sft_trainer(tmp_path, CHATS, tokenizer, assistant_only_loss=True)).codes == []
 
 
 def save_facts(tokenizer, folder, **generation):
@@ -409,16 +416,19 @@ def test_a_template_that_rewrites_what_it_is_given():
 
 
 @pytest.mark.parametrize(
-    "answer", ["Tobin.<|end|>", "Tobin.<|end|><|user|>And then?", "<think>Well.<|end|></think>Tobin."]
+    "answer",
+    ["Tobin.<|end|>", "Tobin.<|end|><|user|>And?", "<think>Well.<|end|></think>Tobin.", "Tobin.</s>", "A<|im_end|>B"],
 )
 def test_an_end_token_inside_an_answer(answer, tiny_tokenizer):
     report = check_sft_data([row(answer=answer), row()], tiny_tokenizer)
-    assert report.codes == ["end_inside"] and "<|end|>" in message(report, "end_inside") and report.ok
-    assert check_sft_data([row(question=answer)], tiny_tokenizer).codes == []
+    assert report.codes == ["end_inside"] and report.ok
+    assert re.search(r": (<\|(im_)?end\|>|</s>)\.$", message(report, "end_inside"))
+    assert check_sft_data([row(question=answer), row(answer="<s>struck</s> out")], tiny_tokenizer).codes == []
 
 
 @pytest.mark.parametrize(
-    ("answer", "codes"), [("Tobin.<|end|>", []), ("Tobin.<|end|>\n", []), ("A<|end|><|user|>B", ["end_inside"])]
+    ("answer", "codes"),
+    [("Tobin.<|end|>", []), ("Tobin.<|end|>\n", []), ("A<|end|><|user|>B", ["end_inside"]), ("A</s>", ["end_inside"])],
 )
 def test_an_end_token_in_plain_text(answer, codes, tiny_tokenizer):
     assert check_sft_data([{"prompt": "Who? ", "completion": answer}], tiny_tokenizer).codes == codes
@@ -751,6 +761,8 @@ def test_an_adapter_in_16_bits(tmp_path, tiny_tokenizer):
         assert "A step of the learning rate 0.0001 leaves" in message(report, "adapter_in_16_bits")
         assert "adapter_in_16_bits" in check_training(model).codes
     assert "adapter_in_16_bits" not in check_training(make_tiny_model(tiny_tokenizer).to(torch.bfloat16)).codes
+    vera = get_peft_model(make_tiny_model(tiny_tokenizer), VeraConfig(target_modules=["q_proj"])).to(torch.bfloat16)
+    assert "adapter_in_16_bits" in check_training(vera).codes
     in_4_bits = adapted(autocast_adapter_dtype=False)
     next(in_4_bits.parameters()).quant_state = object()
     assert check_training(sft_trainer(tmp_path, model=in_4_bits, learning_rate=1e-3)).codes == []

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # A private character stands for each piece of a row's text while the template is watched at work.
 _FIRST_PROBE = 0xF0000
+# Ends of widespread models, which are plain text to others. "</s>" may be HTML, so it counts at the end only.
+_OTHER_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -149,9 +151,12 @@ def _is_empty(turn: Mapping[str, Any]) -> bool:
 
 
 def _note_ends_inside(encoded, texts, tokenizer, ends) -> None:
-    tokens = tokenizer.convert_ids_to_tokens(sorted(ends))
-    if inside := sorted({token for text in texts for token in tokens if token in text}):
-        encoded.faults["end_inside"] = first_few(inside)
+    tokens = {*tokenizer.convert_ids_to_tokens(sorted(ends)), *_OTHER_ENDS}
+    texts = list(texts)
+    inside = {token for token in tokens if any(token in text for text in texts)}
+    inside |= {token for token in ("</s>",) if any(text.endswith(token) for text in texts)}
+    if inside:
+        encoded.faults["end_inside"] = first_few(sorted(inside))
 
 
 # ------------------------------------------------------------------------------------------ what a template does to a row

@@ -114,7 +114,8 @@ def _report_frozen(report, model) -> None:
 def _check_precision(report, model, weights, rate) -> None:
     import torch
 
-    low = [w for name, w in weights.items() if "lora_" in name and w.dtype in (torch.bfloat16, torch.float16)]
+    prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")  # PEFT's, of this method's weights
+    low = [w for name, w in weights.items() if f".{prefix}" in name and w.dtype in (torch.bfloat16, torch.float16)]
     if not low:
         return
     share = sum(_too_small_a_step(w, rate or 0) for w in low) / sum(w.numel() for w in low)
@@ -206,7 +207,7 @@ def _check_moved(report, model, weights, before) -> None:
         what = f"{len(unmoved)} of {len(pairs)} weights have not moved: {first_few(map(plain_name, unmoved), 1)}."
         remedy = (
             "See that the learning rate is above 0, that the optimizer was made after get_peft_model, and that "
-            "p.grad is not None after backward()."
+            "p.grad is not None after backward(). With checkpointing of your own, call model.enable_input_require_grads()."
         )
         if _checkpoints_without_gradient(model):
             what += (

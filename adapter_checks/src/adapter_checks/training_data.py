@@ -90,13 +90,14 @@ _FAULTS = {
     ),
     "double_bos": (
         "warn",
-        "the text begins with the begin-of-text token twice: once from the template or the text, once from the tokenizer",
+        "the begin-of-text token is there twice: from the template or the text and from the tokenizer, or before prompt and answer",
         "Give the trainer messages, or take the token off the rendered text (text.removeprefix(tokenizer.bos_token)); in a "
-        "loop of your own tokenise rendered text with add_special_tokens=False.",
+        "loop of your own tokenise rendered text, and answers, with add_special_tokens=False.",
     ),
     "end_inside": (
         "warn",
-        "an answer's text holds an end token itself, so the model learns to stop there, or to say it twice",
+        "an answer's text holds an end token itself, so the model learns to stop there, or to write it twice; or that of "
+        "another model, which it learns to spell out",
         "Take it out: template and trainer write the end. If it stands between turns, make the row a list of messages.",
     ),
     "earlier_end_masked": (
@@ -222,7 +223,10 @@ def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Rep
         counts.append(len(places))
         if number in faults.get("bad_row", ()) or number in faults.get("no_completion", ()):
             continue
-        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        bos = tokenizer.bos_token_id
+        # Prompt and answer that were tokenised apart have one each.
+        before_answer = bos not in facts.ends and places and places[0] > first and ids[places[0]] == bos
+        if bos is not None and (ids[:2] == [bos, bos] or before_answer):
             faults["double_bos"][number] = ""
         if any(labels[place] != ids[place] for place in places):
             faults["labels_shifted"][number] = ""
