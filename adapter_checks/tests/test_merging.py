@@ -216,7 +216,7 @@ def test_a_setting_that_nobody_knows_yet_is_refused(base, adapter, tmp_path):
 
 def test_a_copy_of_the_head_in_the_adapters_file_is_refused(base, adapter, tmp_path):
     own = shutil.copytree(adapter, tmp_path / "adapter")
-    head = {"base_model.model.lm_head.base_layer.weight": torch.zeros(4, 4)}
+    head = {"base_model.model.lm_head.base_layer.weight": torch.zeros(260, 64)}
     save_file(
         load_file(own / "adapter_model.safetensors") | head,
         own / "adapter_model.safetensors",

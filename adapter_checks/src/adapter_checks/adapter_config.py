@@ -165,9 +165,7 @@ def _is_layers(value: Any) -> bool:
 
 
 def _is_table_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def is_table(value: Any) -> bool:
-        if value is None:
-            return True
+    def is_table(value: Any) -> bool:  # null is none either: PEFT fails with an error about NoneType
         return isinstance(value, dict) and all(map(_is_pattern, value)) and all(map(is_valid, value.values()))
 
     return is_table

@@ -168,7 +168,8 @@ def _check_names(report, config, adapted, wanted, layers, tables) -> None:
     absent = sorted(adapted.keys() - wanted.keys())
     strange = [module for module in absent if module not in layers]
     uncovered = wanted.keys() - adapted.keys()
-    if prefixes := _other_prefix(strange, adapted, layers, tables):
+    prefixes = _other_prefix(strange, adapted, layers, tables)
+    if prefixes:
         theirs, own = prefixes
         report.fail(
             "other_prefix",
@@ -190,7 +191,7 @@ def _check_names(report, config, adapted, wanted, layers, tables) -> None:
         _report_not_targeted(report, [module for module in absent if module in layers])
     targets = _listed(config)
     unknown = [target for target in targets if not _ends_a_name(target, layers)]
-    if unknown and not wanted:
+    if unknown and not wanted and not prefixes:
         own_names = sorted({name.rsplit(".", 1)[-1] for name in layers})
         report.fail(
             "target_not_in_base",
