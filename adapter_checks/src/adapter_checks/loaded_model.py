@@ -75,7 +75,8 @@ def check_adapters(
         )
         return report
 
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # get_base_model() asks for the active adapter, which may have been deleted.
+    base: Any = cast("Any", model).base_model.model if isinstance(model, PeftModel) else model
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     statuses = get_layer_status(model) if layers else []
     loaded = sorted({adapter for status in statuses for adapter in status.available_adapters})
@@ -103,12 +104,12 @@ def check_adapters(
     if original_base is not None:
         check_base_weights(report, layers, configs, original_base, base)
     if folder is not None:
-        _check_as_saved(report, model, configs, folder)
+        _check_as_saved(report, model, base, configs, folder)
     report.note("adapters", f"Loaded: {', '.join(loaded)}. Active: {', '.join(active) or 'none'}.")
     return report
 
 
-def _check_as_saved(report, model, configs, folder) -> None:
+def _check_as_saved(report, model, base, configs, folder) -> None:
     folders = folder if isinstance(folder, Mapping) else dict.fromkeys(configs, folder)
     if not (
         set(folders) <= set(configs) and all(isinstance(path, (str, os.PathLike)) for path in folders.values())
@@ -120,7 +121,7 @@ def _check_as_saved(report, model, configs, folder) -> None:
         )
         return
     for adapter, path in folders.items():
-        check_as_saved(report, model, configs[adapter], adapter, path)
+        check_as_saved(report, model, base, configs[adapter], adapter, path)
 
 
 def _check_load_result(report, load_result) -> None:

@@ -183,9 +183,14 @@ def check_base_weights(
 
 
 def check_as_saved(
-    report: Report, model: torch.nn.Module, config: LoraConfig, adapter: str, folder: str | os.PathLike[str]
+    report: Report,
+    model: torch.nn.Module,
+    base: torch.nn.Module,
+    config: LoraConfig,
+    adapter: str,
+    folder: str | os.PathLike[str],
 ) -> None:
-    """Are the weights of this adapter in the model those of the file that it was loaded from?"""
+    """Are the weights of this adapter in the model those of the file that it was loaded from? base: the model inside PeftModel."""
     import torch
     from peft import get_peft_model_state_dict
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
@@ -197,7 +202,6 @@ def check_as_saved(
     except InputError as error:
         report.fail("bad_argument", f"The folder of {adapter!r} can't be read. {error}", "Pass the adapter's folder.")
         return
-    base = getattr(model, "get_base_model", lambda: model)()
     # PEFT follows what transformers has renamed and stacked since the file was written.
     content = convert_peft_adapter_state_dict_for_transformers(base, config, load_file(file), adapter)
     saved = {plain_name(name): tensor for name, tensor in content.items()}
