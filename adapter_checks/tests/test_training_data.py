@@ -325,6 +325,18 @@ def test_one_letter_answers_are_found_where_they_stand(tiny_tokenizer):
     assert report.codes == [] and " 4 tokens" in message(report, "supervision")
 
 
+def test_what_a_template_writes_before_an_answer_belongs_to_it():
+    report = check_sft_data([{"messages": [user("Who?"), bot("Tobin.")]}], with_template_of("qwen3"))
+    expected = len("<think>\n\n</think>\n\nTobin.") + 1
+    assert f" {expected} tokens" in message(report, "supervision"), "a token each, and the end"
+
+
+def test_a_turn_that_is_there_twice(tiny_tokenizer):
+    question, answer = user("Who?"), bot("Tobin.")
+    report = check_sft_data([{"messages": [question, answer, question, answer]}], tiny_tokenizer)
+    assert report.codes == [] and " 14 tokens" in message(report, "supervision")
+
+
 def test_an_earlier_answer_without_an_end(tmp_path):
     tokenizer = make_tiny_tokenizer()
     healthy = tokenizer.chat_template
