@@ -44,6 +44,7 @@ def check_adapter_folder(
     folder  what is given to PeftModel.from_pretrained: holds adapter_config.json and adapter_model.safetensors
     base    optional: the model, its folder, config.json or hub id, or its transformers configuration. Shapes are compared
             on PyTorch's meta device, so no weights are read. Which names and shapes are right there is PEFT's own word.
+            A tokenizer that lies beside the adapter is compared with the base's vocabulary.
 
     Returns a Report; the finding "adapter" names rank, alpha, layers and size. LoRA adapters are looked at in full,
     other methods for completeness and safety only.
