@@ -576,10 +576,16 @@ def _compare_configs(report, base, merged) -> None:
     unimportant = re.compile(
         r"_.*|architectures|transformers_version|(torch_)?dtype|use_cache|tie_word_embeddings|.*_token_id"
     )
-    ours, theirs = base.to_dict(), merged.to_dict()
-    differing = [
-        key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key) and not unimportant.fullmatch(key)
-    ]
+
+    def settings(config: dict) -> dict:  # those of the parts of a multimodal model are inside
+        return {
+            key: settings(value) if isinstance(value, dict) else value
+            for key, value in config.items()
+            if not unimportant.fullmatch(str(key))
+        }
+
+    ours, theirs = settings(base.to_dict()), settings(merged.to_dict())
+    differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if differing:
         report.warn(
             "other_config",
