@@ -331,6 +331,16 @@ def test_what_a_template_writes_before_an_answer_belongs_to_it():
     assert f" {expected} tokens" in message(report, "supervision"), "a token each, and the end"
 
 
+def test_a_call_of_a_tool_ends_with_a_token_of_its_own():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}"
+        "{{ '<|call|>' if m.tool_calls else '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [user("Who?"), bot("", tool_calls=[CALL]), {"role": "tool", "content": "1"}, bot("Tobin.")]
+    assert check_sft_data([{"messages": turns}], tokenizer).codes == []
+
+
 def test_a_turn_that_is_there_twice(tiny_tokenizer):
     question, answer = user("Who?"), bot("Tobin.")
     report = check_sft_data([{"messages": [question, answer, question, answer]}], tiny_tokenizer)
