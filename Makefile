@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
-.PHONY: help setup lab test check lint types test-code test-notebooks notebooks experiments base-model lock newest classroom grade report feedback formgrader test-classroom
+.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns notebooks experiments base-model lock newest classroom grade report feedback formgrader test-classroom
 
 help:
 	@echo "make lab         open your copies of the lessons, in work/, in JupyterLab (NO_BROWSER=1 serves without a browser;"
@@ -23,6 +23,7 @@ help:
 	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson); those whose code"
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
+	@echo "make test-reruns each cell of each lesson twice and with an interrupt (half an hour)"
 	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
@@ -82,7 +83,10 @@ test-notebooks: $(STAMP)
 # The instructor's edition is the solved one with the hidden tests, which run nowhere else.
 	$(RUN) -m tools.build classroom
 	COURSE_STRICT=1 $(NBMAKE) classroom/staging/source
-# Each cell interrupted, and run again. One lesson at a time, since an interrupt comes at half of a cell's time.
+
+# Each cell interrupted, and run again. One lesson at a time, since an interrupt comes at half of a cell's time. It takes more than
+# twice the time of all lessons, so it is no part of `make test`.
+test-reruns: $(STAMP)
 	TEST_RERUNS=1 $(RUN) -m pytest tests/test_reruns.py
 
 notebooks: $(STAMP)

@@ -1,7 +1,7 @@
 """Each code cell of each lesson: run, interrupted in a second run if it takes long enough for that, and run again.
 
 A learner does this all the time, and no cell may need a kernel that has not seen it before. It takes more than twice the
-time of all lessons, so it is part of `make test-notebooks` only, which sets TEST_RERUNS.
+time of all lessons, so it has a target of its own, `make test-reruns`, which sets TEST_RERUNS.
 """
 
 import os
@@ -19,7 +19,7 @@ from tools import build, editions
 
 LESSONS = sorted((build.ROOT / "lessons").glob("[0-9]*.py"))
 LONG = 2.0  # seconds; a shorter cell is over before somebody has stopped it
-slow = pytest.mark.skipif("TEST_RERUNS" not in os.environ, reason="takes many minutes; make test-notebooks runs it")
+slow = pytest.mark.skipif("TEST_RERUNS" not in os.environ, reason="takes many minutes; make test-reruns runs it")
 
 
 def rerun(notebook, runs, long=LONG):

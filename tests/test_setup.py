@@ -196,7 +196,6 @@ def test_test_runs_the_checks_and_every_notebook_of_both_editions(checkout):
         f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 solutions",
         "||-m tools.build classroom",
         f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 classroom/staging/source",
-        "||-m pytest tests/test_reruns.py",
     ]
 
 
