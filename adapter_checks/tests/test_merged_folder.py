@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from adapter_checks import MergedReport, Report, check_merged_folder, merged_folder, merging
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
@@ -754,7 +754,7 @@ def test_code_of_a_model_is_never_run(root, out, tmp_path):
 
 def test_one_model_in_memory_at_a_time_and_nothing_written(root, healthy, monkeypatch):
     models, alive = [], []
-    from_pretrained = AutoModelForCausalLM.from_pretrained.__func__
+    from_pretrained = PreTrainedModel.from_pretrained.__func__
 
     def watched(cls, *args, **kwargs):
         alive.append(sum(model() is not None for model in models))
@@ -762,7 +762,7 @@ def test_one_model_in_memory_at_a_time_and_nothing_written(root, healthy, monkey
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(watched))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
     files = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert check(root, healthy).ok
     assert alive == [0, 0] and len(models) == 2
