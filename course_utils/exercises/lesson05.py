@@ -99,7 +99,7 @@ def quiet(function):
         for name, matrix in (("A", A), ("B", B)):
             if not matrix.any():
                 raise TryAgain(f"{name} is zero. Both are to be something, and only their product nothing.")
-            size = float(matrix.abs().mean())
+            size = matrix.abs().mean().item()
             if not 1e-5 < size < 1e3:
                 raise TryAgain(
                     f"The numbers of {name} are of size {size:.0e}, too {'small' if size < 1 else 'large'} to train from. "

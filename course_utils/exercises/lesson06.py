@@ -27,7 +27,7 @@ def judged_logits(effect, error, seed=0, shift=0):
     base = shift + torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     change, off = torch.zeros_like(base), torch.zeros_like(base)
     for moved, by in ((change[(seed + 2) % 6], effect), (off[(seed + 4) % 6], error)):
-        by, first = torch.tensor(by, dtype=torch.float64).reshape(-1), 3 * seed % 11
+        by, first = torch.as_tensor(by, dtype=torch.float64).reshape(-1), 3 * seed % 11
         moved[first : first + len(by)] = by
     return base, base + change, base + change + off
 
@@ -426,7 +426,7 @@ def _has_few_digits(number, dtype):
     import torch
 
     kinds = (torch.bfloat16, torch.float16)
-    return dtype in kinds or any(torch.tensor(number, dtype=kind).item() == number for kind in kinds) \
+    return dtype in kinds or any(torch.as_tensor(number, dtype=kind).item() == number for kind in kinds) \
         or round(number, 3) == number  # fmt: skip
 
 
