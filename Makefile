@@ -23,7 +23,7 @@ help:
 	@echo "make notebooks   lessons/*.py to notebooks/ and solutions/ (ONLY=01 for one lesson); those whose code"
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
-	@echo "make test-reruns each cell of each lesson twice and with an interrupt (half an hour)"
+	@echo "make test-reruns each cell of each lesson twice and with an interrupt (more than twice their time)"
 	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
