@@ -192,8 +192,9 @@ def test_weights_are_held_to_two_roundings(steps, accepted, root, tmp_path):
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
         {"init_lora_weights": "olora"},
         {"trainable_token_indices": [3, 5]},
+        {"modules_to_save": ["embed_tokens"]},
     ],
-    ids=["rslora", "patterns", "dora", "head_saved", "embedding", "olora", "tokens"],
+    ids=["rslora", "patterns", "dora", "head_saved", "embedding", "olora", "tokens", "embedding_saved"],
 )
 def test_other_healthy_adapters_pass(changes, root, tmp_path):
     make_adapter(root / "base", tmp_path / "adapter", **changes)
@@ -201,6 +202,7 @@ def test_other_healthy_adapters_pass(changes, root, tmp_path):
     report = check_merged_folder(root / "base", tmp_path / "adapter", folder)
     assert report.ok and set(report.codes) <= {"changes_base"}, report
     assert report.times == pytest.approx(1, abs=0.01)
+    assert report.max_abs is not None, "an adapter on the embedding keeps no output from being compared"
 
 
 def test_two_adapters_merged_together_pass(root, tiny_tokenizer, tmp_path):
@@ -539,6 +541,26 @@ def test_an_adapter_on_a_tied_head(untied, root, tiny_tokenizer, tmp_path):
         assert weights_finding(report) == "tied_head"
 
 
+@pytest.mark.parametrize(
+    ("changes", "codes"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, []),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, []),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, []),
+        ({"trainable_token_indices": [3, 5]}, []),
+        ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, ["tied_head", "logits_differ"]),
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, ["tied_head", "logits_differ"]),
+    ],
+    ids=["embedding", "both", "kept_tied", "tokens", "lora_kept_tied", "lora_on_both"],
+)
+def test_adapters_on_an_embedding_that_is_the_head_as_well(changes, codes, root, tiny_tokenizer, tmp_path):
+    adapter = make_adapter(root / "base_tied", tmp_path / "adapter", **{"target_modules": ["q_proj"], **changes})
+    with warnings.catch_warnings(action="ignore"):
+        merged = PeftModel.from_pretrained(load(root, base="base_tied"), adapter).merge_and_unload()
+    report = check_merged_folder(root / "base_tied", adapter, save(merged, tmp_path / "out", tiny_tokenizer))
+    assert report.codes == codes and report.max_abs is not None, report
+
+
 # ------------------------------------------------------------------------------------------------ planted: the files
 
 
@@ -603,6 +625,18 @@ def test_vocabulary_sizes(root, healthy, tmp_path, tiny_tokenizer):
     report = check(root, save(model, tmp_path / "out", tiny_tokenizer))
     assert {"vocab_mismatch", "other_weights"} <= set(report.codes)
     assert f"embedding {len(tiny_tokenizer) + 8}" in message(report, "vocab_mismatch")
+
+
+def test_vocabulary_sizes_where_an_adapter_sits_on_the_embedding(root, tmp_path, tiny_tokenizer):
+    for changes in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}):
+        adapter = tmp_path / next(iter(changes))
+        make_adapter(root / "base", adapter, **changes)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), adapter)
+        merged = model.merge_and_unload()
+        merged.resize_token_embeddings(len(tiny_tokenizer) + 8)
+        folder = save(merged, tmp_path / f"out_{adapter.name}", tiny_tokenizer)
+        report = check_merged_folder(root / "base", adapter, folder)
+        assert f"embedding {len(tiny_tokenizer) + 8}" in message(report, "vocab_mismatch")
 
 
 def test_another_configuration(root, out):

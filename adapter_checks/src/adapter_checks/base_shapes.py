@@ -405,11 +405,15 @@ def in_out(module: torch.nn.Module) -> tuple[int, int] | None:
 
 
 def token_embedding(model: Any) -> torch.nn.Embedding | None:
-    """The embedding of tokens; None in a model that has none, or several."""
+    """The base's embedding of tokens, inside an adapter if one sits on it; None in a model that has none, or several."""
     import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+    while isinstance(found, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        found = found.get_base_layer() if isinstance(found, BaseTunerLayer) else found.original_module
     return found if isinstance(found, torch.nn.Embedding) else None

@@ -283,7 +283,8 @@ def _check_experts(report, config, parameters, layers) -> None:
 def _check_vocabulary(report, config, base, layers) -> None:
     embedding, head = token_embedding(base), base.get_output_embeddings()
     text_config = base.config.get_text_config()
-    shared = {name for name, module in base.named_modules() if module in (embedding, head) and module is not None}
+    ends = [module for module in (embedding, head) if module is not None]
+    shared = {plain_name(name) for name, module in base.named_modules() if module in ends}
     if getattr(text_config, "tie_word_embeddings", False) and (found := sorted(shared & layers.keys())):
         report.warn(
             "tied_head",

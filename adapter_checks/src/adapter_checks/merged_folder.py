@@ -349,13 +349,14 @@ def _check_tokenizer(report, wanted, merged: Path):
 
 def _check_vocabulary(report, model, tokenizer, merged: StoredWeights, config) -> None:
     """Rows of embedding and head, the configuration and the tokenizer have to agree."""
-    ends = {"embedding": token_embedding(model), "head": model.get_output_embeddings()}
-    if ends["embedding"] is None:
+    embedding = token_embedding(model)
+    if embedding is None:
         return
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     names = {module: name for name, module in model.named_modules()}
     rows = {end: found.shape[0] for end, module in ends.items()
             if module is not None and (found := merged.get(f"{names[module]}.weight")) is not None}  # fmt: skip
-    rows |= {"configuration": config.get_text_config().vocab_size, "base": ends["embedding"].weight.shape[0]}
+    rows |= {"configuration": config.get_text_config().vocab_size, "base": embedding.weight.shape[0]}
     if len(set(rows.values())) > 1 or (tokenizer is not None and len(tokenizer) > min(rows.values())):
         sizes = ", ".join(
             f"{end} {number}" for end, number in (rows | ({"tokenizer": len(tokenizer)} if tokenizer else {})).items()
