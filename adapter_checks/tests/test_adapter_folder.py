@@ -608,6 +608,35 @@ def test_factors_that_are_zero(adapter):
 
 
 @pytest.mark.parametrize(
+    ("named", "healthy"),
+    [
+        (lambda name: "layers.1" in name, True),  # 7 of 14
+        (lambda name: "layers.1" in name or "layers.0.mlp.up_proj" in name, False),  # 8 of 14
+        (lambda name: "mlp" in name, True),  # 6 of 14
+    ],
+)
+def test_an_adapter_of_which_most_was_never_trained(named, healthy, adapter):
+    """As reentrant checkpointing leaves it: only what lies behind the blocks learns."""
+    rewrite(adapter, each(lambda name, tensor: tensor * 0 if "lora_B" in name and named(name) else tensor))
+    report = check_adapter_folder(adapter)
+    assert report.codes == ["partly_zero_b"] and report.ok is healthy
+
+
+@pytest.mark.parametrize("part", ["mlp.experts.{}", "vision_tower.{}"])
+def test_parts_that_may_rest_in_training(part, adapter):
+    def silence(tensors):
+        whole = f"{START}model.layers.0.mlp.up_proj.lora_"
+        A, B = (tensors[f"{whole}{factor}.weight"] for factor in "AB")
+        names = [f"{START}model.layers.0.{part.format(number)}.up_proj.lora_" for number in range(20)]
+        return tensors | {f"{name}A.weight": A.clone() for name in names} | {f"{name}B.weight": B * 0 for name in names}
+
+    reconfigure(adapter, target_modules=NAMES)
+    rewrite(adapter, silence)
+    report = check_adapter_folder(adapter)
+    assert "20 of 34 layers" in message(report, "partly_zero_b") and report.ok
+
+
+@pytest.mark.parametrize(
     ("settings", "factor"), [({}, 1000), ({"lora_alpha": 8000}, 1), ({"alpha_pattern": {".*": 8000}}, 1)]
 )
 def test_a_change_out_of_all_proportion(settings, factor, adapter):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_config import scaling_of
+from adapter_checks.names import MAY_REST
 from adapter_checks.report import first_few
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def check_numbers(report: Report, config: Mapping[str, Any], file: Path, modules
     from safetensors import safe_open
 
     zero: dict[str, list[str]] = {"A": [], "B": []}
-    seen = {"A": 0, "B": 0}
+    seen: dict[str, list[str]] = {"A": [], "B": []}
     broken, nonzero_rows = [], {}
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
@@ -38,7 +39,8 @@ def check_numbers(report: Report, config: Mapping[str, Any], file: Path, modules
             if match := re.search(r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$", name):
                 begins_at_zero = match[1] in ("lora_B.weight", "lora_embedding_A")
                 factor = "B" if begins_at_zero else "A"
-                seen[factor] += tensor.numel() > 0
+                if tensor.numel():
+                    seen[factor].append(name)
                 if tensor.numel() and not tensor.any():
                     zero[factor].append(name)
                 elif match[1] == "lora_B.weight" and tensor.dim() > 1 and tensor.numel():
@@ -54,17 +56,21 @@ def check_numbers(report: Report, config: Mapping[str, Any], file: Path, modules
         ("B", "It was saved before training, or training did not reach it: check for trainable parameters and train again."),
         ("A", "A begins at random, so this was not trained away: see how it was saved, and save it again."),
     ):  # fmt: skip
-        if zero[factor] and len(zero[factor]) == seen[factor]:
+        if zero[factor] and len(zero[factor]) == len(seen[factor]):
             report.fail(
                 f"zero_{factor.lower()}",
-                f"{factor} is all zero in all {seen[factor]} layers: this adapter changes nothing.",
+                f"{factor} is all zero in all {len(seen[factor])} layers: this adapter changes nothing.",
                 cause,
             )
         elif zero[factor]:
-            report.warn(
+            expected = [name for name in seen[factor] if not MAY_REST.search(name)]
+            most = 2 * len(set(zero[factor]) & set(expected)) > len(expected)
+            report.add(
+                "fail" if most else "warn",
                 f"partly_zero_{factor.lower()}",
-                f"{factor} is all zero in {len(zero[factor])} of {seen[factor]} layers, which the adapter leaves unchanged: {first_few(zero[factor])}.",
-                "Training did not reach them: check that they were trainable, and that this adapter was loaded whole before.",
+                f"{factor} is all zero in {len(zero[factor])} of {len(seen[factor])} layers, which the adapter leaves unchanged: {first_few(zero[factor])}.",
+                "Training did not reach them: check that they were trainable, and that this adapter was loaded whole before. With "
+                "gradient checkpointing, call model.enable_input_require_grads() before training.",
             )
     _check_rows(report, nonzero_rows)
     large = {module: change for module, change in changes.items() if change > LARGEST_CHANGE}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# Experts that no token was sent to, and towers for images and sound that no row has: training may well leave them alone.
+MAY_REST = re.compile(r"\.experts\.|vision|visual|image|audio")
+
 
 def plain_name(name: str) -> str:
     """A module's or weight's name in the plain base: without PeftModel's prefix and the layers that PEFT adds."""

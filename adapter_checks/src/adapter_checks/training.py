@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.base_shapes import in_out
-from adapter_checks.names import plain_name
+from adapter_checks.names import MAY_REST, plain_name
 from adapter_checks.report import Report, first_few, never_raises
 
 if TYPE_CHECKING:
@@ -158,10 +158,6 @@ def _check_settings(report, trainer, lora) -> float:
     return rate
 
 
-# Experts that no token was sent to, and towers for images and sound that no row has.
-_MAY_REST = re.compile(r"\.experts\.|vision|visual|image|audio")
-
-
 def _checkpoints_without_gradient(model) -> bool:
     """Whether blocks are checkpointed in the reentrant way, and nothing makes their inputs need the gradient that it asks for."""
     import torch
@@ -202,7 +198,7 @@ def _check_moved(report, model, weights, before) -> None:
         return
     unmoved = [name for name, (weight, old) in pairs.items() if torch.equal(weight, old.to(weight))]
     if unmoved:
-        expected = [name for name in pairs if not _MAY_REST.search(name)]
+        expected = [name for name in pairs if not MAY_REST.search(name)]
         most = len(unmoved) == len(pairs) or 2 * len(set(unmoved) & set(expected)) > len(expected)
         what = f"{len(unmoved)} of {len(pairs)} weights have not moved: {first_few(map(plain_name, unmoved), 1)}."
         remedy = (
