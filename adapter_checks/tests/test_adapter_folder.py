@@ -560,6 +560,46 @@ def test_one_process_s_rows(processes, rows, adapter, tiny_folders):
         assert report.codes == ["partial_shards"] and f"{rows} of 4 rows" in message(report, "partial_shards")
 
 
+@pytest.mark.parametrize(("processes", "columns"), [(2, 2), (4, 1)])
+def test_one_process_s_columns(processes, columns, adapter, tiny_folders):
+    rewrite(adapter, each(lambda name, tensor: tensor[:, : tensor.shape[1] // processes]))
+    for base in (None, tiny_folders / "base"):
+        report = check_adapter_folder(adapter, base)
+        assert report.codes == ["partial_shards"] and f"{columns} of 4 columns" in message(report, "partial_shards")
+
+
+# Of layers that lie in parts on several processes these are cut along their inputs, the others along their outputs.
+BEHIND = ("o_proj", "down_proj")
+
+
+@pytest.mark.parametrize(("processes", "words"), [(2, "are half of"), (4, "are a 4th of")])
+def test_one_process_s_part_of_each_layer(processes, words, adapter, tiny_folders):
+    def part(name, tensor):
+        behind = any(layer in name for layer in BEHIND)
+        if behind and "lora_A" in name:
+            return tensor[:, : tensor.shape[1] // processes]
+        return tensor[: len(tensor) // processes] if "lora_B" in name and not behind else tensor
+
+    rewrite(adapter, each(part))
+    report = check_adapter_folder(adapter, tiny_folders / "base")
+    assert report.codes == ["partial_shards"] and words in message(report, "partial_shards")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda name, t: t[:, :32] if "lora_A" in name else t[:32],  # a base of half the size
+        lambda name, t: t[:32] if "v_proj.lora_B" in name else t,  # fewer heads for keys and values
+        lambda name, t: t[:, :48] if "lora_A" in name else t,
+        lambda name, t: t[:, :32] if "lora_A" in name and "layers.0" in name else t[:, :16] if "lora_A" in name else t,
+        lambda name, t: t.repeat(1, 2) if "lora_A" in name else t,
+    ],
+)
+def test_other_shapes_are_those_of_another_base(cut, adapter, tiny_folders):
+    rewrite(adapter, each(cut))
+    assert check_adapter_folder(adapter, tiny_folders / "base").codes == ["shape_mismatch"]
+
+
 def test_ranks_that_are_short_in_one_layer_are_another_matter(adapter):
     rewrite(adapter, each(lambda name, tensor: tensor[:2] if "layers.0.mlp.up_proj.lora_A" in name else tensor))
     assert check_adapter_folder(adapter).codes == ["rank_mismatch"]

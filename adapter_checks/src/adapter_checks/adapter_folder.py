@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_config import CONFIG, HEADS, rank_of, read_adapter_config
 from adapter_checks.adapter_numbers import check_numbers
-from adapter_checks.base_shapes import check_fit, check_targets
+from adapter_checks.base_shapes import check_fit, check_targets, report_partial_shards
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
 from adapter_checks.report import Report, first_few, never_raises
@@ -275,15 +275,20 @@ def _check_shapes(report, config, pairs) -> list[str]:
         for module, pair in matrices.items()
         if (pair["A"][0], pair["B"][1]) != ((rank := rank_of(config, module)),) * 2
     }
-    # Processes share the rows of each tensor: A (rank, inputs) loses a part of its rank, B (outputs, rank) does not.
-    if wrong and len(wrong) == len(matrices) and all(a < rank == b for rank, a, b in wrong.values()):
-        rank, rows, _ = next(iter(wrong.values()))
-        report.fail(
-            "partial_shards",
-            f"A has {rows} of {rank} rows in the first of all {len(wrong)} layers, and B has all its {rank} columns: the rows lay on "
-            "several processes, and the file holds one process's part.",
-            "Gather before saving (FSDP: FULL_STATE_DICT, or accelerator.get_state_dict). The other parts may still be in the "
-            "checkpoint's folder.",
+    # Processes share the rows of each tensor: A (rank, inputs) loses a part of its rank, B (outputs, rank) does not. Or the columns.
+    by_rows = all(a < rank == b for rank, a, b in wrong.values())
+    by_columns = all(b < rank == a for rank, a, b in wrong.values())
+    if wrong and len(wrong) == len(matrices) and (by_rows or by_columns):
+        rank, a, b = next(iter(wrong.values()))
+        cut, other, lay = (
+            (f"A has {a} of {rank} rows", f"B has all its {rank} columns", "rows")
+            if by_rows
+            else (f"B has {b} of {rank} columns", f"A has all its {rank} rows", "columns")
+        )
+        report_partial_shards(
+            report,
+            f"{cut} in the first of all {len(wrong)} layers, and {other}: the {lay} lay on several processes, and the file holds one "
+            "process's part.",
         )
     elif wrong:
         module, (rank, a, b) = next(iter(wrong.items()))

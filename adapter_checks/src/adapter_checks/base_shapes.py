@@ -135,6 +135,28 @@ def _check_head(report, config, model, shapes) -> None:
         )
 
 
+def report_partial_shards(report: Report, what: str, more: str = "") -> None:
+    report.fail(
+        "partial_shards",
+        what,
+        "Gather before saving (FSDP: FULL_STATE_DICT, or accelerator.get_state_dict). The other parts may still be in the "
+        f"checkpoint's folder.{more}",
+    )
+
+
+def _tensor_parallel(pairs, wanted) -> str:
+    """Where each layer is short of its outputs or else of its inputs, all by one factor: how, in words; "" otherwise."""
+    cuts = set()
+    for module in pairs.keys() & wanted.keys():
+        found, whole = ((pair["A"][1:], pair["B"][:1]) for pair in (pairs[module], wanted[module]))
+        shares = [
+            full[0] / part[0] if len(full) == len(part) == 1 else 0 for full, part in zip(whole, found) if full != part
+        ]
+        cuts.add(shares[0] if len(shares) == 1 else 0)
+    share = cuts.pop() if len(cuts) == 1 else 0
+    return f"a {share:.0f}th" if share > 2 and share == int(share) else "half" if share == 2 else ""
+
+
 def _check_shapes(report, config, pairs, wanted, tables) -> None:
     stacked = bool(config.get("target_parameters"))
     wrong, vocabulary = [], []
@@ -156,6 +178,13 @@ def _check_shapes(report, config, pairs, wanted, tables) -> None:
                     vocabulary.append((module, found[0]))
     if wrong and len(wrong) == len(vocabulary):
         report_other_vocabulary(report, vocabulary, tables)
+    elif wrong and not stacked and (part := _tensor_parallel(pairs, wanted)):
+        report_partial_shards(
+            report,
+            f"In each layer either the inputs of A or the outputs of B are {part} of this base's: {wrong[0]}. The layers lay in parts on "
+            "several processes (tensor parallelism), and the file holds one process's part.",
+            " If it was trained in one process, this is another base: load the one that base_model_name_or_path names.",
+        )
     elif wrong:
         report.fail(
             "shape_mismatch",
