@@ -85,6 +85,47 @@ def test_what_peft_takes_is_healthy(name, value, adapter, tiny_folders):
     assert check_adapter_folder(adapter, tiny_folders / "base").codes == []
 
 
+UNSET = {
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "auto_mapping": None,
+    "revision": None,
+}
+PATTERNS = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "loftq_config": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"modules_to_save": None, "enable_lora": None, "merge_weights": False},  # 0.3
+        UNSET,  # 0.5
+        UNSET | PATTERNS | {"use_rslora": False},  # 0.8
+        UNSET | PATTERNS | {"use_rslora": False, "use_dora": False, "layer_replication": None},  # 0.13
+        UNSET | PATTERNS | {"corda_config": None, "eva_config": None, "lora_bias": False, "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)"},  # 0.15
+    ],
+    ids=["0.3", "0.5", "0.8", "0.13", "0.15"],
+)  # fmt: skip
+def test_configurations_that_older_peft_wrote(more, adapter, tiny_folders):
+    core = {
+        "base_model_name_or_path": str(tiny_folders / "base"), "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": NAMES, "task_type": "CAUSAL_LM", "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(core | more))
+    for base in (None, tiny_folders / "base"):
+        assert check_adapter_folder(adapter, base).codes == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folders / "base"), adapter)
+    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+
 def test_settings_that_are_not_there(adapter, tiny_folders):
     reconfigure(adapter, "lora_alpha")
     report = check_adapter_folder(adapter)
