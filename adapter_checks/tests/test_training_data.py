@@ -369,6 +369,51 @@ def test_an_earlier_answer_without_an_end(tmp_path):
     assert check_supervision(trainer).codes == []
 
 
+def unmarked(template):
+    return re.sub(r"{%-? *(end)?generation *-?%}", "", template)
+
+
+def marked_as(answer, end):
+    """The tiny tokenizer with a template in which a {% generation %} block is written as `answer`, and what follows it as `end`."""
+    tokenizer = make_tiny_tokenizer()
+    written = "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    assert written in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(written, answer + end)
+    return tokenizer
+
+
+OPEN, CLOSE = "{%- generation -%}", "{%- endgeneration -%}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "end", "codes", "tokens"),
+    [
+        (f"{OPEN}{{{{ message['content'] + '<|end|>' }}}}{CLOSE}", "", [], 21),
+        (f"{OPEN}{{{{ message['content'] }}}}{CLOSE}", "<|end|>", ["end_masked"], 19),
+        (f"{OPEN}{{{{ message['content'] }}}}{CLOSE}", "{{ '\n<|end|>' }}", ["no_end"], 19),
+        (
+            f"{OPEN}{{{{ message['content'] }}}}{{% if loop.last %}}<|end|>{{% endif %}}{CLOSE}",
+            "{% if not loop.last %}<|end|>{% endif %}",
+            ["earlier_end_masked"],
+            20,
+        ),
+        (f"{{% if loop.last %}}{OPEN}{{{{ message['content'] }}}}<|end|>{CLOSE}{{% else %}}", "{{ message['content'] }}<|end|>{% endif %}", [], 14),
+        ("{{ message['content'] }}<|end|>", f"{{% if false %}}{OPEN}{CLOSE}{{% endif %}}", ["no_loss"], 0),
+    ],
+)  # fmt: skip
+def test_what_the_templates_markers_hold(answer, end, codes, tokens, tmp_path):
+    """The labels are those of a trainer with assistant_only_loss=True."""
+    tokenizer = marked_as(answer, end)
+    report = check_sft_data([{"messages": TALK}], tokenizer)
+    assert report.codes == codes and f" {tokens} tokens" in message(report, "supervision")
+    if "no_loss" not in codes:
+        trainer = sft_trainer(tmp_path, [{"messages": TALK}], tokenizer=tokenizer, assistant_only_loss=True)
+        labels = trainer.train_dataset["labels"][0]
+        assert sum(label != -100 for label in labels) == tokens
+    pair = {"prompt": TALK[:3], "completion": TALK[3:]}
+    assert check_sft_data([pair], tokenizer).codes == [], "markers count for messages only"
+
+
 @pytest.mark.parametrize(
     ("turns", "more", "words"),
     [
@@ -431,6 +476,9 @@ def test_content_in_parts():
 def test_a_template_that_rewrites_what_it_is_given():
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "(message['content'] | upper)")
+    report = check_sft_data([{"messages": TALK}], tokenizer)
+    assert report.codes == [] and " 21 tokens" in message(report, "supervision"), "what the markers hold"
+    tokenizer.chat_template = unmarked(tokenizer.chat_template)
     report = check_sft_data([{"messages": TALK}], tokenizer)
     assert report.codes == [] and " 14 tokens" in message(report, "supervision"), "the last answer's alone"
     tokenizer.chat_template = "{% for message in messages %}{{ 1 / message['content'] | length }}<|end|>{% endfor %}"

@@ -21,6 +21,7 @@ _FIRST_PROBE = 0xF0000
 # Ends of widespread models, which are plain text to others. "</s>" may be HTML, so it counts at the end only.
 _OTHER_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_GENERATION_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclasses.dataclass
@@ -46,8 +47,8 @@ class _Piece:
 def encode_row(row: Any, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> EncodedRow:
     """Read a row as TRL's SFTTrainer does. ends: ids that end an answer, such as EOS.
 
-    The answers of `messages` are all turns of the assistant; of prompt and completion it is what follows the tokens that both
-    have in common, as in TRL (data_utils.common_prefix_length).
+    The answers of `messages` are what the template's generation markers hold, or without markers all turns of the assistant; of
+    prompt and completion it is what follows the tokens that both have in common, as in TRL (data_utils.common_prefix_length).
     """
     try:
         return _encode(row, tokenizer, ends)
@@ -90,14 +91,26 @@ def _encode(row, tokenizer, ends) -> EncodedRow:
         encoded.ids, offsets = coded["input_ids"], coded["offset_mapping"]
     else:
         encoded.ids = render_ids(turns)
-    if prompt is None and whole and offsets:
-        spans = _spans(pieces, taught, text, _header(render), encoded.ids, offsets, ends)
-        encoded.labels = [-100] * len(encoded.ids)
-        for number, (start, stop) in spans.items():
-            encoded.labels[start:stop] = encoded.ids[start:stop]
-            # Behind a call of a tool some models stop at a token of its own.
-            if number != taught[-1] and encoded.ids[stop - 1] not in ends and not turns[number].get("tool_calls"):
-                encoded.faults["earlier_end_masked"] = ""
+    marked = offsets and _GENERATION_MARKER.search(tokenizer.get_chat_template(tools=tools))
+    if prompt is None and offsets and (whole or marked):
+        spans = _spans(pieces, taught, text, _header(render), encoded.ids, offsets, ends) if whole else {}
+        if marked:
+            coded = render(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            encoded.labels = [token if kept else -100 for token, kept in zip(encoded.ids, coded["assistant_masks"])]
+        else:
+            encoded.labels = [-100] * len(encoded.ids)
+            for start, stop in spans.values():
+                encoded.labels[start:stop] = encoded.ids[start:stop]
+        # Behind a call of a tool some models stop at a token of its own.
+        unheard = [
+            number
+            for number, (start, stop) in spans.items()
+            if any(label != -100 for label in encoded.labels[start:stop])
+            and encoded.labels[stop - 1] not in ends
+            and not turns[number].get("tool_calls")
+        ]
+        if unheard and taught[-1] not in unheard:
+            encoded.faults["earlier_end_masked"] = ""
         return encoded
     before = turns[: len(prompt) if prompt is not None else taught[-1]]
     return _mask_prompt(encoded, render_ids(before, add_generation_prompt=True) if before else [], prompt is not None)
