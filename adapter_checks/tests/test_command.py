@@ -116,6 +116,9 @@ def test_data(folders, run):
     write_rows(rows, row(), row(answer=""), row(answer="long " * 40))
     status, out, _ = run("data", rows, "--model", "base", "--max-length", 64, "--json")
     assert status == 1 and codes(as_json(out)) == ["no_completion", "truncated"]
+    rows.write_text(f"\n{json.dumps(row())}\n\n{json.dumps(row(answer=''))}\n", encoding="utf-8")
+    status, out, _ = run("data", rows, "--model", "base")
+    assert status == 1 and "In 1 of 2 rows" in out and "(line 4)" in out, "lines of the file, empty ones among them"
 
 
 def test_count(folders, run):

@@ -648,6 +648,16 @@ def test_rows_packed_without_regard_to_their_ends(tmp_path):
     assert check_supervision(sft_trainer(tmp_path, packing_strategy="wrapped")).codes == [], "nothing is packed"
 
 
+def test_rows_split_to_be_packed(tmp_path):
+    packed = {"packing": True, "packing_strategy": "bfd_split", "max_length": 48, "per_device_train_batch_size": 2}
+    assert check_supervision(sft_trainer(tmp_path, **packed)).codes == [], "no row is longer"
+    rows = [*ROWS, row(answer="Tobin has it. " * 6), row(question="Who? " * 10)]
+    report = check_supervision(sft_trainer(tmp_path, rows, **packed))
+    assert report.codes == ["rows_split"] and report.ok and "at least 3:" in message(report, "rows_split")
+    report = check_supervision(sft_trainer(tmp_path, rows, completion_only_loss=False, **packed))
+    assert report.codes == ["rows_split", "loss_on_prompt"]
+
+
 def test_pads_that_carry_loss(tiny_tokenizer):
     batch = hand_made(tiny_tokenizer, ("abc<|assistant|>", "de<|end|>"), ("abcdef<|assistant|>", "gh<|end|>"))
     cloned = batch | {"labels": torch.where(batch["labels"] == -100, batch["labels"], batch["input_ids"])}

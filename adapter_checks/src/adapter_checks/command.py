@@ -120,7 +120,7 @@ def _merged(options: argparse.Namespace) -> Outcome:
     texts = None
     if options.texts:
         texts = [line for line in _read_text(options.texts).splitlines() if line.strip()]
-    rows = list(_read_rows(options.rows)) if options.rows else None
+    rows = [row for _, row in _read_rows(options.rows)] if options.rows else None
     for name, content in ((options.rows, rows), (options.texts, texts)):
         if name and not content:
             raise InputError(f"{name} is empty. Leave it out, or write one a line.")
@@ -139,17 +139,17 @@ def _merged(options: argparse.Namespace) -> Outcome:
 
 
 def _data(options: argparse.Namespace) -> Outcome:
-    from adapter_checks.training_data import check_sft_data
+    from adapter_checks.training_data import check_sft_lines
 
     tokenizer, progress = _tokenizer(options.model), _progress(options)
 
-    def counted() -> Iterator[Mapping[str, Any]]:
-        for number, row in enumerate(_read_rows(options.rows)):
-            if progress and number and number % 1000 == 0:
-                progress(f"{number:,} rows read")
-            yield row
+    def counted() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for count, numbered in enumerate(_read_rows(options.rows)):
+            if progress and count and count % 1000 == 0:
+                progress(f"{count:,} rows read")
+            yield numbered
 
-    return Outcome(check_sft_data(counted(), tokenizer, options.max_length))
+    return Outcome(check_sft_lines(counted(), tokenizer, options.max_length))
 
 
 def _count(options: argparse.Namespace) -> Outcome:
@@ -349,7 +349,8 @@ def _read_text(name: str) -> str:
         raise InputError(f"{path} can't be read: {error.strerror}.") from error
 
 
-def _read_rows(name: str) -> Iterable[Mapping[str, Any]]:
+def _read_rows(name: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """The rows of a file, one JSON object a line, each with the number of its line."""
     for number, line in enumerate(_read_text(name).splitlines(), 1):
         if not line.strip():
             continue
@@ -359,7 +360,7 @@ def _read_rows(name: str) -> Iterable[Mapping[str, Any]]:
             raise InputError(f"Line {number} of {name} is not JSON ({error}). Write one object a line.") from error
         if not isinstance(row, dict):
             raise InputError(f"Line {number} of {name} is a {type(row).__name__}. Write one object a line.")
-        yield row
+        yield number, row
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -136,19 +136,38 @@ def check_sft_data(
     max_length  in tokens, as given to SFTConfig (its default is 1024); None for no limit
 
     Returns a Report that numbers rows from 0; its finding "supervision" gives the share of tokens in answers. Of messages
-    these are all turns of the assistant, as with assistant_only_loss=True.
+    these are what the template's generation markers hold, as with assistant_only_loss=True, or without markers all turns of
+    the assistant.
     """
-    report, texts, faults = Report("Rows for SFT"), [], _Faults()
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "eos_token_id"):
         wanted = "a list of rows or one split such as dataset['train'], and a tokenizer (of a processor its .tokenizer)"
-        return bad_argument(report, (rows, tokenizer), wanted)
+        return bad_argument(Report("Rows for SFT"), (rows, tokenizer), wanted)
+    return _check_rows(enumerate(rows), tokenizer, max_length, _counted_from_0)
+
+
+@never_raises("Rows for SFT")
+def check_sft_lines(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Report:
+    """check_sft_data for rows that come with the numbers of their lines in a file, which the Report then names."""
+    return _check_rows(rows, tokenizer, max_length, lambda lines: f"line {first_few(lines)}")
+
+
+def _counted_from_0(numbers: Iterable[int]) -> str:
+    return f"number {first_few(numbers)}, counted from 0"
+
+
+def _check_rows(rows, tokenizer, max_length, in_words) -> Report:
+    """in_words: function from some of the numbers that come with the rows to where these are."""
+    report, texts, faults = Report("Rows for SFT"), [], _Faults()
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         report.fail(
             "bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit."
         )
         return report
-    facts = _facts(tokenizer)
-    for number, row in enumerate(rows):
+    facts, names = _facts(tokenizer), []
+    for number, (name, row) in enumerate(rows):
+        names.append(name)
         encoded = encode_row(row, tokenizer, facts.ends)
         for code, detail in encoded.faults.items():
             faults[code][number] = detail
@@ -157,7 +176,9 @@ def check_sft_data(
         if kept and lost and -100 in labels[cut - 1 : cut + 1]:
             faults["turns_cut"][number] = ""
         texts.append((encoded.ids[:cut], labels[:cut], 0))
-    return _judge(report, texts, tokenizer, facts, max_length, faults)
+    return _judge(
+        report, texts, tokenizer, facts, max_length, faults, where=lambda rows: in_words(names[row] for row in rows)
+    )
 
 
 @never_raises("Tokens with loss")
@@ -188,10 +209,22 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
     padded = itertools.chain.from_iterable(map(_pads_with_loss, batches))
     faults["loss_on_pads"] |= {number: "" for number, found in enumerate(padded) if found}
-    args = getattr(given, "args", None)
+    args, facts = getattr(given, "args", None), _facts(tokenizer, getattr(trainer, "model", None))
     limit = getattr(args, "max_length", None)
-    wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
-    if wrapped:
+    packing = getattr(args, "packing_strategy", "") if getattr(args, "packing", False) else ""
+    unfinished = {
+        number
+        for number, (ids, *_) in enumerate(texts)
+        if packing == "bfd_split" and limit and len(ids) >= limit and ids[-1] not in facts.ends
+    }
+    if unfinished:
+        report.warn(
+            "rows_split",
+            f"packing_strategy='bfd_split' cuts rows of more than {limit} tokens (max_length), here at least {len(unfinished)}: what "
+            "follows is trained without what stands before it. For pretraining on plain text this is usual.",
+            "For conversations and answers raise max_length, or take packing_strategy='bfd' and shorten these rows.",
+        )
+    if packing == "wrapped":
         masked = any(-100 in labels[1:] for _, labels, _ in texts)
         report.add(
             "fail" if masked else "warn",
@@ -201,7 +234,7 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
             + ("" if masked else " For pretraining on plain text this is usual."),
             "For conversations and answers take packing_strategy='bfd', or packing=False.",
         )
-    return _judge(report, texts, tokenizer, _facts(tokenizer, getattr(trainer, "model", None)), limit, faults, wrapped)
+    return _judge(report, texts, tokenizer, facts, limit, faults, wrapped=packing == "wrapped", unfinished=unfinished)
 
 
 class _Faults(defaultdict[str, dict[int, str]]):
@@ -211,10 +244,14 @@ class _Faults(defaultdict[str, dict[int, str]]):
         super().__init__(dict)
 
 
-def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Report:
+def _judge(
+    report, texts, tokenizer, facts, limit, faults, *, wrapped=False, unfinished=(), where=_counted_from_0
+) -> Report:
     """Add the faults of `texts`, as of `_texts`, to `faults`, and all of them to the report.
 
-    wrapped: where texts begin and end means nothing.
+    wrapped     where texts begin and end means nothing
+    unfinished  numbers of texts that go on in another one
+    where       function from numbers of texts to words for their places
     """
     counts: list[int] = []
     ignored: Counter[int] = Counter()
@@ -231,13 +268,15 @@ def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Rep
         if any(labels[place] != ids[place] for place in places):
             faults["labels_shifted"][number] = ""
         if not places:
-            if number not in faults["content_dropped"]:
+            if number not in faults["content_dropped"] and number not in unfinished:
                 faults["no_loss"][number] = ""
             continue
         if wrapped:
             continue
         if places[0] <= first:
             faults["loss_on_prompt"][number] = ""
+        if number in unfinished:
+            continue
         last, after = places[-1], ids[places[-1] + 1 :][:1]
         while last > places[0] and ids[last] not in facts.ends and not tokenizer.decode([ids[last]]).strip():
             last -= 1  # many templates put a line break behind the end of turn
@@ -248,6 +287,8 @@ def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Rep
             faults["earlier_end_masked"][number] = ""
         elif facts.stops and ids[last] not in facts.stops:
             ignored[ids[last]] += 1
+    if unfinished and len(faults["loss_on_prompt"]) < len(texts):  # what goes on within an answer begins with loss
+        del faults["loss_on_prompt"]
     _add_end_ignored(report, tokenizer, facts, ignored, len(texts))
     longest = max((len(ids) for ids, *_ in texts), default=0)
     if facts.context and longest > facts.context:
@@ -265,7 +306,7 @@ def _judge(report, texts, tokenizer, facts, limit, faults, wrapped=False) -> Rep
         report.add(
             level,
             code,
-            f"In {len(numbers)} of {len(texts)} rows {what} (number {first_few(numbers)}, counted from 0){more}.",
+            f"In {len(numbers)} of {len(texts)} rows {what} ({where(numbers)}){more}.",
             remedy,
         )
     if not texts:
