@@ -488,11 +488,12 @@ def test_merged_after_a_4_bit_forward(forward_first, root, tiny_tokenizer, tmp_p
     assert weights_finding(report) == ("repacked_base" if repacked else "quantised_base"), report
 
 
-def test_a_quantised_merged_model_is_not_compared(root, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_quantised_merged_model_is_not_compared(bits, root, tiny_tokenizer, tmp_path):
     quiet_imports()
     from transformers import BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantisation = BitsAndBytesConfig(**bits)
     model = load(root, "one", quantization_config=quantisation, dtype=torch.float32).merge_and_unload()
     report = check(root, save(model, tmp_path / "out", tiny_tokenizer))
     assert report.codes == ["quantised_weights"]

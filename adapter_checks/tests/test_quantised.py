@@ -199,6 +199,18 @@ def test_a_healthy_model(tiny_model_folder):
         assert check_quantised(get_peft_model(model, lora()), tiny_model_folder).codes == []
 
 
+def test_an_adapter_merged_into_8_bits(tiny_model_folder):
+    quiet_int8()
+    model = get_peft_model(load(tiny_model_folder, BitsAndBytesConfig(load_in_8bit=True)), lora())
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    assert check_quantised(model, tiny_model_folder).codes == []
+    with warnings.catch_warnings(action="ignore"):
+        merged = model.merge_and_unload()
+    assert check_quantised(merged, tiny_model_folder).codes == ["damaged"]
+
+
 def test_a_base_in_bf16_is_compared_in_bf16(tiny_model_folder):
     model = stop_repacking(load(tiny_model_folder, dtype=torch.bfloat16))
     assert check_quantised(model, tiny_model_folder).codes == []
