@@ -377,6 +377,22 @@ def test_names_of_layers_depend_on_the_class(kind, settings, tmp_path):
     assert check_adapter_folder(folder, tmp_path / "base").codes == ["other_prefix"]
 
 
+@pytest.mark.parametrize(
+    ("made_on", "used_on", "words"),
+    [
+        ("BertModel", "BertForMaskedLM", "are called encoder.layer.0.attention.self.query and the like, and this base has bert.encoder"),
+        ("BertForMaskedLM", "BertModel", "are called bert.encoder.layer.0.attention.self.query and the like, and this base has encoder"),
+    ],
+)  # fmt: skip
+def test_an_encoder_alone_and_inside_another_model(made_on, used_on, words, tmp_path):
+    config = transformers.BertConfig(**SMALL)
+    folder = trained(getattr(transformers, made_on)(config), tmp_path, target_modules=["query"])
+    report = check_adapter_folder(folder, getattr(transformers, used_on)(config))
+    assert report.codes == ["other_prefix"] and words in message(report, "other_prefix")
+    remedy = next(finding.remedy for finding in report.findings if finding.code == "other_prefix")
+    assert ("put 'bert.' before" if made_on == "BertModel" else "take 'bert.' off") in remedy
+
+
 def test_names_that_peft_translates(tmp_path):
     """Of transformers 4: a vision-language model's layers, and experts that were modules of their own."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

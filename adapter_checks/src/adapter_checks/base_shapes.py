@@ -200,13 +200,17 @@ def _check_names(report, config, adapted, wanted, layers, tables) -> None:
     prefixes = _other_prefix(strange, adapted, layers, tables)
     if prefixes:
         theirs, own = prefixes
+        rename = (
+            f"replace {theirs!r} by {own!r} in the tensors' names after base_model.model."
+            if theirs and own
+            else f"{f'take {theirs!r} off' if theirs else f'put {own!r} before'} the tensors' names, after base_model.model."
+        )
         report.fail(
             "other_prefix",
-            f"The names differ from this base's by their beginning only: {len(strange)} adapted layers are called "
-            f"{theirs or '(nothing)'}{strange[0].removeprefix(theirs)} and the like, and this base has {own}{strange[0].removeprefix(theirs)}. "
-            "PEFT finds no place for them, and the base answers alone.",
+            f"The names differ from this base's by their beginning only: {len(strange)} adapted layers are called {strange[0]} and the "
+            f"like, and this base has {own}{strange[0].removeprefix(theirs)}. PEFT finds no place for them, and the base answers alone.",
             "Load the class of model that the adapter was trained on (a text model alone is called otherwise than in a model "
-            f"that sees or hears), or replace {theirs!r} by {own!r} in the tensors' names after base_model.model.",
+            f"that sees or hears, and an encoder otherwise than in a classifier), or {rename}",
         )
         uncovered = uncovered - {own + module.removeprefix(theirs) for module in strange}
     elif strange:
