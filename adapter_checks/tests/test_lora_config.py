@@ -303,6 +303,8 @@ def test_lora_on_one_matrix_that_is_two_layers(targets, tiny_model):
     tiny_model.tie_weights()
     assert check_lora_config(tiny_model, lora(target_modules=targets)).codes == ["tied_head"]
     assert check_lora_config(tiny_model, lora(modules_to_save=["embed_tokens", "lm_head"])).codes == []
+    adapted = get_peft_model(tiny_model, lora(target_modules=["embed_tokens"]))
+    assert check_lora_config(adapted, lora(target_modules=targets)).codes == ["tied_head"], "one sits there already"
 
 
 TINY_BERT = {

@@ -106,6 +106,19 @@ IN_THE_FOLDER = [
     ("layers_not_covered", tensors(lambda all_: {name: t for name, t in all_.items() if "layers.1" not in name})),
     ("shape_mismatch", each(lambda tensor: tensor[:, :8], "q_proj.lora_A")),
     ("base_mismatch", setting(base_model_name_or_path="organisation/another-model")),
+    ("ungathered", each(lambda tensor: torch.zeros(0))),
+    ("partial_shards", each(lambda tensor: tensor[: len(tensor) // 2])),
+    ("partial_shards", each(lambda tensor: tensor[:, : tensor.shape[1] // 2])),
+    ("malformed_factors", each(torch.flatten, "layers.0.self_attn.q_proj.lora_A")),
+    ("zero_rows", each(lambda tensor: torch.cat([tensor[: len(tensor) // 2], torch.zeros_like(tensor[len(tensor) // 2 :])]), "lora_B")),
+    ("zero_a", each(torch.zeros_like, "lora_A")),
+    ("huge_change", setting(lora_alpha=8000)),
+    ("random_start", setting(init_lora_weights=False)),
+    ("unknown_settings", setting(a_setting_of_tomorrow=True)),
+    ("unknown_method", setting(peft_type="LORRA")),
+    ("not_targeted", setting(target_modules=["q_proj"])),
+    ("other_prefix", renamed(lambda name: name.replace(".layers.", ".language_model.layers."))),
+    ("vocab_mismatch", tensors(lambda all_: all_ | {f"{START}lm_head.weight": torch.ones(72, 16)})),
 ]  # fmt: skip
 
 
@@ -188,6 +201,15 @@ def test_in_a_loaded_model(root):
         ("rank_too_large", {"r": 64}),
         ("small_scaling", {"lora_alpha": 0}),
         ("odd_rank", {"r": 3, "init_lora_weights": "orthogonal"}),
+        ("bad_dropout", {"lora_dropout": 1.0}),
+        ("inference_mode", {"inference_mode": True}),
+        ("large_scaling", {"lora_alpha": 512}),
+        ("random_start", {"init_lora_weights": False}),
+        ("shadowed_pattern", {"rank_pattern": {".*_proj": 2, "q_proj": 3}}),
+        ("target_left_out", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}),
+        ("token_outside", {"trainable_token_indices": [64]}),
+        ("without_effect", {"exclude_modules": ["query"]}),
+        ("wrong_task_type", {"task_type": "SEQ_CLS"}),
     ],
 )
 def test_in_a_configuration(code, settings):

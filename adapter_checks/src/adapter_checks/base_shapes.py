@@ -136,6 +136,7 @@ def _check_head(report, config, model, shapes) -> None:
 
 
 def report_partial_shards(report: Report, what: str, more: str = "") -> None:
+    """what: which part the file holds, in a sentence; more: another remedy."""
     report.fail(
         "partial_shards",
         what,
@@ -145,7 +146,7 @@ def report_partial_shards(report: Report, what: str, more: str = "") -> None:
 
 
 def _tensor_parallel(pairs, wanted) -> str:
-    """Where each layer is short of its outputs or else of its inputs, all by one factor: how, in words; "" otherwise."""
+    """What part is left where each layer is short of its outputs or else of its inputs, all by one factor: "half", say; else ""."""
     cuts = set()
     for module in pairs.keys() & wanted.keys():
         found, whole = ((pair["A"][1:], pair["B"][:1]) for pair in (pairs[module], wanted[module]))
