@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 from adapter_checks import bitsandbytes_workarounds
+from adapter_checks.device import usable_device
 from course_utils import paths
 
 
@@ -38,10 +39,14 @@ def device():
     """The torch.device that lessons run on.
 
     The shipped model runs on the CPU everywhere, so that each learner sees the numbers of the text; another base
-    model takes a CUDA or Apple GPU if there is one.
+    model takes a CUDA or Apple GPU if there is one. COURSE_DEVICE names another: "cuda" for sweeps of the shipped model.
+
+    Raises InputError if COURSE_DEVICE names none that torch knows.
     """
     import torch
 
+    if asked := os.environ.get("COURSE_DEVICE", "").strip():
+        return usable_device(asked)
     if not paths.is_shipped_base():
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -51,10 +56,11 @@ def device():
 
 
 def dtype():
-    """The torch.dtype of the base model's weights: bfloat16 on a CUDA device that has it, else float32."""
+    """The torch.dtype of the base model's weights: bfloat16 for another base on a CUDA device that has it, else float32."""
     import torch
 
-    return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    half = not paths.is_shipped_base() and device().type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if half else torch.float32
 
 
 def seed_everything(seed: int) -> None:
@@ -86,7 +92,14 @@ def trainer_settings() -> dict:
 
 
 def processor() -> str:
-    """The processor's model as Linux tells it, else the machine type: it stands beside every time that is recorded."""
+    """The GPU's model if lessons run on one, else the processor's as Linux tells it, else the machine type.
+
+    It stands beside every time that is recorded.
+    """
+    import torch
+
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

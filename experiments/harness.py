@@ -113,7 +113,7 @@ def best_rate(name, runs, method):
 
 
 def machine():
-    """Processor model, cores that torch computes on, and base model: a host's name has no place in a result."""
+    """Model of the processor or GPU, cores that torch computes on, and base model: a host's name has no place in a result."""
     import torch
 
     return {"cpu": runtime.processor(), "cores": torch.get_num_threads(), "base": base_fingerprint()}

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 
+from adapter_checks.errors import InputError
 from course_utils import runtime
 
 
@@ -88,6 +89,15 @@ def test_device_and_settings_follow_the_machine(machine, kind, dtype, settings, 
 def test_the_shipped_model_runs_on_the_cpu_even_beside_a_gpu(monkeypatch):
     _pretend(monkeypatch, cuda=True, bf16=True)
     assert runtime.device().type == "cpu" and runtime.trainer_settings()["use_cpu"]
+
+
+def test_course_device_names_another(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", " meta ")  # the one other device that each machine has
+    assert runtime.device().type == "meta" and not runtime.trainer_settings()["use_cpu"]
+    assert str(runtime.dtype()) == "torch.float32", "the shipped model keeps its numbers on each device"
+    monkeypatch.setenv("COURSE_DEVICE", "abacus")
+    with pytest.raises(InputError, match="abacus"):
+        runtime.device()
 
 
 def test_settings_are_taken_by_both_configurations(tmp_path):
