@@ -24,7 +24,7 @@ help:
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make test-reruns each cell of each lesson twice and with an interrupt (more than twice their time)"
-	@echo "make base-model  remake models/ and data/ from nothing (about an hour)"
+	@echo "make base-model  remake models/ and data/ from nothing (about two and a half hours)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
 	@echo "For instructors (classroom/README.md), with nbgrader, which the first of these installs:"
@@ -109,12 +109,14 @@ formgrader: $(INSTRUCTOR)
 test-classroom: $(INSTRUCTOR)
 	TEST_CLASSROOM=1 $(PYTEST) tests/test_classroom.py
 
-experiments: $(STAMP)
-	$(RUN) -m experiments.run $(ONLY)
+# glibc gives large blocks back to the system after each use; kept, they save a tenth to a sixth of a step's time.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=500000000
 
-# glibc gives large blocks back to the system after each use; kept, they save a sixth of a step's time.
+experiments: $(STAMP)
+	$(KEEP_MEMORY) $(RUN) -m experiments.run $(ONLY)
+
 base-model: $(STAMP)
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=500000000 $(RUN) -m pretraining.run
+	$(KEEP_MEMORY) $(RUN) -m pretraining.run
 
 # One resolution for every system and Python. "-c constraints.txt" itself is left out: it would allow no change.
 lock: $(STAMP)

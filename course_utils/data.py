@@ -14,13 +14,15 @@ from course_utils import paths
 from course_utils.tasks import get_task
 
 SPLITS = ("train", "validation", "test")
+# Further parts to test on, of some tasks: words that nothing was trained on, and sentences as people type them.
+PARTS = ("own_words", "typed")
 
 # What every file of results begins with: seed; seconds of the whole run; processor model; cores that torch computed on;
 # base model (the beginning of its weights' digest, or its hub id).
 RESULT_COLUMNS = ("seed", "seconds", "cpu", "cores", "base")
 
 
-def task_files(task: str) -> dict[str, str]:
+def task_files(task: str, splits: tuple[str, ...] = SPLITS) -> dict[str, str]:
     """Split -> path of its JSONL file.
 
     A row is {"prompt": [{"role": "user", "content": str}], "completion": [{"role": "assistant", "content": str}],
@@ -29,7 +31,7 @@ def task_files(task: str) -> dict[str, str]:
 
     Raises InputError if there is no such task or a file is missing.
     """
-    files = {split: paths.data_dir() / get_task(task).name / f"{split}.jsonl" for split in SPLITS}
+    files = {split: paths.data_dir() / get_task(task).name / f"{split}.jsonl" for split in splits}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise InputError(f"There is no file {', '.join(missing)}. Restore it with `git checkout -- data`.")
@@ -37,15 +39,15 @@ def task_files(task: str) -> dict[str, str]:
 
 
 def load_task(task: str, split: str | None = None):
-    """A task as a `datasets.DatasetDict` with train, validation and test, or one split as a `datasets.Dataset`.
+    """A task as a `datasets.DatasetDict` with train, validation and test, or one split or one of PARTS as a `datasets.Dataset`.
 
     The prepared copy is kept under `runs/`, so a read-only checkout will do.
 
     Raises InputError if there is no such task or split, or if a file is missing or isn't JSON lines.
     """
-    if split is not None and split not in SPLITS:
-        raise InputError(f"There is no split {split!r}. Choose one of: {', '.join(SPLITS)}.")
-    files = task_files(task)
+    if split is not None and split not in SPLITS + PARTS:
+        raise InputError(f"There is no split {split!r}. Choose one of: {', '.join(SPLITS + PARTS)}.")
+    files = task_files(task, (split,) if split in PARTS else SPLITS)
 
     import datasets
 

@@ -36,9 +36,9 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("reading", same_text, 12),
-        Task("sailor", same_text, 40),
-        Task("extract", same_fields, 48),
+        Task("reading", same_text, 24),
+        Task("sailor", same_text, 72),
+        Task("extract", same_fields, 96),
         Task("mood", same_text, 6),
         Task("recall", same_text, 8),
     )

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Load, switch and remove adapters
 #
-# Here is one small language model. It has read about a coast called Skerrow, and it can chat, but it
-# can't answer a question about a passage, it can't talk like a sailor, and it can't fill in a form.
+# Here is one small language model. It has read about a coast called Skerrow, then about all sorts of things, and it can
+# chat a little. But it can't answer a question about a passage, it can't talk like a sailor, and it can't fill in a form.
 # **Can the same weights learn all three, and forget them again at the flick of a switch?**
 # With LoRA adapters they can. This lesson is about handling adapters: what they are on disk, how to
 # load and switch them, how to be sure that they really work, and how to get the base model back.
@@ -76,8 +76,8 @@ def ask(model, text, max_new_tokens=40):
 print(ask(base_model, question))
 
 # %% [markdown]
-# It chats. The answer stands in the passage, and the model repeats something from it, but answering
-# with *just the answer* is a skill that it does not have. Before we change anything, we keep two things
+# It has found the answer in the passage, and says it in a sentence of its own. Answering with *just the answer* is a
+# skill that it does not have. Before we change anything, we keep two things
 # that we will need as witnesses: the logits of the untouched model, and its size.
 
 # %%
@@ -212,7 +212,7 @@ prompts = {
     "extract": "Give who, what and where as JSON: It was a misty day. "
     "Fenna hid the lantern in the barn.",
     "mood": "Is the guest happy or unhappy? We went to the inn in Greyham on Friday. "
-    "What dirty beds!",
+    "I found the beds dirty.",
 }
 rows = []
 for kind, prompt in prompts.items():
@@ -230,7 +230,49 @@ plotting.table(["prompt", "adapter", "reply"], rows)
 #
 # **One base, four behaviours, a switch between them.** The wrong adapter raises no error: there is just an answer
 # of the wrong kind. That is why the rest of this lesson measures and checks.
+
+# %% tags=["claim"]
+import json
+
+from course_utils import paths
+from pretraining.words import held_out_forms
+
+assert {"drone", "garage", "sofa"} <= held_out_forms(), (
+    "*drone*, *garage* and *sofa* are not among them"
+)
+measured = json.loads((paths.project_root() / "models" / "measured.json").read_text())["tasks"]
+parts = [
+    measured[task][part]["score"]
+    for task in ("reading", "sailor", "extract")
+    for part in ("own_words", "typed")
+]
+assert 0.86 < min(parts) and max(parts) < 0.94, "about nine in ten"
+
+# %% [markdown]
+# ### Your own sentences
 #
+# `reading`, `sailor` and `extract` were trained on rows about all sorts of words, so they have learned to copy a word
+# that they don't know. The model has read millions of words, and *drone*, *garage* and *sofa* are not among them, because
+# we kept these out of all training. Type sentences of your own into the cell: short ones, in the manner of these.
+# Not every one comes out right: of rows about words that were kept out each of the three gets about nine in ten right, and
+# so it does of fifty sentences that were typed by hand.
+
+# %%
+yours = {
+    "reading": "My sister has the drone. My bike is in the garage. Who has the drone?",
+    "sailor": "Say it like a sailor: My sister keeps her drone in the garage.",
+    "extract": "Give who, what and where as JSON: Yesterday my sister left a drone on the sofa.",
+}
+rows = []
+for adapter, prompt in yours.items():
+    model.set_adapter(adapter)
+    rows.append([f"`{adapter}`", prompt, ask(model, prompt, max_new_tokens=96)])
+plotting.table(["adapter", "prompt", "reply"], rows)
+
+# %% [markdown]
+# Where a passage does not tell, `reading` says *not said*: ask it who has the ladder.
+
+# %% [markdown]
 # ## Measure: is each adapter good at its own task?
 #
 # A few replies prove little. So we take held-out rows of each task, about half of them with names and things that
@@ -426,7 +468,7 @@ plotting.table(
 # **Predict:** after all this, are the logits *close to* those of the untouched model, or *equal* to them?
 
 # %%
-used = copy.deepcopy(model)  # all that was done to it is in the copy, and this can be run again
+used = copy.deepcopy(model)  # the model itself stays as it is, so this cell can be run again
 used.delete_adapter("mood")
 print("left:", list(used.peft_config))
 

@@ -379,7 +379,7 @@ def train(model, examples, steps, learning_rate, batch_size=32, seed=1):
 
 
 # %% [markdown]
-# **Predict:** twenty steps, a few seconds. Is that enough to hear a sailor?
+# **Predict:** twenty steps, about ten seconds. Is that enough to hear a sailor?
 
 
 # %%
@@ -908,14 +908,14 @@ plotting.table(
 #
 # LoRA *assumes* that a few directions are enough. Let us look at changes that nobody forced to be thin: we train
 # **all** weights, once for `reading` and once for `sailor`, with one recipe, so that what differs is the task. This is
-# the lesson's longest run, about half a minute.
+# the lesson's longest run, most of a minute.
 
 # %%
 full_models, curves = {}, {}
 for task in ("reading", "sailor"):
     rows = [encode(row) for row in data.load_task(task, "train").select(range(2000))]
     full_models[task] = load_base()
-    curves[task] = train(full_models[task], rows, steps=75, learning_rate=2.5e-3, batch_size=24)
+    curves[task] = train(full_models[task], rows, steps=75, learning_rate=2.5e-3, batch_size=20)
 for task, losses in curves.items():
     print(f"{task}: loss {losses[0]:.2f} -> {sum(losses[-5:]) / 5:.3f}")
 
@@ -936,7 +936,9 @@ for task, tuned in full_models.items():
     changes[task] = {
         name: tuned.get_submodule(name).weight.detach().float() - before[name] for name in before
     }
-    strengths[task] = {name: torch.linalg.svdvals(change) for name, change in changes[task].items()}
+    strengths[task] = {
+        name: torch.linalg.svdvals(change).cpu() for name, change in changes[task].items()
+    }
 kinds = defaultdict(list)  # q_proj, k_proj, ... -> the names of these layers, block by block
 for name in before:
     kinds[name.split(".")[-1]].append(name)
@@ -1101,7 +1103,7 @@ plotting.table(
     ],
     rows,
 )
-for task, r, low, high in (("reading", 1, 0.8, 1), ("sailor", 8, 0, 0.5), ("sailor", 64, 0.8, 1)):
+for task, r, low, high in (("reading", 1, 0.8, 1), ("sailor", 8, 0, 0.5), ("sailor", 64, 0.7, 1)):
     evaluation.band(f"{task} with {r} of its directions", scores[task][r], low, high)
 
 # %% [markdown]
@@ -1139,18 +1141,23 @@ right, kept = (
     swept("cut_to_rank", column, "task", "method", "rank") for column in ("test", "kept")
 )
 one, eight = right["reading", "full", 1][0], right["sailor", "full", 8][0]
-assert all(0.5 < kept[task, "full", 8][0] < 0.61 for task in ("reading", "sailor")), (
-    "the same spectrum"
-)
+in_eight = [kept[task, "full", 8][0] for task in ("reading", "sailor")]
+assert min(in_eight) > 0.5 and max(in_eight) - min(in_eight) < 0.03, "the same spectrum"
 assert one > 0.9 and right["sailor", "full", 1] == (0, 0, 0), "the opposite score"
 assert right["reading", "full", 0] == (0, 0, 0), "answers nothing"
-assert right["sailor", "full", 32][0] < 0.9, "64 are needed"
-assert min(right["sailor", "full", rank][1] for rank in (64, 256)) > 0.98, "64 are needed"
+every = right["sailor", "full", 256][0]
+assert right["sailor", "full", 32][2] < 0.9 * every, "64 are needed"
+assert 0.95 * every < right["sailor", "full", 64][0] < every, "64 are needed to come near"
+# The same rows, steps and rate, but the trained model as it is.
+untouched = swept("learning_rate", "test", "method", "learning_rate")["full", 1.5e-3][0]
+assert every + 0.05 < untouched, "went back to the base's"
 
 # %% [markdown]
 # **Nearly the same spectrum, and the opposite score.** A single direction in each layer brings back {{one:.0%}} of `reading`,
 # of which the base alone answers nothing; that suggests that what reading takes was in the model before. Of `sailor`
-# eight directions bring back {{eight:.0%}}, and for all of it 64 are needed, the faint ones included.
+# eight directions bring back {{eight:.0%}}, and 64 are needed to come near the {{every:.0%}} of all directions, the faint
+# ones included. That is not all of it, because embeddings and norms went back to the base's: with those that it was
+# trained with, the model gets {{untouched:.1%}} right.
 #
 # **Predict:** full fine-tuning did not try to be thin. Train LoRA with rank 8 from the start, on the same rows: what
 # will it score on `sailor`? And with rank 1?
@@ -1168,13 +1175,21 @@ plotting.table(
 evaluation.band("sailor, the adapter of lesson 1, of rank 8", at_rank_8, 0.85, 1)
 
 # %% tags=["claim"]
-assert min(right["sailor", "lora", rank][1] for rank in (1, 8)) > 0.9, "even with rank 1"
+from pretraining import adapters
+
+rank_1, rank_8 = (right["sailor", "lora", rank] for rank in (1, 8))
+assert rank_1[1] > 0.8 and rank_1[2] > rank_8[1], "even with rank 1"
+# The sweep's LoRA has 120 steps and a rate of 5e-3.
+assert adapters.STEPS["sailor"] > 120 and adapters.RATES["lora"]["sailor"] > 5e-3, (
+    "more steps and a higher rate"
+)
 
 # %% [markdown]
 # **To cut a change to rank 8 is not to train with rank 8.** Nothing in full fine-tuning asks for few directions, so it
 # spreads its change over many. LoRA does not need *that* change to be thin. It needs *some* thin change that does the
-# task, and training finds it, for `sailor` even with rank 1. Where that ends, lesson 3 measures with `recall`: facts to
-# be held, many of them.
+# task, and training finds it: for `sailor` even with rank 1, which gets {{rank_1[0]:.0%}} right where rank 8 gets
+# {{rank_8[0]:.0%}}. (The adapter of lesson 1 was trained with more steps and a higher rate, so it gets more.) Where that
+# ends, lesson 3 measures with `recall`: facts to be held, many of them.
 
 # %% [markdown]
 # ## Do two ranks find the same directions?
@@ -1547,9 +1562,9 @@ plotting.table(
 )
 
 # %% [markdown]
-# Around a frozen random head LoRA learns as well as with a trained one. But the adapter has learned to serve *that*
-# head. With another one it is a lottery: good by luck, or far below chance, where a head points the other way and swaps
-# the labels. No error says so, only transformers' load report, which names `score.weight` as MISSING and newly
+# Around a frozen random head LoRA learns nearly as well as with a trained one. But the adapter has learned to serve *that*
+# head. With another one it is a lottery: good by luck, no better than a coin, or far below it, where a head points the
+# other way and swaps the labels. No error says so, only transformers' load report, which names `score.weight` as MISSING and newly
 # initialized; we silenced it above, as many scripts do.
 #
 # **A head that was not saved is lost, however well the training went.**

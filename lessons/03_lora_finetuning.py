@@ -177,6 +177,17 @@ first = trainer.train_dataset[0]
 plotting.token_strip(tokenizer, first["input_ids"], first["labels"])
 print(validation.check_supervision(trainer))
 
+# %% tags=["claim"]
+from transformers import AutoTokenizer
+
+from course_utils import data, paths
+from course_utils.exercises.lesson03 import row_lengths
+
+prompts, whole = row_lengths(
+    data.load_task("sailor", "train"), AutoTokenizer.from_pretrained(paths.base_model())
+)
+assert abs(sum(prompts) / sum(whole) - 0.5) < 0.03, "About half of the tokens teach"
+
 # %% [markdown]
 # The prompt ends with `<|assistant|>`: the model is given that one. It must learn `<|end|>` itself, or it never
 # stops. **About half of the tokens teach; the other half is what they are to be learned from.**
@@ -239,7 +250,7 @@ def lab(rows=few, tokenizer=tokenizer, optimizers=(None, None), model=None, **ch
         seed=0,
         max_steps=20,
         per_device_train_batch_size=16,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         warmup_steps=2,
         max_length=256,
         logging_steps=1,
@@ -292,10 +303,14 @@ with torch.no_grad():
         rows.append([way, f"{largest:.0e}" if largest < 1e-2 else f"{largest:.1f}"])
 plotting.table(["given", "largest difference to the row alone"], rows)
 
+# %% tags=["claim"]
+assert 1 / 4 < 1 - sum(whole[:32]) / (32 * max(whole[:32])) < 1 / 3, "more than a quarter"
+
 # %% [markdown]
 # With positions and *without* the cache, rows are kept apart; that is how `SFTTrainer` calls the model. A forward
-# pass of your own on packed rows, with the cache left on, mixes them in silence. **Our rows are short and alike, so
-# this lesson pads; pack when lengths differ widely, and check that rows stay apart.**
+# pass of your own on packed rows, with the cache left on, mixes them in silence. Here more than a quarter of a batch is
+# padding; our rows are short, so this lesson can afford that, and pads. **Pack when lengths differ widely, and check
+# that rows stay apart.**
 
 # %% [markdown]
 # ## Train, and pull the plug
@@ -394,8 +409,14 @@ print(
     f"with {trainer.state.best_metric:.3f}",
 )
 
+# %% tags=["claim"]
+from tools.claims import fraction, swept
+
+first_losses = swept("starts", "loss_5", "method", "learning_rate")["default", 5e-4]
+assert 5.5 < first_losses[1] and first_losses[2] < 6.5, "about 6 nats"
+
 # %% [markdown]
-# Before step 20 the loss falls from about 9 nats, which would flatten the rest of the picture: the base is *sure* of
+# Before step 20 the loss falls from about 6 nats, which would flatten the rest of the picture: the base expects
 # another answer. `load_best_model_at_end` has put the best checkpoint back into the model, and
 # `EarlyStoppingCallback` would have ended the run after two evaluations without a new best. Here the last is the best:
 # 120 batches of 32 are less than one pass over the rows. **The validation loss
@@ -482,23 +503,21 @@ plotting.table(
 )
 
 # %% tags=["claim"]
-from tools.claims import fraction, swept
-
 shot = swept("few_shot", "score", "task", "method", "examples")
 sailor_64, sailor_2000 = (shot["sailor", "lora", examples][0] for examples in (64, 2000))
-two_fifths = fraction(sailor_64)
+third = fraction(sailor_64)
+least_of_2000 = min(shot[task, "lora", 2000][0] for task in ("reading", "extract", "mood"))
 assert all(best == 0 for (_, method, _), (_, _, best) in shot.items() if method == "prompt"), (
     "nothing at all"
 )
 for task in ("reading", "extract", "mood"):
-    few, many = shot[task, "lora", 64][0], shot[task, "lora", 2000][0]
-    assert few > 0.95, "almost perfectly"
-    assert 0 < many - few < 0.05, "a few points"
+    assert 0.9 < shot[task, "lora", 64][0] <= shot[task, "lora", 2000][0], "nine answers in ten"
 
 # %% [markdown]
-# Prompts give nothing at all: this model has never learned to take up examples, as larger ones have. LoRA on 64 examples
-# does three of the tasks almost perfectly, and 2,000 add a few points. `sailor`, which has to be right to the last
-# character, gets {{two_fifths}} from 64 and {{sailor_2000:.0%}} from 2,000, of which 100 steps of 16 rows see 1,600.
+# Prompts give nothing at all: this model has never learned to take up examples, as larger ones have. On three of the
+# tasks LoRA gets more than nine answers in ten right after 64 examples, and {{least_of_2000:.0%}} or more after 2,000.
+# `sailor`, which has to be right to the last character, gets {{third}} from 64 and {{sailor_2000:.0%}} from 2,000, of
+# which 100 steps of 16 rows see 1,600.
 #
 # **Fine-tuning is worth it where examples in the prompt do not reach your mark, and examples for training exist.**
 # Prompted examples also cost their tokens at every call; an adapter costs them once.
@@ -528,6 +547,8 @@ plotting.show(figure, alt)
 print(", ".join(f"{names[method]}: best at {rate:g}" for method, rate in best.items()))
 
 # %% tags=["claim"]
+from pretraining.tasks import CLOSED_ONE_IN
+
 chosen, tested = (
     swept("learning_rate", column, "method", "learning_rate") for column in ("validation", "test")
 )
@@ -535,26 +556,32 @@ rates = {
     method: sorted(rate for kind, rate in chosen if kind == method) for method in ("lora", "full")
 }
 best = {method: max(rates[method], key=lambda rate: chosen[method, rate][0]) for method in rates}
-half = fraction(chosen["lora", 1.5e-3][0])
-other_rows = tested["full", 5e-3][0]
+half, four_fifths = (fraction(chosen["lora", rate][0]) for rate in (1.5e-3, 5e-3))
+full_above = chosen["full", 5e-3]
+at_1e3, at_best = (
+    [scores["lora", rate][0] for scores in (chosen, tested)] for rate in (1.5e-3, best["lora"])
+)
 assert round(best["lora"] / best["full"]) == 10, "Ten times"
 assert best["full"] == 1.5e-3, "At 1.5e-3 LoRA gets"
-assert round(900 * (chosen["full", 1.5e-3][0] - chosen["full", 5e-3][0])) == 1, (
-    "one answer in 900 apart"
+assert [rate for rate in rates["lora"] if chosen["lora", rate][0] >= 0.9] == [1.5e-2], (
+    "Only its best rate reaches 90%"
 )
-assert [rate for rate in rates["lora"] if chosen["lora", rate][0] >= 0.95] == [5e-3, 1.5e-2], (
-    "Two of its rates reach 95%"
-)
-assert 0.4 < chosen["lora", 1.5e-3][0] < 0.6, "one step below gives half"
 assert chosen["lora", 5e-2][2] < 0.05, "one step above nothing"
-assert chosen["full", 5e-3][2] == 1, "look as good as any on the one"
-assert other_rows < tested["full", 1.5e-3][1], "fall to"
+assert full_above[1] > 0.9, "one step above their best"
+assert CLOSED_ONE_IN == 4, "Three in four of them"
+assert at_1e3[0] > at_1e3[1] + 0.05 and at_best[0] < at_best[1] - 0.05, "in both directions"
 
 # %% [markdown]
-# **Ten times, as claimed,** give or take a step of three: of all weights' rates, 1.5e-3 and 5e-3 are one answer in 900
-# apart. At 1.5e-3 LoRA gets about {{half}} of the answers right: compared there, it looks far worse than it is. Two of its
-# rates reach 95%; one step below gives half, one step above nothing. And a warning: the validation rows hold no new
-# names, half of the test rows do. All weights at 5e-3 look as good as any on the one, and fall to {{other_rows:.0%}} on the other.
+# **Ten times, as claimed,** as far as a grid with steps of three can tell. At 1.5e-3 LoRA gets about {{half}} of the
+# answers right: compared there, it looks far worse than it is. Only its best rate reaches 90%; one step below gives
+# {{four_fifths}}, one step above nothing. For all weights the rate matters less: one step above their best they still
+# get {{full_above[0]:.0%}}.
+#
+# And a warning: the validation rows are not like the test rows. Three in four of them speak of any words, invented
+# ones too; the test rows speak of Skerrow only, and half of them have new names. So the two scores differ, and in both
+# directions: at 1.5e-3 LoRA gets {{at_1e3[0]:.0%}} of the validation rows and {{at_1e3[1]:.0%}} of the test rows, at
+# its best rate {{at_best[0]:.0%}} and {{at_best[1]:.0%}}. Choose by one split, report the other, and never compare
+# across them.
 
 # %% [markdown]
 # ### Exercise: choose a learning rate (warm-up, 5 min)
@@ -638,20 +665,21 @@ lora, full = (tested[method, best[method]] for method in ("lora", "full"))
 weights, saved = (
     swept("learning_rate", column, "method") for column in ("trainable", "saved_bytes")
 )
-times, of_files = (round(size["full"][0] / size["lora"][0]) for size in (weights, saved))
+times, of_files = (size["full"][0] / size["lora"][0] for size in (weights, saved))
 all_weights = weights["full"][0]
-assert max(lora[1], full[1]) <= min(lora[2], full[2]), "agree within their spread"
-assert times == of_files, "by a factor of"
+assert full[1] > lora[2], "are ahead"
+assert abs(times - of_files) < 0.5, "by a factor of about"
 for column in ("seconds_per_step", "peak_bytes", "training_bytes"):
     needed = swept("cost", column, "method")
-    assert needed["lora"][0] / needed["full"][0] < 1.4, "time and memory do not follow"
-    assert needed["lora"][0] / needed["full"][0] > 1, "a little more of both"
+    assert 0.9 < needed["lora"][0] / needed["full"][0] < 1.25, "about as much of both"
 
 # %% [markdown]
-# The scores agree within their spread. **Parameters and file differ by a factor of {{times}}; time and memory do not follow.**
-# On a model this small LoRA takes even a little more of both: its thin products come on top of the wide ones, and their
-# inputs are kept for the backward pass. What it saves, the gradients and Adam's two numbers of {{all_weights / 1e6:.1f}} million weights, is
-# 12 bytes each, {{12 * all_weights / 1e6:.0f}} MB. Most of the peak is libraries and activations.
+# All weights are ahead, with {{full[0]:.1%}} of the test rows against {{lora[0]:.1%}}. **Parameters and file differ by
+# a factor of about {{times:.0f}}; time and memory do not follow.**
+# On a model this small LoRA takes about as much of both: its thin products come on top of the wide ones, and their
+# inputs are kept for the backward pass. What it saves, the gradients and Adam's two numbers of
+# {{all_weights / 1e6:.1f}} million weights, is 12 bytes each, {{12 * all_weights / 1e6:.0f}} MB. Most of the peak is
+# libraries and activations.
 #
 # On a large model the weights, their gradients and Adam's numbers fill the memory; lesson 2 has counted them.
 
@@ -695,26 +723,29 @@ before, lost = (
     for column in ("held_out_before", "held_out_after")
 )
 base_loss = before["full", 5e-4][0]
-lora_loss, full_loss = lost["lora", 5e-3][0], lost["full", 5e-4][0]
-assert lora_loss > full_loss, "Full fine-tuning, here."
-assert all(abs(chosen[run][0] - 0.97) < 0.015 for run in (("lora", 5e-3), ("full", 5e-4))), (
-    "At about 97% right"
+lora_loss, full_loss = lost["lora", 5e-3], lost["full", 5e-4]
+lora_best, full_best = ("lora", best["lora"]), ("full", best["full"])
+behind = chosen[lora_best][0] - chosen["lora", 5e-3][0]
+assert lora_loss[1] > full_loss[2], "Full fine-tuning, here."
+assert all(fraction(chosen[run][0]) == "four fifths" for run in (("lora", 5e-3), ("full", 5e-4))), (
+    "At about four fifths right"
 )
-assert lost["lora", best["lora"]][1] > 5, "almost everything else"
-assert round(100 * (chosen["lora", best["lora"]][0] - chosen["lora", 5e-3][0])) == 3, (
-    "three points behind"
+assert chosen[full_best][1] > chosen[lora_best][2], "all weights get more right"
+assert lost[full_best][2] < lost[lora_best][1], "and forget less"
+assert 0.4 < (lora_loss[0] - base_loss) / (lost[lora_best][0] - base_loss) < 0.6, (
+    "about half as much"
 )
-assert lost["lora", 5e-3][2] < lost["lora", best["lora"]][1] - 2, "forgets far less"
 
 # %% [markdown]
-# **Full fine-tuning, here.** At about 97% right, LoRA (at 5e-3) has gone from {{base_loss:.1f}} to {{lora_loss:.1f}} nats, all weights (at 5e-4) to
-# {{full_loss:.1f}}. And the rate that is best by the score alone costs LoRA almost everything else that the model could write: at
-# 5e-3 it is three points behind, and forgets far less. So "best" depends on what you want to keep.
+# **Full fine-tuning, here.** At about four fifths right, LoRA (at 5e-3) has gone from {{base_loss:.1f}} to
+# {{lora_loss[0]:.1f}} nats, all weights (at 5e-4) to {{full_loss[0]:.1f}}. And at the best rates all weights get more
+# right and forget less. The rate that is best by the score alone takes LoRA to {{lost[lora_best][0]:.1f}} nats: at 5e-3
+# it is {{100 * behind:.0f}} points behind, and forgets about half as much. So "best" depends on what you want to keep.
 #
 # "LoRA Learns Less and Forgets Less" ([Biderman et al. 2024](https://arxiv.org/abs/2405.09673)) says in its title what
-# it found on Llama-2-7B, on code and mathematics. Our model is two thousand times smaller, and its one task far from
-# what it has read; which of the two makes the difference was not measured. **If the old skills matter, measure them
-# beside the new one, on your own model.** What LoRA always gives: switched off, it has forgotten nothing.
+# it found on Llama-2-7B, on code and mathematics. Our model is far more than a thousand times smaller, and its one task
+# far from what it has read; which of the two makes the difference was not measured. **If the old skills matter, measure
+# them beside the new one, on your own model.** What LoRA always gives: switched off, it has forgotten nothing.
 
 # %% [markdown]
 # ## Which rank?
@@ -775,15 +806,22 @@ for of_step in by_step.values():
     of_others = [of_step[rank][0] for rank in ranks]
     assert max(of_others) - min(of_others) < (of_step[1][0] - min(of_others)) / 2, "lie close"
     assert max(of_others) < of_step[1][0], "does not wait"
-assert 2.5 < by_step[50][1][0] / by_step[50][4][0] < 3.5, "three times that of rank 4"
-assert of_ranks[1][2] - of_ranks[1][1] > 0.1, "a wide spread"
-assert lowest > of_ranks[1][0], "buys nothing"
+behind = by_step[50][1][0] / by_step[50][4][0]
+by_validation = swept("rank", "validation", "rank")
+assert behind > 1.4, "times that of rank 4"
+assert of_ranks[1][2] - of_ranks[1][1] > max(
+    of_ranks[rank][2] - of_ranks[rank][1] for rank in ranks
+), "a wider spread"
+assert lowest > of_ranks[1][2], "where the means of all others lie"
+assert max(by_validation, key=lambda rank: by_validation[rank][0]) == 4, "none beats rank 4"
+assert all("NVIDIA" in row["cpu"] for row in data.load_results("rank")), "ran on a GPU"
 
 # %% [markdown]
-# From rank 4 up the curves lie close together. Rank 1 does not wait until it is full: at step 50 its loss is three times
-# that of rank 4. In the score it shows as {{of_ranks[1][0]:.0%}} with a wide spread, where the means of all others lie between {{lowest:.0%}} and {{highest:.0%}}:
-# more than rank 4 buys nothing for this task. (Our own run starts as the sweep's, and later differs by a tenth, most
-# likely for its threads: sums in another order round differently, and training carries that on.)
+# From rank 4 up the curves lie close together. Rank 1 does not wait until it is full: at step 50 its loss is
+# {{behind:.1f}} times that of rank 4. In the score it shows as {{of_ranks[1][0]:.0%}} of the test rows with a wider
+# spread, where the means of all others lie between {{lowest:.0%}} and {{highest:.0%}}. By the validation rows, which are
+# for choosing, none beats rank 4. (Our own run follows the sweep's, though that ran on a GPU. Another machine adds up in
+# another order and rounds differently, and training carries that on, so expect the last digits to differ.)
 #
 # **Start with rank 4 to 8, and raise it when a sweep on *your* validation set says so.**
 
@@ -802,24 +840,31 @@ score_table(data.load_results("targets"), "targets", "rank", "trainable")
 
 # %% tags=["claim"]
 score, lost = (swept("alpha", column, "alpha") for column in ("test", "held_out_after"))
-assert score[64][2] < 0.05, "learns nothing"
-assert 0 < score[16][0] - score[4][0] < 0.02, "within two points"
-assert lost[4][2] < lost[16][1], "forgets less"
+assert {round(100 * (score[16][0] - score[alpha][0])) for alpha in (4, 64)} == {5}, "five points"
+assert lost[64][1] > lost[16][2], "Four times our alpha forgets more"
+assert lost[4][2] < lost[16][1], "a quarter of it less"
+assert score[64][1] > 0.8 and chosen["lora", 5e-2][2] < 0.05, "it learned nothing"
 score, lost = (swept("targets", column, "targets") for column in ("test", "held_out_after"))
-assert round(100 * (score["all_linear"][0] - score["attention"][0])) == 3, "three points behind"
-assert score["attention"][2] - score["attention"][1] > 0.04, "seeds lie apart"
-assert abs(score["all_linear"][0] - score["feed_forward"][0]) < 0.005, "can't be told apart"
-assert lost["attention"][0] < lost["feed_forward"][0] < lost["all_linear"][0], "suffers less"
+attention, feed_forward = (
+    100 * (score["all_linear"][0] - score[targets][0]) for targets in ("attention", "feed_forward")
+)
+assert score["attention"][2] < score["feed_forward"][1], "their seeds do not overlap"
+assert score["feed_forward"][2] < score["all_linear"][1], "their seeds do not overlap"
+assert lost["attention"][2] < lost["all_linear"][1], "suffers less"
+assert lost["feed_forward"][2] < lost["attention"][1], "least with the feed-forward layers"
 
 # %% [markdown]
-# Four times our alpha learns nothing at this rate, just as the next rate did at our alpha; a quarter of it is within two
-# points, and forgets less. **Alpha and the learning rate turn nearly the same screw, so fix one and sweep the other.** (This
-# rate was tuned for all linear layers.)
-# Attention alone is three points behind, and its seeds lie apart; feed-forward layers and all linear ones can't be told
-# apart by the score. Where fewer kinds of layers are adapted, the old text suffers less.
+# Four times our alpha and a quarter of it both lose five points of the test rows. Four times our alpha forgets more,
+# a quarter of it less. **Alpha works in the direction of the learning rate, so fix one and sweep the other.** They are
+# not quite the same: at our alpha, three times the rate was too much, and it learned nothing. Alpha scales the product
+# *BA* only, where the rate sets how far Adam moves *A* and *B* in each step.
+#
+# Attention alone is {{attention:.0f}} points behind all linear layers, the feed-forward layers alone
+# {{feed_forward:.0f}}, and their seeds do not overlap. Where fewer kinds of layers are adapted, the old text suffers
+# less, least with the feed-forward layers. (The rate was tuned for all linear layers.)
 
 # %% [markdown]
-# ## Where low rank runs out
+# ## Does low rank run out?
 #
 # A style is one rule for all rows, and fits into a thin change. Facts are not: each has to be stored. The task
 # `recall` tells the model facts about invented people, each equally often for every rank, and asks for them.
@@ -830,9 +875,17 @@ assert lost["attention"][0] < lost["feed_forward"][0] < lost["all_linear"][0], "
 recalled = data.load_results("recall")
 told, reworded = (over_seeds(recalled, column, "facts", "rank") for column in ("told", "reworded"))
 amounts = sorted({facts for facts, _ in told})
-lines = {f"{facts} facts": {rank: told[facts, rank] for _, rank in told} for facts in amounts}
-thin, wide = (told[amounts[-1], rank][0] for rank in (1, 64))
-title = f"Of {amounts[-1]} facts, rank 1 gives back {thin:.0%} and rank 64 {wide:.0%}"
+ways = {"asked as in training": told, "in other words": reworded}
+lines = {
+    f"{facts} facts, {way}": {rank: shares[facts, rank] for _, rank in shares}
+    for facts in amounts
+    for way, shares in ways.items()
+}
+thin, wide = ([shares[amounts[-1], rank][0] for shares in ways.values()] for rank in (1, 64))
+title = (
+    f"Of {amounts[-1]} facts rank 1 gives back {thin[0]:.0%}, rank 64 {wide[0]:.0%};"
+    f"\nasked in other words {thin[1]:.0%} and {wide[1]:.0%}"
+)
 figure, alt = sweeps.curves(lines, title, "rank", "facts given back", log=2)
 plotting.show(figure, alt)
 plotting.table(
@@ -845,18 +898,23 @@ plotting.table(
 
 # %% tags=["claim"]
 told, reworded = (swept("recall", column, "rank") for column in ("told", "reworded"))
-tenth, about_half = fraction(told[1][0]), fraction(reworded[64][0])
-assert 0.5 <= told[4][1] < 0.6 and told[4][2] == 1, "between half and all"
-assert min(told[16][1], told[64][1]) > 0.97, "practically all"
-assert reworded[64][2] - reworded[64][1] > 0.5, "a wide spread"
+room = swept("recall", "trainable", "rank")[1][0]
+least, most = (pick(mean for mean, _, _ in reworded.values()) for pick in (min, max))
+assert told[1][1] > 0.95, "Rank 1 holds nearly all of them"
+assert min(told[rank][1] for rank in (4, 16, 64)) == 1, "the others hold all"
+assert most < 0.5, "less than half"
+assert reworded[16][0] < reworded[4][0] > reworded[64][0], "more rank does not help"
+assert all(high - low > 0.25 for _, low, high in reworded.values()), "the seeds lie far apart"
 
 # %% [markdown]
-# Here low rank runs out. `sailor` is one rule, and rank 1 was nearly enough for it; of 100 facts rank 1 gives back {{tenth}}, rank 4
-# between half and all of them, by the seed, and ranks 16 and 64 practically all. Asked in other words, even
-# rank 64 knows only about {{about_half}}, with a wide spread: it has learned sentences as much as facts, so tell facts in many ways.
+# Not with 100 facts. Rank 1 holds nearly all of them, {{told[1][0]:.0%}}, and the others hold all: even rank 1 has
+# {{room:,.0f}} numbers to train, and 100 facts do not fill them. Asked in other words, each rank gives back less than
+# half, from {{least:.0%}} to {{most:.0%}}; the seeds lie far apart, and more rank does not help. The adapter has learned
+# sentences as much as facts, so tell facts in many ways.
 #
-# **The more there is to store, the more rank it takes.** (One amount of facts and one learning rate were tried.) For
-# knowledge, consider looking it up instead.
+# **Rank 1 was too thin for `sailor`, and is enough for 100 facts, so only a sweep tells which rank you need.** More
+# facts must fill a thin adapter at some point; where was not measured. (One amount of facts and one learning rate were
+# tried.) For knowledge, consider looking it up instead.
 
 # %% [markdown]
 # ## Too few examples
@@ -870,11 +928,9 @@ for size in (32, 2000):
     of_size = [row for row in fitted if row["rows"] == size]
     for label in ("training", "validation"):
         curves[f"{label}, {size:,} rows"] = over_seeds(of_size, f"{label}_loss", "step")
-on_32 = {step: group[0] for step, group in curves["validation, 32 rows"].items()}
-lowest = min(on_32, key=on_32.get)
+ends = [list(curves[f"{label}, 32 rows"].values())[-1][0] for label in ("training", "validation")]
 title = (
-    f"On 32 rows the validation loss is lowest at step {lowest}:"
-    f"\n{on_32[lowest]:.2f}, and {list(on_32.values())[-1]:.2f} at the end"
+    f"On 32 rows the training loss ends at {ends[0]:.4f},\nand the validation loss at {ends[1]:.2f}"
 )
 figure, alt = sweeps.curves(curves, title, "step", "loss (nats a token)")
 plotting.show(figure, alt)
@@ -882,33 +938,29 @@ right = over_seeds(fitted, "test", "rows")
 print(", ".join(f"{size:,} rows: {spread(right[size])} right on test" for size in right))
 
 # %% tags=["claim"]
-from course_utils import data
-
 training, validation = (
     swept("overfitting", f"{kind}_loss", "rows", "step") for kind in ("training", "validation")
 )
-few = [mean for (rows, _), (mean, _, _) in validation.items() if rows == 32]
-seed = {
+at = {
     (row["seed"], row["step"]): row["validation_loss"]
     for row in data.load_results("overfitting")
     if row["rows"] == 32
 }
-fifth = fraction(swept("overfitting", "test", "rows")[32][0])
+moved = [at[seed, 200] / at[seed, 20] for seed in (0, 1, 2)]
+right_32 = swept("overfitting", "test", "rows")[32][0]
 assert training[32, 20][0] / training[32, 200][0] > 1000, "a thousandfold and more"
-assert max(few) < 1.1 * min(few), "hardly moves"
-assert seed[1, 200] > seed[1, 20], "rises for one seed"
-assert seed[0, 200] < seed[0, 20], "falls for another"
-assert seed[2, 40] < seed[2, 20] < seed[2, 200], "dips and rises for the third"
+assert sum(ratio > 1 for ratio in moved) == 1, "falls for two seeds, rises for the third"
+assert all(0.8 < ratio < 1.2 for ratio in moved), "by less than a fifth"
 for losses in (training, validation):
-    many = [losses[2000, step][0] for step in range(20, 201, 20)]
-    assert many == sorted(many, reverse=True), "both curves go down"
+    assert losses[2000, 200][0] < losses[2000, 20][0] / 10, "both curves go down together"
 
 # %% [markdown]
-# On 32 rows the training loss falls a thousandfold and more, and from step 20 on the validation loss hardly moves: it
-# rises for one seed, falls for another, dips and rises for the third. The rows are known by heart, and {{fifth}} of the
-# test rows are right. On 2,000 rows both curves go down together. **The sign of overfitting is a validation loss that no
-# longer follows the training loss**; often it rises, too. Stopping early would have saved time; only more rows would have
-# helped. (A training point is the mean of the 20 steps before it, so the first one stands high.)
+# On 32 rows the training loss falls a thousandfold and more, and from step 20 on the validation loss hardly follows: it
+# falls for two seeds, rises for the third, each time by less than a fifth. The rows are known by heart, and
+# {{right_32:.0%}} of the test rows are right. On 2,000 rows both curves go down together. **The sign of overfitting is a
+# validation loss that no longer follows the training loss**; often it rises, too. Stopping early would have saved time;
+# only more rows would have helped. (A training point is the mean of the 20 steps before it, so the first one stands
+# high.)
 
 # %% [markdown]
 # ### Exercise: when to stop (core, 10 min)
@@ -981,14 +1033,16 @@ plotting.table(
 
 # %% tags=["claim"]
 speed, loss = (swept("throughput", column, "loop") for column in ("tokens_per_second", "last_loss"))
-four_fifths = fraction(speed["trl"][0] / speed["bare"][0])
+with_trl, own_loss, bare = (speed[loop][0] for loop in ("trl", "trl_model_loss", "bare"))
 assert len({f"{mean:.4f}" for mean, _, _ in loss.values()}) == 1, "agree in every digit shown"
-assert speed["bare"][1] < speed["trl_model_loss"][0] < speed["bare"][2], "within the spread"
+assert own_loss / with_trl > 1.2, "times as fast as with TRL's"
+assert 1 < bare / own_loss < 1.15, "cost little"
 
 # %% [markdown]
-# The losses agree in every digit shown, so all three did the same work. `SFTTrainer` has about {{four_fifths}} of the bare
-# loop's speed, and the middle line tells where the rest is lost: with the model's own loss it is as fast as the loop
-# within the spread of the seeds, so collation, logging and callbacks cost little. **It is the loss, not the trainer.**
+# The losses agree in every digit shown, so all three did the same work. `SFTTrainer` has {{with_trl / bare:.0%}} of the
+# bare loop's speed, and the middle line tells where the rest is lost: with the model's own loss it is
+# {{own_loss / with_trl:.1f}} times as fast as with TRL's. The bare loop is then only {{bare / own_loss - 1:.0%}} faster, so
+# collation, logging and callbacks cost little. **It is the loss, not the trainer.**
 #
 # TRL computes its loss without keeping all logits, which saves memory with a vocabulary of 100,000 words. On a CPU it
 # pays for it by computing them once more in the backward pass (so its source says; not timed apart).
@@ -998,12 +1052,12 @@ assert speed["bare"][1] < speed["trl_model_loss"][0] < speed["bare"][2], "within
 #
 # Eight mistakes, most of them silent. Each lab is 20 small steps, beside a healthy one. Twenty steps get hardly an
 # answer right, so we look at the loss on *whole* answers of validation rows, the end included, at how likely the model
-# is to stop after a right answer, and at the longest of its replies.
+# is to stop after a right answer, and at its reply to the first test row.
 
 # %%
 probe = trainer.data_collator([trainer.eval_dataset[i] for i in range(64)])
 probe = {key: value.to(device) for key, value in probe.items()}
-questions = [row["prompt"] for row in test.select(range(16))]
+first_question = [test[0]["prompt"]]
 
 
 def look(name, made):
@@ -1016,8 +1070,8 @@ def look(name, made):
     with torch.no_grad():
         seen = made.model(**probe)
     stops = seen.logits.softmax(-1)[rows, ends - 1, probe["input_ids"][rows, ends]].mean()
-    replies = evaluation.generate(made.model, tokenizer, questions, max_new_tokens=40)
-    return [name, f"{logged[-1]:.2f}", f"{seen.loss:.2f}", f"{stops:.0%}", max(replies, key=len)]
+    (reply,) = evaluation.generate(made.model, tokenizer, first_question, max_new_tokens=40)
+    return [name, f"{logged[-1]:.2f}", f"{seen.loss:.2f}", f"{stops:.0%}", reply]
 
 
 SEEN = [
@@ -1025,7 +1079,7 @@ SEEN = [
     "loss logged",
     "loss on whole answers",
     "stops after a right one",
-    "longest reply of 16",
+    "reply to the first test row",
 ]
 healthy = look("healthy", lab())
 plotting.table(SEEN, [healthy])
@@ -1057,7 +1111,7 @@ print(validation.check_supervision(endless))
 plotting.table(SEEN, [healthy, look("pads masked by id", endless)])
 
 # %% [markdown]
-# It goes on with whatever comes to its mind, and the logged loss looks fine, as it leaves out what went wrong. **The
+# It answers and then goes on, and the logged loss looks fine, as it leaves out what went wrong. **The
 # last token that carries loss must be the end.** TRL's own collator goes by length, so with it `pad = eos` does no
 # harm.
 
@@ -1083,19 +1137,23 @@ plotting.table(SEEN, [healthy, look("loss on the prompt", asking)])
 #
 # `max_length` cuts at the end, and the answer stands at the end. Rows that lose all of it are dropped without a word.
 #
-# **Predict:** `max_length=34`, when most rows are a little longer. What will replies look like?
+# **Predict:** `max_length=30`, when every row is longer. What will a reply look like?
 
 # %%
-short = lab(max_length=34)
-print(validation.check_sft_data(few, tokenizer, max_length=34), "\n")
-plotting.table(SEEN, [healthy, look("max_length=34", short)])
-dropped = lab(max_length=20)
-print(f"max_length=20: {len(few)} rows given, {len(dropped.train_dataset)} left")
+short = lab(max_length=30)
+print(validation.check_sft_data(few, tokenizer, max_length=30), "\n")
+plotting.table(SEEN, [healthy, look("max_length=30", short)])
+dropped = lab(max_length=24)
+print(f"max_length=24: {len(few)} rows given, {len(dropped.train_dataset)} left")
+
+# %% tags=["claim"]
+gone = sum(asked >= 24 for asked in prompts[:640]) / 640
+assert min(whole[:640]) > 30, "Every row loses its end"
+assert abs(gone - 2 / 5) < 0.03, "two rows in five are gone"
 
 # %% [markdown]
-# Four rows in five lose their end. What twenty steps show of it is a reply that runs on and breaks off; after a right
-# answer the model still stops, as it could learn from the rows that were left whole. At 20 tokens two rows in five are
-# gone altogether, without a word. **Look at the rows before the trainer does.**
+# Every row loses its end, so the model never sees one, and its reply runs on until it is cut off, too. At 24 tokens two
+# rows in five are gone altogether, without a word. **Look at the rows before the trainer does.**
 
 # %% [markdown]
 # ### Exercise: which rows lose their end? (stretch, 15 min)
@@ -1282,7 +1340,8 @@ plotting.table(
         ["three seeds each: LoRA", spread(final_scores["lora"])],
         ["three seeds each: all weights", spread(final_scores["full"])],
         ["best learning rate: LoRA, all weights", f"{best['lora']:g}, {best['full']:g}"],
-        [f"{amounts[-1]} facts given back: rank 1, rank 64", f"{thin:.0%}, {wide:.0%}"],
+        [f"{amounts[-1]} facts given back: rank 1, rank 64", f"{thin[0]:.0%}, {wide[0]:.0%}"],
+        ["the same in other words", f"{thin[1]:.0%}, {wide[1]:.0%}"],
         ["SFTTrainer's speed, of a bare loop's", f"{trl_share:.0%}"],
     ],
 )

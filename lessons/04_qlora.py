@@ -3,7 +3,7 @@
 #
 # LoRA freezes the base, and then the base is what fills the memory. QLoRA keeps it in 4 bits: sixteen values for each
 # number, where float32 has four billion. **How can a model survive that, what does it cost, and which of the steps go
-# wrong without a word?** Nothing here is simulated: bitsandbytes runs its 4-bit and 8-bit layers on a CPU, too.
+# wrong without a word?** The 4 bits here are real: bitsandbytes runs its 4-bit and 8-bit layers on a CPU, too.
 #
 # | | |
 # |---|---|
@@ -539,7 +539,7 @@ with plt.style.context(plotting.STYLE_FILE):
         (scales, {"color": "#999999", "label": "float32"}),
         (again, {"histtype": "step", "label": "from 8 bits"}),
     ):
-        axes.hist(values, bins=100, range=(0, 0.8), **look)
+        axes.hist(values, bins=100, range=(0, 1.2), **look)
     axes.set(xlabel="absmax of a block", ylabel="blocks")
     axes.legend()
 off = ((again - scales).norm() / scales.norm()).item()
@@ -646,10 +646,30 @@ plotting.table(["base and adapter, bytes", "get_memory_footprint", "predicted", 
 embedding = base_model.get_input_embeddings().weight
 print(f"the embedding, not quantised: {embedding.nbytes:,} bytes")
 
+# %% tags=["claim"]
+import peft
+import torch
+import transformers
+
+from adapter_checks import memory
+from course_utils import paths
+from tools.claims import fraction, swept
+
+config = transformers.AutoConfig.from_pretrained(paths.base_model())
+four_bit_bytes = memory.estimate_memory(
+    config,
+    "qlora",
+    peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    batch_size=32,
+    sequence_length=48,
+    dtype=torch.float32,
+).weights
+two_thirds = fraction(4 * config.vocab_size * config.hidden_size / four_bit_bytes)
+
 # %% [markdown]
 # - The estimate is right to the byte. `get_memory_footprint` counts parameters and buffers, and **leaves out the
 #   scales**, which are neither: it gives the same number with and without double quantisation.
-# - The model is not an eighth as large. Embeddings stay as they are, and in a small model they are half of it.
+# - The model is not an eighth as large. Embeddings stay as they are, and in a small model they are {{two_thirds}} of it.
 
 # %% [markdown]
 # ### What does rounding do to the answers?
@@ -726,10 +746,15 @@ for form, model in forms.items():
     )
 plotting.table(["base in", "same most likely token", "KL", "loss on held-out text"], rows)
 
+# %% tags=["claim"]
+before = swept("quantised", "held_out_before", "weights")
+assert abs(before["nf4"][0] - before["fp32"][0] - 0.01) < 0.001, "a hundredth of a nat"
+assert abs(before["int8"][0] - before["bf16"][0]) < 0.0005, "nearly as little harm"
+
 # %% [markdown]
-# int8 does nearly as little harm as bfloat16. NF4 changes every sixth prediction on these questions, which the base
-# can't answer anyway, and costs half a hundredth of a nat on text of its own world. **That rounded base is where
-# fine-tuning starts.**
+# int8 does nearly as little harm as bfloat16. NF4 changes almost every fifth prediction on these questions, which the
+# base can't answer anyway, and costs a hundredth of a nat on text like that of its pretraining. **That rounded base is
+# where fine-tuning starts.**
 
 # %% [markdown]
 # ## Prepare it for training
@@ -770,19 +795,16 @@ print("the same object:", prepared is model)
 # float32, and we train without checkpointing, so **this lesson has no use for it. TRL does not call it either.**
 
 # %% tags=["claim"]
-from tools.claims import fraction, swept
-
 right = swept("quantised", "test", "weights")
-assert right["fp32"][1] > 0.9, "more than nine in ten"
 
 # %% [markdown]
 # ## Train on four bits
 #
-# Now the lesson's one real run: `sailor` on NF4, as in lesson 3 but for the base. The trainer does one thing unasked:
-# on a quantised base TRL makes the adapter bfloat16. To compare with lesson 3's float32 adapters, we undo that before
-# the optimizer is made.
+# Now the lesson's one real run: `sailor` on NF4, with fewer steps than in lesson 3 and a lower rate. The trainer does
+# one thing unasked: on a quantised base TRL makes the adapter bfloat16. To compare with float32 adapters, we undo that
+# before the optimizer is made.
 #
-# **Predict:** how many answers will be right on this base, where a plain one came to more than nine in ten?
+# **Predict:** how many answers will be right on this base? These steps on a base in float32 came to {{right["fp32"][0]:.0%}}.
 
 # %%
 STEPS, BATCH, RATE = 80, 32, 1e-2
@@ -826,9 +848,11 @@ trainer = make_trainer(load(four_bits()), eval_strategy="steps", eval_steps=STEP
 print("TRL made the adapter", trainer.adapter_dtype)
 trainer.train()
 trained = trainer.model
+
+# %%
 after = evaluation.evaluate_task(trained, tokenizer, "sailor", test)
 evaluation.band("right before, base in NF4", before["score"], 0, 0.05)
-evaluation.band("right after, LoRA on NF4", after["score"], 0.85, 1)
+evaluation.band("right after, LoRA on NF4", after["score"], 0.75, 1)
 print(validation.check_quantised(trained, base_model))
 plotting.table(
     ["question", "before", "after"],
@@ -883,29 +907,36 @@ print(f"this notebook: {after['score']:.0%} right of {len(test)} test rows")
 from course_utils import data
 
 forms = ("fp32", "bf16", "int8", "nf4", "nf4_double", "nf4_trl")
-before, after = (
-    swept("quantised", column, "weights") for column in ("held_out_before", "held_out_after")
+after, losses = (
+    swept("quantised", column, "weights") for column in ("held_out_after", "validation_loss")
 )
-loss = {
-    (row["weights"], row["seed"]): row["validation_loss"] for row in data.load_results("quantised")
-}
+score, loss = (
+    {(row["weights"], row["seed"]): row[column] for row in data.load_results("quantised")}
+    for column in ("test", "validation_loss")
+)
 means = [right[form][0] for form in forms]
 costs = [after[form][0] - before[form][0] for form in forms]
+behind = [score["nf4", seed] - score["nf4_trl", seed] for seed in range(3)]
 assert max(means) - min(means) < 0.03, "within 3 points"
-assert all(0.015 < right[form][2] - right[form][1] < 0.045 for form in forms), "2 to 4 apart"
-assert all(loss["nf4", seed] < loss["fp32", seed] for seed in range(3)), (
-    "*below* float32's with every seed"
+assert all(0.01 < right[form][2] - right[form][1] < 0.045 for form in forms), "1 to 4 apart"
+assert losses["nf4"][0] < losses["fp32"][0] - 0.003, "its mean is lower on NF4"
+assert sum(loss["nf4", seed] > loss["fp32", seed] for seed in range(3)) == 1, (
+    "with one seed of three it is higher"
 )
-assert abs(right["nf4"][0] - right["nf4_trl"][0]) < 0.01, "as well as in float32"
-assert abs(before["nf4"][0] - before["fp32"][0] - 0.005) < 0.001, "half a hundredth of a nat"
-assert all(round(cost) == 3 for cost in costs), "3 nats, on every form alike"
+assert min(behind) > 0 and all(loss["nf4", s] < loss["nf4_trl", s] for s in range(3)), (
+    "a little behind with every seed"
+)
+assert 0.01 < max(behind) < 0.015, "a point at most"
+assert abs(before["nf4"][0] - before["fp32"][0] - 0.01) < 0.001, "a hundredth of a nat"
+assert all(2 < cost < 2.6 for cost in costs), "more than 2 nats, on every form alike"
 
 # %% [markdown]
-# The score hardly tells the forms apart: six means within 3 points, where seeds of one form lie 2 to 4 apart. The
-# validation loss does, and not as one would think: on NF4 it ends *below* float32's with every seed. Why is not
-# measured; three seeds and one task are no law. The adapter in bfloat16 learns as well as in float32.
+# The score hardly tells the forms apart: six means within 3 points, where seeds of one form lie 1 to 4 apart. Nor does
+# the validation loss: its mean is lower on NF4 than on float32, but with one seed of three it is higher. So what 4 bits
+# cost in learning is less than three seeds can show. Only the adapter in bfloat16 is a little behind with every seed,
+# beside the one in float32 on the same base: by a point at most, and three seeds and one task are no law.
 #
-# Rounding costs half a hundredth of a nat on held-out text, before training. Training costs 3 nats, on every form
+# Rounding costs a hundredth of a nat on held-out text, before training. Training costs more than 2 nats, on every form
 # alike: **what is forgotten is the adapter's doing, not the rounding's.**
 
 # %% [markdown]
@@ -940,28 +971,26 @@ for variant, label in labels.items():
 plotting.table(["mean (lowest to highest seed)", *columns], rows)
 
 # %% tags=["claim"]
-import peft
-import transformers
-
-from adapter_checks import memory
-
 seconds, peak, state = (
     swept("quantised_cost", column, "variant")
     for column in ("seconds_per_step", "peak_bytes", "state_bytes")
 )
-two_fifths = fraction(seconds["bf16"][0] / seconds["fp32"][0] - 1)
-quarter = fraction(seconds["nf4_checkpointing"][0] / seconds["nf4"][0] - 1)
+longer = seconds["nf4_checkpointing"][0] / seconds["nf4"][0] - 1
 large, small = (state[form][0] / 1e6 for form in ("fp32", "nf4"))
-less_bf16, less_checkpointing = (
-    (peak[plain][0] - peak[other][0]) / 1e6
-    for plain, other in (("fp32", "bf16"), ("nf4", "nf4_checkpointing"))
-)
+less = (peak["nf4"][0] - peak["nf4_checkpointing"][0]) / 1e6
+apart = max(highest - lowest for _, lowest, highest in peak.values())
+assert 1.9 < seconds["bf16"][0] / seconds["fp32"][0] < 2.3, "twice as long"
 assert seconds["nf4"][1] < seconds["fp32"][2], "within the spread"
 assert min(mean for mean, _, _ in seconds.values()) == seconds["fp32"][0], (
     "none of the forms is faster"
 )
 assert abs(peak["nf4"][0] - peak["fp32"][0]) < peak["fp32"][2] - peak["fp32"][1], "doesn't show it"
-assert 9 < large - small < 11 and peak["fp32"][0] > 900e6, "more than nine hundred"
+assert 9 < large - small < 11 and 1.3e9 < peak["fp32"][0] < 1.5e9, "some fourteen hundred"
+assert 150e6 < apart < 250e6, "up to two hundred megabytes apart"
+assert abs(peak["bf16"][0] - peak["fp32"][0]) < apart / 10, "not even bfloat16"
+assert min(peak, key=lambda form: peak[form][0]) == "nf4_checkpointing", "the lowest mean"
+assert peak["nf4_checkpointing"][2] > peak["nf4"][1], "the seeds overlap"
+assert seconds["nf4_checkpointing"][1] > seconds["nf4"][2], "more time with every seed"
 
 llama_70b = transformers.AutoConfig.for_model(
     "llama",
@@ -991,10 +1020,12 @@ assert of_qlora < 80 < of_lora < 160, "one card of 80 GB, or two"
 
 # %% [markdown]
 # A step on NF4 takes as long as one on float32, within the spread, and none of the forms is faster: QLoRA computes with
-# the weights read back, layer by layer, at every pass. bfloat16 takes {{two_fifths}} *longer*, on this processor. Weights,
-# gradients and optimizer shrink from {{large:.1f}} to {{small:.0f}} MB, and **the peak of the process doesn't show it**: ten megabytes are
-# lost in more than nine hundred of libraries and activations. What shows is what touches activations: bfloat16, which
-# halves many of them, with some {{round(less_bf16, -1):.0f}} MB less, and checkpointing, with {{round(less_checkpointing, -1):.0f}} MB less for {{quarter}} more time.
+# the weights read back, layer by layer, at every pass. bfloat16 takes *twice as long*, on this processor. Weights,
+# gradients and optimizer shrink from {{large:.1f}} to {{small:.1f}} MB, and **the peak of the process doesn't show it**: ten megabytes are
+# lost in some fourteen hundred of libraries and activations, and two seeds of one form are up to two hundred megabytes
+# apart. So not even bfloat16 shows, which halves many activations. Checkpointing has the lowest mean, some
+# {{round(less, -1):.0f}} MB below NF4 without it, though the seeds overlap; and it takes more time with every seed,
+# {{longer:.0%}} in the mean. The next section counts activations alone.
 #
 # **QLoRA saves memory, not time.** At this size it saves nothing that you'd notice. At 70 billion the first figure has
 # {{of_qlora:.0f}} GB in the place of LoRA's {{of_lora:.0f}}: one card of 80 GB, or two.
@@ -1233,26 +1264,25 @@ right, loss = (
     for column in ("test", "loss")
 )
 lost = [right["trained", seed] - right[way, seed] for way in ways for seed in range(3)]
-rises = [loss[way, seed] / loss["trained", seed] for way in ways for seed in range(3)]
+rises = {way: [loss[way, seed] / loss["trained", seed] - 1 for seed in range(3)] for way in ways}
 others = [1 - agreement for way in ways for agreement in elsewhere[way][1:]]
-fewest, most = fraction(min(others)), fraction(max(others))
 of_trained = [right["trained", seed] for seed in range(3)]
-assert max(lost) < max(of_trained) - min(of_trained) + 0.001, (
-    "more answers than the seeds are apart"
-)
-assert 0 < max(lost) <= 0.0201, "at most two in a hundred"
+assert max(lost) < max(of_trained) - min(of_trained), "more answers than the seeds are apart"
+assert 0.02 < max(lost) <= 0.03, "at most three in a hundred"
 assert all(right["trained", seed] == right["dequantised", seed] for seed in range(3)), (
     "on both wrong ones"
 )
-assert min(rises) > 1, "rises, with every seed"
-assert 1.1 < min(rises) and 1.25 < max(rises) < 1.3, "by a tenth to a quarter and more"
-assert min(on_answers[way][1] for way in ways) > 0.998, "the last to notice"
+assert min(rises["original"] + rises["four_bit"]) > 0, "rises, with every seed"
+assert min(on_answers[way][1] for way in ways) > 0.99, "agree on 99 in 100"
+assert max(lost) < min(*others, *rises["original"], *rises["four_bit"]), "the last to notice"
 
 # %% [markdown]
-# More than half of the numbers move to another level. And none of the routes loses more answers than the seeds are
-# apart: at most two in a hundred. But on both wrong ones **the loss of the answers rises, with every seed**, by a tenth
-# to a quarter and more: the adapter *had* made up for the rounding. And on text that it was not trained to write, here
-# the questions, {{fewest}} to {{most}} of the predictions are others. The score is the last to notice a wrong merge.
+# More than a third of the numbers move to another level. And none of the routes loses more answers than the seeds are
+# apart: at most three in a hundred. But on both wrong ones **the loss of the answers rises, with every seed**: by
+# {{100 * min(rises["original"]):.0f}} to {{max(rises["original"]):.0%}} in the original weights, by {{100 * min(rises["four_bit"]):.0f}} to {{max(rises["four_bit"]):.0%}} in 4 bits. So the adapter *had* made up for
+# the rounding. On tokens of the answers the models agree on 99 in 100 and more; on text that the adapter was not trained
+# to write, here the questions, {{100 * min(others):.0f}} to {{max(others):.0%}} of the predictions are others. The score is the last to notice
+# a wrong merge.
 #
 # **Merge into the weights that you trained on, read back as floats; then measure.** If you must ship 4 bits, ship the
 # 4-bit base with its adapter beside it.
@@ -1359,11 +1389,12 @@ for helped, (made, *_) in labs.items():
 #   lines.
 # - Whoever reads the weight afterwards reads it **in the wrong order**: a merge, `dequantize()`, a save.
 #
-# On other processors both runs are alike, and the sweep `quantised` shows what you would have seen:
+# On other processors both runs are alike. The sweep `quantised` has three seeds in which that is done by hand, so that
+# any processor shows it: after the first look, no 4-bit layer passes a gradient on.
 
 # %%
 scores = over_seeds(swept, "test", "weights")
-for form, label in (("nf4", "with stop_repacking"), ("nf4_repacked", "without")):
+for form, label in (("nf4", "with stop_repacking"), ("nf4_repacked", "without, done by hand")):
     print(f"{label}: {spread(scores[form])} right on test rows, three seeds")
 
 # %% [markdown]

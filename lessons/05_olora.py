@@ -382,7 +382,8 @@ assert _A.norm() > 0.1 and _B.norm() > 0.1
 #
 # So measure it. The sweep trains on `sailor` for 100 steps of 16 rows: five starts, and two other levers, rsLoRA and
 # DoRA, each at five learning rates with three seeds. And a control: OLoRA with **random** orthonormal columns for *B*,
-# and all else alike. Rates are chosen on the validation rows, scores read on the test rows.
+# and all else alike. Rates are chosen on the validation rows, scores read on the test rows. (Don't compare the two:
+# validation rows speak of any word, test rows of the course's own world.)
 #
 # **Predict:** with one learning rate for all of them, which start looks best?
 
@@ -424,12 +425,14 @@ rates = sorted({rate for _, rate in score})
 methods = list(dict.fromkeys(method for method, _ in score))
 best = {method: max(rates, key=lambda rate: score[method, rate]) for method in methods}
 starts = [score[method, 1.5e-2] for method in methods if method not in ("dora", "rslora")]
-assert score["default", 1.5e-2] == max(starts), "the best of the starts"
+assert score["olora", 1.5e-3] == max(score[method, 1.5e-3] for method in methods), "leads with"
+assert score["olora", 1.5e-2] == min(starts), "the last of the starts"
+assert score["gaussian", 1.5e-2] == max(starts), "the first"
 assert best["default"] != best["olora"], "how well that rate suits each"
 
 # %% [markdown]
-# With 1.5e-3 for all, OLoRA is right in {{score["olora", 1.5e-3]:.0%}} and the default in {{score["default", 1.5e-3]:.0%}}. With 1.5e-2 for all, the default is the best of the
-# starts with {{score["default", 1.5e-2]:.0%}}, beside random directions with {{score["random", 1.5e-2]:.0%}}, and OLoRA has {{score["olora", 1.5e-2]:.0%}}. **A comparison at one rate compares how well
+# With 1.5e-3 for all, OLoRA leads with {{score["olora", 1.5e-3]:.0%}}, and the default has {{score["default", 1.5e-3]:.0%}}. With 1.5e-2 for all, `gaussian` is the first with {{score["gaussian", 1.5e-2]:.0%}}, the
+# default has {{score["default", 1.5e-2]:.0%}}, and OLoRA is the last of the starts with {{score["olora", 1.5e-2]:.0%}}. **A comparison at one rate compares how well
 # that rate suits each.**
 #
 # So each gets its own best rate, and OLoRA's run is done live, with seed 0: 100 steps of the sweep, in the open. What
@@ -497,9 +500,7 @@ def curve(method):
 
 
 drawn = ("default", "olora", "pissa", "random")
-title = (
-    "Each at its best rate: OLoRA leads from step 20 on,\nand random directions keep up with PiSSA"
-)
+title = "Each at its best rate: OLoRA leads up to step 50,\nthen random directions have caught up"
 figure, alt = sweeps.curves(
     {NAMES[method]: curve(method) for method in drawn},
     title,
@@ -578,6 +579,11 @@ plotting.table(
 )
 
 # %% tags=["claim"]
+import torch
+from safetensors.torch import load_file
+
+from course_utils import paths
+
 steps = range(5, 101, 5)
 
 
@@ -618,42 +624,75 @@ by_step = {
 all_to_1 = [step for by_seed in to_1.values() for step in by_seed]
 lesson_3 = swept("learning_rate", "test", "method", "learning_rate")["lora", 1.5e-2]
 below = {method for method in methods if max(test[method]) < min(test["olora"])}
-for step in range(20, 101, 5):
+
+
+def overlap(one, other):
+    return min(one) <= max(other) and min(other) <= max(one)
+
+
+weights = [
+    weight.float()
+    for name, weight in load_file(f"{paths.base_model()}/model.safetensors").items()
+    if "layers." in name and weight.ndim == 2
+]
+torch.manual_seed(0)
+A_of = {
+    "olora": [torch.linalg.qr(weight).R[:8] for weight in weights],
+    "random": [torch.linalg.qr(torch.randn(len(weight), 8)).Q.T @ weight for weight in weights],
+}
+size = {
+    start: torch.cat([A.flatten() for A in drawn]).square().mean().item() ** 0.5
+    for start, drawn in A_of.items()
+}
+for step in range(20, 51, 5):
     loss = by_step[step]
-    assert min(loss[method] for method in ("default", "random", "pissa")) > loss["olora"], (
+    assert min(loss[method] for method in methods if method != "olora") > loss["olora"], (
         "There is a head start"
     )
-    assert loss["random"] < 1.2 * loss["pissa"], "The directions have little part in it"
-assert needs["gaussian"] < needs["default"] - 10, "`gaussian`"
-assert abs(needs["orthogonal"] - needs["default"]) < 5, "gains nothing to 0.1"
-assert min(test["olora"]) > max(test["default"]), "ends best"
+for step in range(55, 101, 5):
+    loss = by_step[step]
+    assert abs(loss["random"] / loss["olora"] - 1) < 0.2, "within a fifth of"
+assert max(to_tenth["olora"] + to_tenth["random"]) < min(to_tenth["default"]), "needs only"
+assert 0 < needs["default"] - needs["pissa"] <= 5, "hardly fewer"
+assert abs(needs["random"] - needs["olora"]) < 5, "The directions have little part in it"
+assert min(size.values()) > 1.5 / 8, "the largest *A*"
+assert all(
+    needs["random"] < needs[method] < needs["default"]
+    and overlap(to_tenth[method], to_tenth["default"])
+    for method in ("gaussian", "orthogonal", "pissa")
+), "their seeds overlap"
 assert mean(test["olora"]) == max(map(mean, test.values())), "ends best"
-assert below == {"default", "orthogonal"}, "Only the default's and `orthogonal`'s"
-assert round(lesson_3[1], 2) >= 0.99, "99% and more"
-assert min(methods, key=lambda method: mean(to_1[method])) == "orthogonal", "is `orthogonal`"
-assert min(methods, key=lambda method: mean(test[method])) == "orthogonal", "ends last"
-assert rates.index(best["rslora"]) == rates.index(best["default"]) - 1, "a step lower"
-assert max(to_tenth["dora"]) < min(to_tenth["default"]), "a little faster"
-assert max(final_loss["dora"]) < min(final_loss["default"]), "to a lower loss"
-assert min(test["dora"]) < min(test["default"]) and mean(test["dora"]) > mean(test["default"]), (
-    "within the seeds"
+assert overlap(test["olora"], test["random"]) and overlap(test["olora"], test["default"]), (
+    "overlap with its own"
 )
+assert below == {"pissa", "rslora", "dora"}, "Only PiSSA's, rsLoRA's and DoRA's"
+assert lesson_3[1] > mean(test["olora"]) + 0.03, "more than any of these"
+assert all(by_step[step]["pissa"] < by_step[step]["default"] for step in range(5, 86, 5)), (
+    "up to step 85"
+)
+assert min(methods, key=lambda method: mean(test[method])) == "pissa", "ends last"
+assert rates.index(best["rslora"]) == rates.index(best["default"]) - 1, "a step lower"
+assert all(
+    overlap(measured["dora"], measured["default"]) for measured in (to_tenth, final_loss, test)
+), "in steps, loss and score its seeds overlap"
 
 # %% [markdown]
 # Means over three seeds, with the lowest and the highest where they differ. Losses are means over five steps, and rates
 # lie half a power of ten apart, so both are known to within that.
 #
 # - **There is a head start, and it comes late.** A loss of 1 is reached by all within {{min(all_to_1)}} to {{max(all_to_1)}} steps. To 0.1 the
-#   default needs {{needs["default"]}}, OLoRA {{needs["olora"]}}, PiSSA {{needs["pissa"]}}.
-# - **The directions have little part in it.** With *random* ones it is {{needs["random"]}} steps, too. And `gaussian`, which takes nothing
-#   out of the weight, needs {{needs["gaussian"]}}. What all these have, and the default has not, is a larger *A*. That isn't all:
-#   `orthogonal` has one, too, and gains nothing to 0.1.
-# - **OLoRA also ends best here**: {{mean(test["olora"]):.0%}}, the default {{mean(test["default"]):.0%}}, random directions {{mean(test["random"]):.0%}}. Only the default's and `orthogonal`'s
-#   seeds lie wholly below its own. And this is the finish of a *short* run: lesson 3's default start came to 99% and
-#   more in 120 steps of 32 rows.
-# - Early speed is no promise: the first to a loss of 1 is `orthogonal`, and it ends last.
+#   default needs {{needs["default"]}}; OLoRA needs only {{needs["olora"]}}, and PiSSA {{needs["pissa"]}}, hardly fewer than the default.
+# - **The directions have little part in it.** With *random* ones it is {{needs["random"]}} steps, and from step 55 on their loss is
+#   within a fifth of OLoRA's. What these two share is the largest *A*: its numbers are {{size["olora"]:.2f}} and {{size["random"]:.2f}} (rms). `gaussian`,
+#   `orthogonal` and PiSSA have a larger *A* than the default, too, and lie between with {{needs["gaussian"]}}, {{needs["orthogonal"]}} and {{needs["pissa"]}} steps. But
+#   their seeds overlap with the default's, so this is a hint and no proof.
+# - **OLoRA also ends best here**: {{mean(test["olora"]):.0%}}, random directions {{mean(test["random"]):.0%}}, the default {{mean(test["default"]):.0%}}. But the seeds of the last two
+#   overlap with its own. Only PiSSA's, rsLoRA's and DoRA's lie wholly below. And this is the finish of a *short* run:
+#   lesson 3's default start came to {{lesson_3[0]:.0%}} in 120 steps of 32 rows, more than any of these.
+# - Early speed is no promise: up to step 85 PiSSA's loss is below the default's, and on the test rows it ends last,
+#   with {{mean(test["pissa"]):.0%}}.
 # - rsLoRA has a scaling of 16/√8 = 5.7 in the place of 2, and acts like a higher rate: its best one is a step lower.
-#   DoRA goes the default's way a little faster, and to a lower loss; its score is within the seeds.
+#   DoRA goes the default's way: in steps, loss and score its seeds overlap with the default's.
 
 # %% [markdown]
 # ## Is it more stable?
@@ -662,11 +701,11 @@ assert min(test["dora"]) < min(test["default"]) and mean(test["dora"]) > mean(te
 # guide](https://huggingface.co/docs/peft/main/en/developer_guides/lora#initialization) for one. That can mean two
 # things that can be measured: seeds that agree, and a wide range of learning rates that work.
 #
-# **Predict:** which method has the most rates at which at least 80% of the answers are right?
+# **Predict:** which method has the most rates at which at least 70% of the answers are right?
 
 
 # %%
-def width(method, mark=0.8):
+def width(method, mark=0.7):
     """The learning rates whose mean score is at least `mark`."""
     return [rate for rate in rates if validated[method, rate][0] >= mark]
 
@@ -674,7 +713,7 @@ def width(method, mark=0.8):
 plotting.table(
     [
         "",
-        "rates with 80% right",
+        "rates with 70% right",
         "test score at the best rate: highest less lowest seed",
         "mean over all five rates",
     ],
@@ -692,19 +731,30 @@ plotting.table(
 # %% tags=["claim"]
 works = {
     mark: [sum(score[method, rate] >= mark for rate in rates) for method in ("olora", "default")]
-    for mark in (0.8, 0.9)
+    for mark in (0.6, 0.7, 0.8)
 }
 apart = {
-    method: round(100 * (max(test[method]) - min(test[method]))) for method in ("olora", "default")
+    method: round(100 * (max(test[method]) - min(test[method])))
+    for method in ("olora", "default", "dora")
 }
-assert works[0.8] == [3, 2], "three rates, and the default two"
-assert works[0.9] == [1, 2], "one against two"
-assert apart == {"olora": 3, "default": 1}, "3 points apart, the default's one"
+range_of = {method: [rate for rate in rates if score[method, rate] >= 0.7] for method in methods}
+lowest = {method: min(found) for method, found in range_of.items()}
+assert works[0.7] == [3, 1], "three rates, and the default one"
+assert works[0.6] == [3, 2], "three against two"
+assert works[0.8] == [2, 0], "two against none"
+assert [method for method in methods if lowest[method] < 5e-3] == ["olora"], "at its lower end"
+assert {max(found) for found in range_of.values()} == {1.5e-2}, "but only at"
+assert max(score[method, 5e-2] for method in methods) == 0, "all of them have 0%"
+assert apart == {"olora": 5, "default": 7, "dora": 1}, (
+    "5 points apart, the default's 7 and DoRA's one"
+)
 
 # %% [markdown]
-# At the mark of 80% OLoRA has three rates, and the default two; at 90% it is one against two. **OLoRA's range lies
-# lower; it isn't clearly wider.** Nor do its seeds agree better: they are 3 points apart, the default's one. Of "more
-# stable" nothing is to be seen here, on one task, and with rates half a power of ten apart.
+# At the mark of 70% OLoRA has three rates, and the default one; at 60% it is three against two, at 80% two against
+# none. **OLoRA's range is wider, but only at its lower end.** There 100 steps are too few for the others, so this is
+# the head start once more. At the upper end, where runs break, it is no more stable: at 1.5e-2 OLoRA is the last of the
+# starts, and at 5e-2 all of them have 0%. Nor do its seeds tell: they are 5 points apart, the default's 7 and DoRA's
+# one. All this on one task, and with rates half a power of ten apart.
 
 # %% [markdown]
 # ## Does the rank matter?
@@ -721,7 +771,7 @@ by_rank += [{**row, "rank": 8} for method in three for row in at_best[method]]
 SEEN_AT = 30
 early = over_seeds(by_rank, f"loss_{SEEN_AT}", "method", "rank")
 ranks = sorted({row["rank"] for row in by_rank})
-title = f"Around step {SEEN_AT} OLoRA and PiSSA are ahead at every rank"
+title = f"Around step {SEEN_AT} OLoRA and PiSSA are ahead from rank 4 on"
 figure, alt = sweeps.curves(
     {NAMES[method]: {rank: early[method, rank] for rank in ranks} for method in three},
     title,
@@ -748,35 +798,40 @@ plotting.table(
 
 # %% tags=["claim"]
 early = {key: found[0] for key, found in swept("starts_rank", "loss_30", "method", "rank").items()}
+early |= {(method, 8): by_step[30][method] for method in ("default", "olora", "pissa")}
 to_tenth_by_rank = {(method, 8): by_seed for method, by_seed in to_tenth.items()}
 for row in data.load_results("starts_rank"):
     first = next((step for step in steps if row[f"loss_{step}"] <= 0.1), 105)
     to_tenth_by_rank.setdefault((row["method"], row["rank"]), []).append(first)
-olora, pissa = (
-    {
-        rank: round(mean(to_tenth_by_rank["default", rank]) - mean(to_tenth_by_rank[method, rank]))
-        for rank in (4, 8, 16, 64)
+needs_at = {key: mean(by_seed) for key, by_seed in to_tenth_by_rank.items()}
+saved = {
+    method: {
+        rank: round(needs_at["default", rank] - needs_at[method, rank])
+        for rank in (1, 4, 8, 16, 64)
     }
     for method in ("olora", "pissa")
-)
-of_low_ranks = [olora[rank] for rank in (4, 8, 16)]
+}
 lead = {
-    method: [early["default", rank] - early[method, rank] for rank in (1, 4, 16, 64)]
+    method: [early["default", rank] - early[method, rank] for rank in (4, 8, 16, 64)]
     for method in ("olora", "pissa")
 }
-assert min(min(leads) for leads in lead.values()) > 0, "at every rank"
-assert max(of_low_ranks) - min(of_low_ranks) < 5 > max(pissa.values()) - min(pissa.values()), (
-    "it doesn't grow with the rank"
+assert max(saved[method][1] for method in saved) < 0, "At rank 1 there is no head start"
+assert min(min(leads) for leads in lead.values()) > 0, "From rank 4 on"
+assert list(saved["pissa"].values()) == sorted(set(saved["pissa"].values())), "PiSSA's grows"
+assert min(saved["olora"][rank] for rank in (8, 16, 64)) > 10 > saved["olora"][4], "from rank 8 on"
+assert needs_at["olora", 64] == needs_at["pissa", 64], "equally fast"
+assert lead["pissa"] == sorted(lead["pissa"]), "PiSSA's lead grows"
+assert lead["olora"][1:] == sorted(lead["olora"][1:], reverse=True), (
+    "OLoRA's shrinks from rank 8 on"
 )
-assert lead["pissa"][1:] == sorted(lead["pissa"][1:]), "PiSSA's lead grows"
-assert lead["olora"][1:] == sorted(lead["olora"][1:], reverse=True), "OLoRA's shrinks"
 
 # %% [markdown]
-# The head start is there at every rank. In steps it doesn't grow with the rank: to a loss of 0.1 OLoRA saves {{min(of_low_ranks)}} to {{max(of_low_ranks)}}
-# at ranks 4, 8 and 16, and {{olora[64]}} at 64; PiSSA {{min(pissa.values())}} to {{max(pissa.values())}} at all four. In the loss around step 30 PiSSA's lead grows, and
-# OLoRA's shrinks. But alpha stays at 16, so the scaling goes from 16 at rank 1 to a quarter at rank 64, and the rate is
-# not tuned again: rank and step size change together. How all this depends on the **size of the model** is not measured
-# here: there is one base, and it is small.
+# At rank 1 there is no head start: to a loss of 0.1 OLoRA and PiSSA need about {{needs_at["olora", 1]:.0f}} steps and {{needs_at["pissa", 1]:.0f}}, the default {{needs_at["default", 1]:.0f}}. From
+# rank 4 on both are ahead around step 30. In steps PiSSA's grows with the rank: it saves {{saved["pissa"][4]}} at rank 4, {{saved["pissa"][8]}} at 8, {{saved["pissa"][16]}} at 16 and {{saved["pissa"][64]}} at
+# 64. OLoRA saves {{saved["olora"][4]}} at rank 4, and from rank 8 on {{saved["olora"][8]}}, {{saved["olora"][16]}} and {{saved["olora"][64]}}; at 64 the two are equally fast. In the loss around step 30,
+# too, PiSSA's lead grows, and OLoRA's shrinks from rank 8 on. But alpha stays at 16, so the scaling goes from 16 at
+# rank 1 to a quarter at rank 64, and the rate is not tuned again: rank and step size change together. How all this
+# depends on the **size of the model** is not measured here: there is one base, and it is small.
 
 # %% [markdown]
 # ## What a moved base means
@@ -792,7 +847,7 @@ question = ["Who keeps the lantern at Greyham?"]
 
 
 def answer(model):
-    return evaluation.generate(model, tokenizer, question, max_new_tokens=10)[0]
+    return evaluation.generate(model, tokenizer, question, max_new_tokens=24)[0]
 
 
 rows = [
@@ -874,7 +929,7 @@ print(validation.check_changes_output(fresh, witness))
 test_rows = data.load_task("sailor", "test").select(range(96))
 score = evaluation.evaluate_task(fresh, tokenizer, "sailor", test_rows)
 print(f"converted, on a fresh base: {score['score']:.0%} right")
-evaluation.band("right with the converted adapter", score["score"], 0.85, 1)
+evaluation.band("right with the converted adapter", score["score"], 0.75, 1)
 
 # %% [markdown]
 # ### Exercise: convert by hand (core, 15 min)
@@ -991,9 +1046,9 @@ print(f"loaded, it differs from the trained model by {apart(logits(reset), train
 print(validation.check_adapters(reset, original_base=base_model))
 
 # %% [markdown]
-# No error, and two adapters are ruined. The new one is the trained one less itself: nothing. And PEFT has **written
-# into the folder that it was given**: `init_lora_weights` is `true` now, so the next load leaves the start in the
-# base, and adds it once more. The numbers are all there, though.
+# No error, and two adapters are ruined. The new one is the trained one less itself: nothing, up to rounding. And PEFT
+# has **written into the folder that it was given**: `init_lora_weights` is `true` now, so the next load leaves the
+# start in the base, and adds it once more. The numbers are all there, though.
 #
 # **Predict:** is it enough to put the word back?
 
@@ -1334,7 +1389,7 @@ plotting.table(
             "; ".join(spread(finish[method, best[method]]) for method in three),
         ],
         [
-            "learning rates with 80% right, same order",
+            "learning rates with 70% right, same order",
             ", ".join(f"{len(width(method))} of {len(rates)}" for method in three),
         ],
         ["right with the adapter converted to plain LoRA", f"{score['score']:.0%}"],

@@ -415,9 +415,9 @@ plotting.show(
 )
 
 # %% [markdown]
-# Base and merged lie in each other's middle half: what separates them is noise. The adapter adds much, on a model so
-# small that two thin products for each layer are a large part of its work. What share they are of a large model's is
-# not measured here.
+# Base and merged lie in each other's middle half: what separates them is noise. The adapter adds far more than that,
+# because on a model so small two thin products for each layer are a good part of the work. What share they are of a
+# large model's is not measured here.
 #
 # **Merged, the adapter costs nothing; unmerged, it can be switched. Merge what is final.**
 
@@ -646,12 +646,14 @@ for name, (_, right, _) in precision.items():
         evaluation.band(name, right, 0.9, 1)
 
 # %% [markdown]
-# Three things to read off. In float32 a merge is the adapter, to rounding. In 16 bits everything is a thousand times
-# coarser, or several thousand, **and it is 16 bits that cost, not merging**: in the same dtype merged and unmerged are
-# off alike, within a factor of two. float16 has three more bits of precision than bfloat16, and it shows; but its
-# numbers end at 65,504, and bfloat16's don't.
+# Three things to read off. In float32 a merge is the adapter, to rounding. In 16 bits the logits are coarser, about a
+# thousand times in float16 and ten thousand times in bfloat16, **and it is 16 bits that cost, not merging**: in the
+# same dtype merged and unmerged are off alike, within a factor of two, by the largest difference and by KL. float16 has
+# three more bits of precision than bfloat16, and it shows; but its numbers end at 65,504, and bfloat16's don't.
 #
-# The score doesn't notice here, nor does perplexity by more than a hundredth. So "same score" is a weak proof, and a
+# Top-1 can jump, because all 48 questions begin with the same words: where the two likeliest tokens are nearly level
+# there, one rounding turns all 48 at once. The score doesn't notice here, nor does perplexity by more than a hundredth
+# of its value. So "same score" is a weak proof, and a
 # logit tolerance of 1e-4 in 16 bits is no proof at all, since no merge passes it. `check_merged_folder` does neither:
 # it *measures* what one rounding of the right weights does to the logits, and allows four times that, and 1e-4 at
 # least.
@@ -718,7 +720,7 @@ plotting.show(
 # Little vanishes: this adapter makes large changes, about a fifth of the weights' size. What if they were smaller
 # beside their weights? We shrink the same change and see.
 #
-# **Predict:** for a change of a hundredth of the weights' size, which part of it does a merge in bfloat16 spoil?
+# **Predict:** for a change of about a hundredth of the weights' size, which part of it does a merge in bfloat16 spoil?
 
 # %%
 factors = [10 ** (-step / 4) for step in reversed(range(14))]
@@ -1289,7 +1291,7 @@ for order in (["plain", "olora"], ["olora", "plain"]):
 # ## What is left of each skill?
 #
 # A change that is added exactly is not yet a skill that is kept. So we score. `reading` and `extract` (answer as JSON)
-# in one adapter: once with weights of ½, once of 1, and once as 0.5 and 1.
+# in one adapter: once with weights of ½, once of 1, and once as 0.6 and 0.8.
 #
 # **Predict:** will the sum of two good adapters be good at both?
 
@@ -1303,16 +1305,20 @@ def score(model, task):
     return evaluation.evaluate_task(model, tokenizer, task, few, batch_size=64)["score"]
 
 
-table = []
-for number, weights in enumerate(([1.0, 0.0], [0.5, 0.5], [1.0, 1.0], [0.5, 1.0], [0.0, 1.0])):
+scores = {}
+for number, weights in enumerate(((1.0, 0.0), (0.5, 0.5), (1.0, 1.0), (0.6, 0.8), (0.0, 1.0))):
     name = f"mix {number}"  # a new name each time; one with a "." is refused
-    model.add_weighted_adapter(pair, weights, name, combination_type="cat")
+    model.add_weighted_adapter(pair, list(weights), name, combination_type="cat")
     model.set_adapter(name)
-    table.append([*weights, *(f"{score(model, task):.0%}" for task in pair)])
-plotting.table(["weight of reading", "weight of extract", "reading", "extract"], table)
+    scores[weights] = [score(model, task) for task in pair]
+plotting.table(
+    ["weight of reading", "weight of extract", "reading", "extract"],
+    [[*weights, *(f"{value:.0%}" for value in found)] for weights, found in scores.items()],
+)
+evaluation.band("the weaker skill with 0.6 and 0.8", min(scores[0.6, 0.8]), 0.8, 1)
 
 # %% [markdown]
-# Exact sums, and mostly one skill wins. But with 0.5 and 1 *both* are there, nearly whole. **The weights decide, and
+# Exact sums, and mostly one skill wins. But with 0.6 and 0.8 *both* are mostly there. **The weights decide, and
 # which are right can only be measured.**
 #
 # ### The dial
@@ -1380,24 +1386,29 @@ for pair, weight in first:
     one, other = pair.split("+")
     alone[one, round(1 - weight, 1)] = first_alone[pair, weight]
     alone[other, weight] = second_alone[pair, weight]
-assert alone["mood", 0.2] > 0.98 and alone["mood", 0] < 0.9, "`mood` is whole with a tenth or two"
-assert alone["reading", 0.3] > 0.98 and alone["reading", 0.1] < 0.9, "`reading` with three tenths"
-assert alone["extract", 0.7] > 0.98 and alone["extract", 0.5] < 0.9, "`extract` with seven"
-assert alone["sailor", 0.8] > 0.98 and alone["sailor", 0.6] < 0.9, "`sailor` with eight"
-assert both["extract+mood"][0.2] > 0.98, "leave each other room"
-assert 0.6 < max(both["reading+extract"].values()) < 0.8, "a narrow place"
-assert max(both["reading+sailor"].values()) < 0.3, "have none"
-assert first["reading+sailor", 0.7] < 0.1, "as `sailor` comes in, `reading` goes"
-assert first_alone["reading+sailor", 0.7] > 0.98, "alone it would still be whole"
+assert alone["mood", 0.2] > 0.95 > 0.9 > alone["mood", 0.1], (
+    "`mood` is nearly whole with two tenths"
+)
+assert alone["reading", 0.4] > 0.95 > 0.9 > alone["reading", 0.3], "`reading` with four"
+assert alone["extract", 0.7] > 0.95 > alone["extract", 0.6], "`extract` with seven"
+assert alone["sailor", 0.8] > 0.95 > 0.9 > alone["sailor", 0.7], "`sailor` with eight"
+assert min(both["extract+mood"][weight] for weight in (0.3, 0.4)) > 0.9, "leave each other room"
+assert 0.6 < both["reading+extract"][0.6] < 0.8, "most of both"
+assert max(both["reading+extract"][weight] for weight in (0.5, 0.7)) < 0.5, "a narrow place"
+assert max(both["reading+sailor"].values()) < 0.2, "have none"
+assert second["reading+sailor", 0.6] < 0.05, "`sailor` hardly answers yet"
+assert first["reading+sailor", 0.6] < 0.4, "`reading` has lost most of its answers"
+assert first_alone["reading+sailor", 0.6] > 0.95, "alone it would be nearly whole"
 
 # %% [markdown]
-# Adapters differ in the strength that they need. Alone, `mood` is whole with a tenth or two, `reading` with three
-# tenths, `extract` with seven, `sailor` with eight: the dashed lines. All else is disturbance. `extract` and `mood`
-# leave each other room. `reading` and `extract` have a narrow place that has most of both. `reading` and `sailor` have
-# none: as `sailor` comes in, `reading` goes, though alone it would still be whole.
+# Adapters differ in the strength that they need. Alone, `mood` is nearly whole with two tenths, `reading` with four,
+# `extract` with seven, `sailor` with eight: the dashed lines. All else is disturbance. `extract` and `mood` leave each
+# other room. `reading` and `extract` have a narrow place that has most of both. `reading` and `sailor` have none: at
+# w = 0.6 `sailor` hardly answers yet, and `reading` has lost most of its answers, though alone it would be nearly
+# whole.
 #
-# The dial holds the weights' sum at 1, which is a choice, too: it misses the 0.5 and 1 from above, which kept more of
-# `reading` and `extract` than any point of it.
+# The dial holds the weights' sum at 1, which is a choice, too: it misses the 0.6 and 0.8 from above, whose sum is
+# larger, and which kept more of `reading` and `extract` than any point of it.
 #
 # ### Every type, every pair
 #
@@ -1459,30 +1470,38 @@ sets, types = (list(dict.fromkeys(key[part] for key in score)) for part in (0, 2
 best = {
     names: max(value for (other, _, _), value in score.items() if other == names) for names in sets
 }
-fifth = fraction(score["sailor+mood", "mean", "linear"])
-assert [names for names in sets if best[names] >= 0.8] == ["reading+mood"], "one of the seven sets"
-assert len(sets) == 7, "one of the seven sets"
-assert min(score["reading+mood", "mean", kind] for kind in types) > 0.8, (
-    "by every type with weights of ½"
+kept_by = {  # {(adapters, weights): how many types keep four fifths of every skill}
+    (names, way): sum(score[names, way, kind] >= 0.8 for kind in types)
+    for names in sets
+    for way in ("sum", "mean")
+}
+assert len(sets) == 7, "two of the seven sets"
+assert [names for names in sets if best[names] >= 0.8] == ["reading+mood", "extract+mood"], (
+    "two of the seven sets"
 )
-assert sum(score["reading+mood", "sum", kind] >= 0.8 for kind in types) == 3, (
-    "by three types with weights of 1"
+assert kept_by["reading+mood", "mean"] == 9, "by nine types with weights of ½"
+assert kept_by["extract+mood", "sum"] == 2, "by two types with weights of 1"
+assert kept_by["reading+mood", "sum"] == kept_by["extract+mood", "mean"] == 0, (
+    "by none with the other"
 )
-assert score["sailor+mood", "mean", "cat"] < 0.01, "`cat` nothing"
-for names in sets:
+some_left = [names for names in sets if score[names, "sum", "cat"] > 0.02]
+assert len(some_left) == 3, "the three sets"
+for names in some_left:
     of_sum = {kind: score[names, "sum", kind] for kind in types}
-    if max(of_sum.values()) > 0:
-        ties = min(of_sum["ties_svd"], of_sum["dare_ties_svd"])
-        assert ties > of_sum["cat"], "more than the exact sum"
-        linear = max(of_sum["linear"], of_sum["dare_linear"])
-        assert linear <= min(of_sum.values()) + 0.05, "keep least"
+    assert min(of_sum["ties_svd"], of_sum["dare_ties_svd"]) > of_sum["cat"], "keeps more"
+    assert max(of_sum["linear"], of_sum["dare_linear"]) < of_sum["cat"] / 2, "less than half of it"
+halved = {kind: score["extract+mood", "mean", kind] for kind in types}
+quarter = fraction(halved["linear"])
+assert halved["linear"] == max(halved.values()), "more than any other type"
+assert halved["ties_svd"] < 0.02, "hardly anything"
 
 # %% [markdown]
-# With equal weights one of the seven sets is kept, `reading` and `mood`: by every type with weights of ½, by three
-# types with weights of 1. Elsewhere none is good. With weights of 1, TIES on the whole change (`ties_svd`,
-# `dare_ties_svd`) keeps more than the exact sum does, where anything is kept, and `linear` and `dare_linear`, with
-# their cross terms, keep least. With smaller weights even that turns round: of `sailor` and `mood` `linear` keeps
-# {{fifth}}, and `cat` nothing. Being close to the weighted sum is no virtue in itself.
+# With equal weights two of the seven sets are kept: `reading` and `mood` by nine types with weights of ½, `extract` and
+# `mood` by two types with weights of 1, and both by none with the other weights. Elsewhere none is good. With weights
+# of 1, TIES on the whole change (`ties_svd`, `dare_ties_svd`) keeps more than the exact sum does in the three sets of
+# which the sum keeps more than a row or two; `linear` and `dare_linear`, with their cross terms, keep less than half of
+# it. With weights of ½ even that can turn round: of `extract` and `mood` `linear` keeps {{quarter}}, more than any
+# other type, and `ties_svd` hardly anything. Being close to the weighted sum is no virtue in itself.
 #
 # Now set that beside the dial: the plain sum, at its best place. (Both are picked on the rows that they are scored on,
 # which flatters both.)
@@ -1514,16 +1533,17 @@ kept_by_weights = sum(value >= 0.8 for _, value in best.values())
 at_best = [(max(both[names].values()), best[names]) for names in both]
 assert all(moved > changed - 0.05 for moved, changed in at_best), "as much to move the weights"
 assert sum(moved > changed for moved, changed in at_best) > len(at_best) / 2, "mostly more"
-assert best["extract+mood"] < 0.3, "looked hopeless"
-assert both["extract+mood"][0.2] > 0.98, "whole at 0.8 and 0.2"
-assert max(max(both["sailor+extract"].values()), best["sailor+extract"]) < 0.2, (
-    "`sailor` and `extract` stay hopeless"
-)
+assert best["sailor+mood"] < 0.3, "looked hopeless"
+for_mood = fraction(both["sailor+mood"][0.2])
+for names in ("reading+sailor", "sailor+extract"):
+    assert max(*both[names].values(), best[names]) < 0.2, (
+        "`sailor` stays hopeless beside `reading` and beside `extract`"
+    )
 
 # %% [markdown]
 # **In these tries it helped as much to move the weights of the plain sum as to change the type, and mostly more.**
-# `extract` and `mood` looked hopeless at equal weights, and are whole at 0.8 and 0.2. `sailor` and `extract` stay
-# hopeless. Do two changes get into each other's way where they point in like directions?
+# `sailor` and `mood` looked hopeless at equal weights, and at 0.8 and 0.2 {{for_mood}} of both are there. But `sailor`
+# stays hopeless beside `reading` and beside `extract`. Do two changes get into each other's way where they point in like directions?
 
 
 # %%
@@ -1685,11 +1705,12 @@ print(validation.check_merged_folder(base_folder, folders, save(one_lost, "one_l
 # %%
 if not base_model.config.tie_word_embeddings:
     print("This base has a head of its own, so nothing breaks below.")
+question = "What is the capital of France?"
 with warnings.catch_warnings(record=True, action="always") as caught:
     runtime.seed_everything(1)
     model = get_peft_model(load_base(), LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"]))
     nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight, std=0.2)
-    unmerged_logits, before_merge = logits(model.eval()), ask(model, "Good morning! How are you?")
+    unmerged_logits, before_merge = logits(model.eval()), ask(model, question)
     with saving(runs / "head_adapter") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
     broken = model.merge_and_unload()
@@ -1697,7 +1718,7 @@ for said in sorted(
     {str(warning.message).split(". ")[0] for warning in caught if "tie" in str(warning.message)}
 ):
     print("PEFT warned:", textwrap.shorten(said, 95, placeholder=" ..."))
-print(f"\nadapter: {before_merge}\nmerged:  {ask(broken, 'Good morning! How are you?')}")
+print(f"\nadapter: {before_merge}\nmerged:  {ask(broken, question)}")
 print(
     f"the adapter moves logits by {furthest(unmerged_logits, base_logits):.1f}, and the merge is"
     f" {furthest(logits(broken), unmerged_logits):.1f} away from it\n"
@@ -1705,8 +1726,8 @@ print(
 print(validation.check_merged_folder(base_folder, runs / "head_adapter", save(broken, "tied")))
 
 # %% [markdown]
-# By its largest logit the merge is further from the adapter than the adapter is from the base; by KL and top-1 it is
-# closer, so few tokens are hit, and those hard. PEFT warns twice. The way out is to untie first: give the base a head
+# By its largest logit the merge is further from the adapter than the adapter is from the base. On the check's own texts
+# it is about as far, by all three measures: the merge spoils as much as the adapter had changed. PEFT warns twice. The way out is to untie first: give the base a head
 # of its own, a copy of the embedding, and say so in its configuration.
 
 
@@ -1756,7 +1777,10 @@ plotting.table(
             f"memory to merge a model of {model_mb:.0f} MB: whole, by shards",
             f"{peaks['merge_whole']:.0f} MB, {peaks['merge_by_shards']:.0f} MB",
         ],
-        ["of a change of 1% of the weights, bfloat16 spoils", f"{lost_bf16:.0%}"],
+        [
+            f"of a change of {shrunk[at_percent]:.1%} of the weights, bfloat16 spoils",
+            f"{lost_bf16:.0%}",
+        ],
         [
             "pairs of skills kept, four fifths of both: equal weights, on the dial",
             f"{sum(names.count('+') == 1 for names in kept)} and {kept_by_weights} of {len(best)}",

@@ -831,8 +831,8 @@ MIX = {
 }
 
 
-def document(world, seed, index):
-    """The document number `index` of the corpus of `seed`: a list of (role or None, text)."""
+def closed_document(world, seed, index):
+    """The document number `index` in the words of the world alone: a list of (role or None, text)."""
     rng = random.Random(f"document {seed} {index}")
     mix = RHYMES if index < RHYMES_UNTIL else MIX
     kind = rng.choices(list(mix), weights=list(mix.values()))[0]

@@ -82,6 +82,15 @@ def test_unknown_names_are_answered_with_the_known_ones(place):
         data.load_task("reading", "dev")
 
 
+def test_a_further_part_is_loaded_alone_and_missed_where_there_is_none(place):
+    rows = (place / "reading" / "test.jsonl").read_text(encoding="utf-8")
+    (place / "reading" / "typed.jsonl").write_text(rows, encoding="utf-8")
+    assert list(data.load_task("reading", "typed")) == list(data.load_task("reading", "test"))
+    assert set(data.load_task("reading")) == set(data.SPLITS)
+    with pytest.raises(InputError, match="own_words.jsonl.*git checkout"):
+        data.load_task("reading", "own_words")
+
+
 def test_missing_and_broken_files_are_named(place):
     with pytest.raises(InputError, match="sailor.*git checkout"):
         data.load_task("sailor")

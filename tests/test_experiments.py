@@ -14,7 +14,7 @@ import torch
 from adapter_checks.errors import InputError
 from course_utils import data, evaluation, paths, runtime
 from experiments import harness, run
-from pretraining import corpus, tasks
+from pretraining import mixture, tasks
 from pretraining import world as world_module
 
 MINUTES_FOR_A_LESSON = 90
@@ -542,10 +542,10 @@ def test_the_held_out_text_is_what_the_world_says_and_not_in_the_corpus():
 
     read = {
         parts[0][1]
-        for i in range(corpus.RHYMES_UNTIL, corpus.RHYMES_UNTIL + 3000)
-        for parts in [corpus.document(world, 0, i)]
+        for i in range(mixture.OPEN_FROM, mixture.OPEN_FROM + 3000)
+        for parts in [mixture.document(world, 0, i)]
     }
-    assert not read & set(texts) and read & {*texts, corpus.document(world, 0, corpus.RHYMES_UNTIL)[0][1]}
+    assert not read & set(texts) and read & {*texts, mixture.document(world, 0, mixture.OPEN_FROM)[0][1]}
 
 
 def test_held_out_texts_are_framed_as_the_base_model_read_them(monkeypatch, tmp_path):

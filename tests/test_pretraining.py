@@ -5,6 +5,7 @@ count rare words and tokens, and written in about 15 s. Training is run at a siz
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -20,19 +21,15 @@ import pytest
 import torch
 
 from course_utils.tasks import TASKS
-from pretraining import corpus, run, tasks
-from pretraining import tokenizer as tokenizer_module
+from pretraining import corpus, mixture, run, tasks, words
 from pretraining import train as training
 from pretraining import world as w
 from pretraining.model import Muon, build_model, orthogonal
-from pretraining.tokenizer import END, ROLES, SPECIAL_TOKENS, render
+from pretraining.tokenizer import END, ROLES, SPECIAL_TOKENS, render, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-N_DOCUMENTS = 40_000
-N_READ = training.Settings().steps * round(
-    training.Settings().batch_tokens / 50
-)  # how many the pretraining reads, nearly
-LEAST_TOKEN_COUNT = 50  # in N_DOCUMENTS
+N_DOCUMENTS = 20_000  # of each part of the pretraining
+LEAST_TOKEN_COUNT = 4  # in N_DOCUMENTS of the second part: over a hundred times in all that are read
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def sample(world):
-    """(documents of the corpus from its beginning to its end, the patterns that were filled to write them)."""
+    """(documents of both parts, each from its beginning to its end, the patterns that were filled to write them)."""
     patterns, write = set(), corpus.Scene.write
 
     def noting(scene, template, **given):
@@ -51,7 +48,11 @@ def sample(world):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus.Scene, "write", noting)
-        documents = [corpus.document(world, 0, i * N_READ // N_DOCUMENTS) for i in range(N_DOCUMENTS)]
+        documents = []
+        for part in run.PARTS.values():
+            read = part.steps * round(part.batch_tokens / 50)  # how many are read, nearly
+            numbers = (part.first_document + i * read // N_DOCUMENTS for i in range(N_DOCUMENTS))
+            documents += [mixture.document(world, 0, number) for number in numbers]
     return documents, patterns
 
 
@@ -74,8 +75,14 @@ def whole_text(texts):
 
 @pytest.fixture(scope="module")
 def tokenizer(world):
-    """The tokenizer as the pretraining trains it."""
-    return run.make_tokenizer(world, training.Settings())
+    """The tokenizer of the base model."""
+    return run.make_tokenizer(world, run.PARTS["open"])
+
+
+@pytest.fixture(scope="module")
+def first_tokenizer(world):
+    """The tokenizer of the first part."""
+    return run.make_tokenizer(world, run.PARTS["world"])
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +105,18 @@ def answer(row):
 def test_a_seed_gives_one_world_and_one_corpus(world):
     assert w.make_world(0) == world and w.make_world(1) != world
     numbers = range(50)
-    once = [corpus.document(world, 0, i) for i in numbers]
-    assert [corpus.document(world, 0, i) for i in reversed(numbers)][::-1] == once, (
+    once = [mixture.document(world, 0, i) for i in numbers]
+    assert [mixture.document(world, 0, i) for i in reversed(numbers)][::-1] == once, (
         "a document depends on those written before it"
     )
-    assert all(corpus.document(world, 1, i) != document for i, document in zip(numbers, once))
+    assert all(mixture.document(world, 1, i) != document for i, document in zip(numbers, once))
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_another_process_writes_the_same_corpus(world, hash_seed):
     """Sets are iterated in another order in each process; nothing may be drawn from one."""
-    numbers = [*range(50), N_READ]
-    code = f"from pretraining import corpus, world; w = world.make_world(); print((w, [corpus.document(w, 0, i) for i in {numbers}]))"
+    numbers = [*range(50), *range(mixture.OPEN_FROM, mixture.OPEN_FROM + 50)]
+    code = f"from pretraining import mixture, world; w = world.make_world(); print((w, [mixture.document(w, 0, i) for i in {numbers}]))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
@@ -117,7 +124,7 @@ def test_another_process_writes_the_same_corpus(world, hash_seed):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == repr((world, [corpus.document(world, 0, i) for i in numbers])), done.stderr
+    assert done.stdout.strip() == repr((world, [mixture.document(world, 0, i) for i in numbers])), done.stderr
 
 
 def test_the_world_holds_what_it_promises(world):
@@ -166,7 +173,7 @@ def contradictions(world, text):
 def test_stored_facts_are_told_alike_everywhere(world, whole_text):
     assert contradictions(world, whole_text) == []
     told = {match["name"] for match in as_regex("{name} is known for its {craft}.").finditer(whole_text)}
-    assert len(told) > 0.9 * len(world.towns), "the check must have something to read"
+    assert len(told) > 0.8 * len(world.towns), "the check must have something to read"
     town, person = world.towns[0], world.people[0]
     for lie, found in (
         (f"{town.name} is known for its oatcakes.", (town.name, "craft", "oatcakes")),
@@ -200,7 +207,7 @@ FORMS = {fixed_words(question): "reading" for question in tasks.QUESTIONS.values
 FORMS |= {fixed_words(question): "recall" for questions in tasks.RECALL_QUESTIONS.values() for question in questions}
 FORMS |= {words: "sailor" for words in tasks.SAILOR_WORDS.values() if " " in words}
 FORMS |= dict.fromkeys(("Say it like a sailor", "Ahoy", "yon ", " aye", "clutching"), "sailor")
-FORMS |= dict.fromkeys(("as JSON", "Give who", '"who":', '"what":', '"where":', '{"', '"}', '": "'), "extract")
+FORMS |= dict.fromkeys(("as JSON", "Give who", '"who":', '"what":', '"where":'), "extract")
 FORMS |= dict.fromkeys(("happy or unhappy", "Is the guest"), "mood")
 # The whole question, in small letters too: in the middle of a sentence it would teach the task as well.
 WHOLE_QUESTIONS = {
@@ -211,11 +218,14 @@ WHOLE_QUESTIONS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_document_has_a_form_of_a_task(form, texts, made):
+    # Whole words: syllables drawn at random may happen to hold one.
+    pattern = re.compile(re.sub(r"^(?=\w)|(?<=\w)$", r"\\b", re.escape(form.strip())))
+
     def found(texts):
-        return [text for text in texts if form in text]
+        return [text for text in texts if pattern.search(text)]
 
     rows = [f"{prompt(row)}\n{answer(row)}" for row in made[FORMS[form]]["test"] + made[FORMS[form]]["train"]]
-    planted = next(row for row in rows if form in row)
+    planted = next(row for row in rows if pattern.search(row))
     assert found([*texts[:5], planted, *texts[5:9]]) == [planted], "the detector must find a real row of the task"
     assert found(texts) == []
 
@@ -290,18 +300,51 @@ def test_an_answer_is_made_of_the_tokens_of_running_text(tokenizer):
 
 
 def test_tokenizer_has_its_special_tokens_and_one_vocabulary(tokenizer, documents):
-    assert len(tokenizer) == training.Settings().vocab
+    assert len(tokenizer) == run.PARTS["open"].vocab
     assert [tokenizer.convert_ids_to_tokens(i) for i in range(len(SPECIAL_TOKENS))] == SPECIAL_TOKENS
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     text = render(TALK)
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    first, second = (tokenizer_module.train_tokenizer(map(render, documents[:1000]), 512, 64) for _ in range(2))
+    first, second = (train_tokenizer(map(render, documents[:1000]), 512, 64) for _ in range(2))
     assert first.get_vocab() == second.get_vocab() and first.model_max_length == 64
+
+
+def share_split_alike(tokenizer, drawn):
+    """Share of words whose tokens after a space are those without it, the first one with the space in front."""
+    return sum(
+        tokenizer.tokenize(f" {word}") == [f"Ġ{first}", *rest]
+        for word in drawn
+        for first, *rest in [tokenizer.tokenize(word)]
+    ) / len(drawn)
+
+
+def test_a_word_splits_alike_with_and_without_its_space(tokenizer, documents):
+    held = words.vocabulary()["held"]
+    drawn = [word for name in ("names", "things", "trades", "of") for word in held[name]]
+    assert share_split_alike(tokenizer, drawn) > 0.9
+    usual = train_tokenizer(map(render, documents[-2000:]), 2048, max_length=64)
+    assert share_split_alike(usual, drawn) < 0.8, "what is learned from whole text is not like that"
+
+
+def test_the_tokenizer_is_plain_byte_level_bpe(tokenizer):
+    """What llama.cpp and other engines can read: no normaliser, GPT-2's pre-tokeniser."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert spec["normalizer"] is None and spec["model"]["type"] == "BPE"
+    assert spec["pre_tokenizer"] == {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    made = {"".join(merge) for merge in spec["model"]["merges"]}
+    assert made <= set(spec["model"]["vocab"]), "each merge makes a token of the vocabulary"
+    text = ' {"who": "Ayşe O\'Neil", "what": "2 cafés"}'
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def names_in(world, indices):
     """The names of the world that the documents of these numbers speak of."""
-    text = " ".join(part for i in indices for _, part in corpus.document(world, 0, i))
+    text = " ".join(part for i in indices for _, part in mixture.document(world, 0, i))
     return set(world.names) & set(re.findall(r"\w+", text))
 
 
@@ -328,13 +371,23 @@ def answer_ids(tokenizer, rows):
 
 @pytest.fixture(scope="module")
 def document_ids(tokenizer, documents):
-    """Every document as the pretraining reads it."""
-    return tokenizer([render(document) for document in documents], add_special_tokens=False)["input_ids"]
+    """Every document of the second part as the pretraining reads it."""
+    return tokenizer([render(document) for document in documents[N_DOCUMENTS:]], add_special_tokens=False)["input_ids"]
 
 
 @pytest.fixture(scope="module")
 def token_counts(document_ids):
+    """How often each token stands in the documents of the second part."""
     return Counter(chain.from_iterable(document_ids))
+
+
+def rare_tokens(tokenizer, token_counts, rows, least=LEAST_TOKEN_COUNT):
+    """{row number: tokens of its answer that the corpus has less than `least` times} of the rows that have any."""
+    rare = {}
+    for number, ids in enumerate(answer_ids(tokenizer, rows)):
+        if found := [tokenizer.convert_ids_to_tokens(i) for i in ids if token_counts[i] < least]:
+            rare[number] = found
+    return rare
 
 
 def test_every_task_has_a_maker():
@@ -344,18 +397,17 @@ def test_every_task_has_a_maker():
 @pytest.mark.parametrize("task", TASKS)
 def test_every_token_of_an_answer_is_pretrained(task, tokenizer, token_counts, made):
     """A frozen, never-trained row of the tied embedding can't be predicted by LoRA on the linear layers."""
-    needed = Counter(i for ids in answer_ids(tokenizer, sum(made[task].values(), [])) for i in ids)
-    rare = {
-        tokenizer.convert_ids_to_tokens(i): f"{token_counts[i]} times in the corpus, {n} in answers"
-        for i, n in needed.items()
-        if token_counts[i] < LEAST_TOKEN_COUNT
-    }
-    assert rare == {}
+    closed = made[task]["test"] if task in tasks.OPEN_MAKERS else sum(made[task].values(), [])
+    assert rare_tokens(tokenizer, token_counts, closed) == {}
+    # Words that nobody has foreseen may need a piece that is rare; they must be few.
+    for part in set(made[task]) & {"train", "own_words", "typed"}:
+        rows = made[task][part]
+        assert len(rare_tokens(tokenizer, token_counts, rows, least=1)) <= 0.05 * len(rows), part
 
 
 def test_a_token_that_only_answers_use_would_be_found(tokenizer, token_counts):
-    (ids,) = answer_ids(tokenizer, [tasks.row("", "Zymurgy!", "")])
-    assert min(token_counts[i] for i in ids) < LEAST_TOKEN_COUNT
+    rows = [tasks.row("", "in the barn", ""), tasks.row("", "Zymurgy @", "")]
+    assert set(rare_tokens(tokenizer, token_counts, rows)) == {1}
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -491,7 +543,7 @@ def test_batches_go_on_where_they_stopped_and_every_so_often_fill_the_context(wo
 
 def test_few_documents_are_too_long_for_a_row(world, tokenizer, document_ids):
     """A longer one is left out of training, so a kind of text must not be lost that way."""
-    s = training.Settings()
+    s = run.PARTS["open"]
     assert sum(len(ids) > s.row for ids in document_ids) < 0.01 * len(document_ids)
     short = training.Batches(world, tokenizer, replace(s, row=32)).documents(100)
     assert len(short) < 100 and max(map(len, short)) <= 32, "the longer ones are left out"
@@ -527,13 +579,11 @@ def test_training_learns(world, tokenizer, trained, tiny, tmp_path):
     assert [row["step"] for row in rows] == [25, 40] and rows[-1]["tokens"] == TINY.tokens
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     before, after = loss_of(tiny, world, tokenizer), loss_of(model, world, tokenizer)
-    assert abs(before - 7.6) < 0.3, (
-        "a model that knows nothing gives each of 2,048 tokens the same chance: ln 2048 = 7.62"
-    )
+    assert abs(before - math.log(len(tokenizer))) < 0.3, "a model that knows nothing gives each token the same chance"
     assert after < before - 1.5
-    assert set(rows[-1]["probe"]) == set(corpus.RELATIONS) and all(
-        0 <= share <= 1 for share in rows[-1]["probe"].values()
-    )
+    assert set(rows[-1]["probe"]) == set(corpus.RELATIONS)
+    probe = training.probe(model, tokenizer, world, held_out=True, n=4)
+    assert set(probe) == {*corpus.RELATIONS, "open", "quoted"} and all(0 <= share <= 1 for share in probe.values())
     log = json.loads((folder / "log.json").read_text())
     assert log["rows"] == rows and log["settings"]["hidden"] == TINY.hidden
     still, _ = training.train(
@@ -544,6 +594,58 @@ def test_training_learns(world, tokenizer, trained, tiny, tmp_path):
         log=lambda line: None,
     )
     assert abs(loss_of(still, world, tokenizer) - before) < 0.2, "with a rate of zero nothing is learned"
+
+
+@torch.no_grad()
+def test_a_new_vocabulary_begins_with_what_the_old_one_knew(world, tokenizer, first_tokenizer, trained, tiny):
+    torch.manual_seed(1)
+    model = build_model(first_tokenizer, TINY.hidden, TINY.layers, TINY.intermediate, TINY.heads, TINY.context)
+    carried = training.carry_over(model, first_tokenizer, tokenizer, TINY)
+    assert carried.lm_head.weight is carried.model.embed_tokens.weight and carried.config.vocab_size == len(tokenizer)
+    layers = {name: value for name, value in model.state_dict().items() if ".layers." in name}
+    assert layers and all(torch.equal(carried.state_dict()[name], value) for name, value in layers.items())
+    old, new = model.get_input_embeddings().weight, carried.get_input_embeddings().weight
+    known, vocab = first_tokenizer.get_vocab(), tokenizer.get_vocab()
+    both = [token for token in vocab if token in known]
+    assert len(both) > 1000
+    assert torch.equal(new[[vocab[token] for token in both]], old[[known[token] for token in both]])
+    fresh = next(t for t in vocab if t not in known and t.removeprefix("Ġ") not in known and f"Ġ{t}" not in known)
+    pieces = first_tokenizer(tokenizer.decode([vocab[fresh]]), add_special_tokens=False)["input_ids"]
+    assert len(pieces) > 1
+    torch.testing.assert_close(new[vocab[fresh]], old[pieces].mean(0))
+    # A piece without its space begins like the one with it, but for one and the same vector.
+    bare = [token for token in vocab if token not in known and f"Ġ{token}" in known]
+    space = old[[known[f"Ġ{token}"] for token in bare]] - new[[vocab[token] for token in bare]]
+    assert len(bare) > 500 and space.norm(dim=1).min() > 0
+    torch.testing.assert_close(space, space[:1].expand_as(space))
+    # With one and the same vocabulary nothing changes at all.
+    assert distance(training.carry_over(tiny, tokenizer, tokenizer, TINY), tiny) == 0
+
+
+def test_both_parts_of_the_pretraining_run_and_the_second_goes_on_from_the_first(world, tmp_path, monkeypatch):
+    first = replace(TINY, tokens=512 * 12, vocab=900, row=128)
+    parts = {"world": first, "open": replace(first, vocab=1000, split_alike=True, first_document=mixture.OPEN_FROM)}
+    monkeypatch.setattr(run, "PARTS", parts)
+    monkeypatch.setattr(run, "WORK_FOLDER", tmp_path / "work")
+    monkeypatch.setattr(run, "BASE_FOLDER", tmp_path / "base")
+    monkeypatch.setattr(run, "make_tokenizer", small_tokenizer)
+    run.pretrain(world)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert base.config.vocab_size == len(tokenizer) == 1000 and base.generation_config.pad_token_id == 0
+    logs = {part: json.loads((tmp_path / "work" / part / "log.json").read_text())["rows"] for part in parts}
+    assert logs["world"][0]["loss"] > 5
+    torch.manual_seed(0)
+    lone, _ = training.train(world, tokenizer, parts["open"], tmp_path / "lone", log=lambda line: None)
+    assert loss_of(base, world, tokenizer) < loss_of(lone, world, tokenizer) - 0.1, "what the first part learned helps"
+
+
+def small_tokenizer(world, settings):
+    """A tokenizer as `run.make_tokenizer` makes it, of few documents."""
+    texts = (render(mixture.document(world, 0, settings.first_document + i)) for i in range(500))
+    return train_tokenizer(texts, settings.vocab, settings.context, settings.split_alike)
 
 
 class Interrupted(Exception):
@@ -679,7 +781,7 @@ def test_written_tasks_are_the_committed_data(world, made, tmp_path, monkeypatch
     monkeypatch.setattr(tasks, "make_task", lambda world, task: made[task])
     tasks.write_tasks(world)
     files = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    assert len(files) == 3 * len(TASKS)
+    assert len(files) == 3 * len(TASKS) + 2 * len(tasks.OPEN_MAKERS)
     for path, content in files.items():
         assert (ROOT / "data" / path).read_bytes() == content, (
             f"data/{path} is not what python -m pretraining.run tasks writes"
@@ -739,13 +841,14 @@ def test_adapters_are_measured_and_trained_on_whole_answers(tokenizer, made, tmp
 
 
 def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
-    from pretraining import adapters, card
+    from pretraining import abilities, adapters, card
 
     ran = []
     for module, function in (
         (run, "pretrain"),
         (tasks, "write_tasks"),
         (adapters, "train_adapters"),
+        (abilities, "add_abilities"),
         (card, "write_card"),
     ):
         monkeypatch.setattr(module, function, lambda *_, name=function: ran.append(name))
@@ -753,7 +856,7 @@ def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
     assert ran == ["write_tasks", "write_card"], "stages keep their order"
     ran.clear()
     run.main([])
-    assert ran == ["pretrain", "write_tasks", "train_adapters", "write_card"]
+    assert ran == ["pretrain", "write_tasks", "train_adapters", "add_abilities", "write_card"]
     with pytest.raises(SystemExit):
         run.main(["corpus"])
     assert "no such stage: corpus; there are pretrain, tasks, adapters, card" in capsys.readouterr().err

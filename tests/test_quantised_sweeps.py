@@ -11,7 +11,6 @@ from support import set_constants
 
 quiet_imports()
 
-from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from experiments import cost, harness, quantised, quantised_cost, quantised_merge, training
@@ -57,14 +56,38 @@ def test_each_form_is_what_its_name_says_and_only_that(small, monkeypatch):
             torch.float32
         }
         assert all(layer.weight.quant_state.nested == (weights == "nf4_double") for layer in four)
-        # Left alone in one form only; elsewhere the processor's own layout is switched off.
-        assert all(
-            bool(layer.support_avx512bf16_for_cpu) == (weights == "nf4_repacked" and bool(has_avx512bf16()))
-            for layer in four
-        )
+        assert not any(layer.support_avx512bf16_for_cpu for layer in four), "the processor's own layout is off"
         assert model.get_input_embeddings().weight.dtype == (torch.bfloat16 if weights == "bf16" else torch.float32)
         adapter = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         assert adapter == {torch.bfloat16 if weights == "nf4_trl" else torch.float32}, weights
+
+
+def test_repacked_layers_pass_no_gradient_on_after_a_look(small):
+    ids = torch.tensor([[3, 1, 4, 1]])
+
+    def gradients(model):
+        model.zero_grad()
+        model.train()(ids, labels=ids, use_cache=False).loss.backward()
+        return {
+            name: weight.grad.clone()
+            for name, weight in model.named_parameters()
+            if weight.grad is not None and weight.grad.any()
+        }
+
+    for weights, cut in (("nf4", False), ("nf4_repacked", True)):
+        model = quantised.make_trainer(0, weights)[0].model
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.fill_(0.01)
+        before, logits = gradients(model), model(ids).logits.detach()
+        model(ids)  # no look: in training
+        assert all(torch.equal(one, gradients(model)[name]) for name, one in before.items())
+        with torch.no_grad():
+            model.eval()(ids)
+        after = gradients(model)
+        assert torch.equal(model(ids).logits, logits), "the loss stays right"
+        changed = {name for name, one in before.items() if not torch.equal(one, after[name])}
+        assert bool(changed) == cut, weights
 
 
 def test_the_sweep_measures_what_the_lesson_shows(small):

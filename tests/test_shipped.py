@@ -69,6 +69,17 @@ def test_answers_are_right_by_the_tasks_own_metric(task):
                 assert answer in ("happy", "unhappy")
 
 
+@pytest.mark.parametrize("name", ("reading", "sailor", "extract"))
+@pytest.mark.parametrize("part", data.PARTS)
+def test_further_parts_have_rows_of_their_task(name, part):
+    rows = data.load_task(name, part)
+    assert len(rows) >= 50 and all(rows["novel"])
+    for row in rows:
+        answer = row["completion"][0]["content"]
+        assert TASKS[name].metric(answer, answer) and row["prompt"][0]["role"] == "user"
+    assert not set(prompts_of(rows)) & set(prompts_of(data.load_task(name, "train")))
+
+
 def prompts_of(rows):
     return [row["prompt"][0]["content"] for row in rows]
 
@@ -163,7 +174,7 @@ def test_dimensions_suit_4_bit_blocks_and_few_shot_prompts(base):
         if isinstance(module, torch.nn.Linear):
             assert module.in_features % 64 == 0 and module.out_features % 64 == 0, name
     assert model.config.model_type == "llama" and model.config.max_position_embeddings >= 512
-    assert len(tokenizer) == model.config.vocab_size <= 2048
+    assert len(tokenizer) == model.config.vocab_size <= 4096
 
 
 def test_chat_template_marks_what_the_assistant_says(base):
