@@ -28,8 +28,10 @@ from pretraining.model import Muon, build_model, orthogonal
 from pretraining.tokenizer import END, ROLES, SPECIAL_TOKENS, render, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-N_DOCUMENTS = 20_000  # of each part of the pretraining
-LEAST_TOKEN_COUNT = 4  # in N_DOCUMENTS of the second part: over a hundred times in all that are read
+N_DOCUMENTS = 40_000  # of each part of the pretraining
+LEAST_TOKEN_COUNT = 50  # in N_DOCUMENTS of the second part
+# A name behind a quotation mark has lost its space, so it is another token, and a seldom one: here 160 times in all that is read.
+LEAST_IN_QUOTATION_MARKS = 10
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def contradictions(world, text):
 def test_stored_facts_are_told_alike_everywhere(world, whole_text):
     assert contradictions(world, whole_text) == []
     told = {match["name"] for match in as_regex("{name} is known for its {craft}.").finditer(whole_text)}
-    assert len(told) > 0.8 * len(world.towns), "the check must have something to read"
+    assert len(told) > 0.9 * len(world.towns), "the check must have something to read"
     town, person = world.towns[0], world.people[0]
     for lie, found in (
         (f"{town.name} is known for its oatcakes.", (town.name, "craft", "oatcakes")),
@@ -208,6 +210,7 @@ FORMS |= {fixed_words(question): "recall" for questions in tasks.RECALL_QUESTION
 FORMS |= {words: "sailor" for words in tasks.SAILOR_WORDS.values() if " " in words}
 FORMS |= dict.fromkeys(("Say it like a sailor", "Ahoy", "yon ", " aye", "clutching"), "sailor")
 FORMS |= dict.fromkeys(("as JSON", "Give who", '"who":', '"what":', '"where":'), "extract")
+BRACKETS = ('{"', '"}', '": "')  # the second part has pairs of words in them, so that an answer's every piece is known
 FORMS |= dict.fromkeys(("happy or unhappy", "Is the guest"), "mood")
 # The whole question, in small letters too: in the middle of a sentence it would teach the task as well.
 WHOLE_QUESTIONS = {
@@ -228,6 +231,15 @@ def test_no_document_has_a_form_of_a_task(form, texts, made):
     planted = next(row for row in rows if pattern.search(row))
     assert found([*texts[:5], planted, *texts[5:9]]) == [planted], "the detector must find a real row of the task"
     assert found(texts) == []
+
+
+@pytest.mark.parametrize("brackets", BRACKETS)
+def test_pairs_in_brackets_are_of_the_second_part_and_have_none_of_the_tasks_keys(brackets, texts, made):
+    first, second = texts[:N_DOCUMENTS], [text for text in texts[N_DOCUMENTS:] if brackets in text]
+    assert not [text for text in first if brackets in text]
+    keys = re.compile(r'[{,] ?"(who|what|where)"')
+    assert second and not [text for text in second if keys.search(text)]
+    assert all(keys.search(answer(row)) for row in made["extract"]["test"]), "the detector must find a real answer"
 
 
 @pytest.mark.parametrize("question", WHOLE_QUESTIONS)
@@ -323,7 +335,7 @@ def test_a_word_splits_alike_with_and_without_its_space(tokenizer, documents):
     drawn = [word for name in ("names", "things", "trades", "of") for word in held[name]]
     assert share_split_alike(tokenizer, drawn) > 0.9
     usual = train_tokenizer(map(render, documents[-2000:]), 2048, max_length=64)
-    assert share_split_alike(usual, drawn) < 0.8, "what is learned from whole text is not like that"
+    assert share_split_alike(usual, drawn) < 0.75, "what is learned from whole text is not like that"
 
 
 def test_the_tokenizer_is_plain_byte_level_bpe(tokenizer):
@@ -398,7 +410,8 @@ def test_every_task_has_a_maker():
 def test_every_token_of_an_answer_is_pretrained(task, tokenizer, token_counts, made):
     """A frozen, never-trained row of the tied embedding can't be predicted by LoRA on the linear layers."""
     closed = made[task]["test"] if task in tasks.OPEN_MAKERS else sum(made[task].values(), [])
-    assert rare_tokens(tokenizer, token_counts, closed) == {}
+    least = LEAST_IN_QUOTATION_MARKS if task == "extract" else LEAST_TOKEN_COUNT
+    assert rare_tokens(tokenizer, token_counts, closed, least) == {}
     # Words that nobody has foreseen may need a piece that is rare; they must be few.
     for part in set(made[task]) & {"train", "own_words", "typed"}:
         rows = made[task][part]
