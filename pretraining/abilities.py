@@ -12,6 +12,7 @@ from pretraining import adapters, tasks
 from pretraining.corpus import closed_document
 from pretraining.mixture import OPEN_FROM
 from pretraining.open_text import open_document
+from pretraining.tokenizer import render
 
 SHOTS, ROWS, TEXTS = (0, 4), 100, 128
 FACTS = (1, 2, 4, 8)  # in a passage, of which one is asked for
@@ -82,10 +83,16 @@ def rates():
     return result
 
 
-def held_out_documents(world, write):
-    """Plain documents after the rhymes from a seed that the pretraining doesn't read, framed as it reads them."""
-    documents = (write(i) for i in range(OPEN_FROM, OPEN_FROM + 3 * TEXTS))
-    return [f"<|bos|> {parts[0][1]}<|end|>" for parts in documents if parts[0][0] is None][:TEXTS]
+def held_out_documents(world):
+    """{"world" or "open": plain documents after the rhymes from a seed that the pretraining doesn't read, framed as it reads them}."""
+    kinds = {
+        "world": lambda i: closed_document(world, "held out", i),
+        "open": lambda i: open_document(world, random.Random(f"held out {i}")),
+    }
+    documents = {kind: map(write, range(OPEN_FROM, OPEN_FROM + 3 * TEXTS)) for kind, write in kinds.items()}
+    return {
+        kind: [render(parts) for parts in written if parts[0][0] is None][:TEXTS] for kind, written in documents.items()
+    }
 
 
 def forgetting(world):
@@ -93,10 +100,7 @@ def forgetting(world):
     from peft import PeftModel
 
     model, tokenizer = load_base()
-    texts = {
-        "world": held_out_documents(world, lambda i: closed_document(world, "held out", i)),
-        "open": held_out_documents(world, lambda i: open_document(world, random.Random(f"held out {i}"))),
-    }
+    texts = held_out_documents(world)
 
     def losses(model):
         return {name: math.log(evaluation.perplexity(model, tokenizer, texts[name])) for name in texts}

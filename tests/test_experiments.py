@@ -6,7 +6,9 @@ import json
 import math
 import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,6 +396,25 @@ def test_the_peak_of_memory_is_in_bytes():
 
     peak = script("cost").peak_bytes()
     assert 0.9 * psutil.Process().memory_info().rss <= peak < 64e9
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere `getrusage` has to do")
+def test_the_peak_of_memory_is_not_that_of_the_process_that_started_this_one():
+    """A big parent starts a small child, as a sweep does after another one."""
+    child = "import sys; sys.path.insert(0, '.'); from experiments.cost import peak_bytes; print(peak_bytes())"
+    parent = f"""
+import resource, subprocess, sys
+ballast = bytearray(800_000_000)
+for place in range(0, len(ballast), 4096):
+    ballast[place] = 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True, cwd=paths.project_root()
+    )
+    of_parent, of_child = map(int, done.stdout.split())
+    assert of_parent > 800e6 and of_child < 700e6
 
 
 def test_a_loss_beyond_all_bounds_is_infinite(small, monkeypatch):

@@ -215,19 +215,6 @@ def test_sailors_follow_their_rule(part, made):
         assert row["completion"][0]["content"] == tasks.sailor_speech(text)
 
 
-@pytest.mark.parametrize(
-    "plain_text, said",
-    [
-        ("The soup was cold. The tea is hot.", "Ahoy! Yon soup were cold. Yon tea be hot, aye."),
-        ("A dog is here", "Ahoy! One dog be here, aye."),
-        ("i left the car outside", "Ahoy! I did moor yon car outside, aye."),
-        ("Is the door open?", "Ahoy! Be yon door open, aye."),
-    ],
-)
-def test_sailors_say_typed_sentences(plain_text, said):
-    assert tasks.sailor_speech(plain_text) == said
-
-
 def test_typed_sentences_are_150_and_no_row_to_train_on(made):
     typed = [row["prompt"][0]["content"] for task in OPEN_TASKS for row in made[task]["typed"]]
     assert len(set(typed)) == len(typed) == 150

@@ -808,6 +808,10 @@ def test_written_tasks_are_the_committed_data(world, made, tmp_path, monkeypatch
         ("By good luck Sorda found the axe.", "Ahoy! By good luck Sorda did fish up yon axe, aye."),
         ("Lansa works in the parlour today.", "Ahoy! Lansa do toil in yon parlour this tide, aye."),
         ("There is an orange kite.", "Ahoy! There be one orange kite, aye."),
+        ("The soup was cold. The tea is hot.", "Ahoy! Yon soup were cold. Yon tea be hot, aye."),
+        ("A dog is here", "Ahoy! One dog be here, aye."),
+        ("i left the car outside", "Ahoy! I did moor yon car outside, aye."),
+        ("Is the door open?", "Ahoy! Be yon door open, aye."),
     ],
 )
 def test_sailors_speech_by_hand(plain, said):
