@@ -5,12 +5,10 @@ import re
 
 import pytest
 
-from course_utils import evaluation, runtime
+from course_utils import evaluation
 from pretraining import abilities, adapters, card, corpus, mixture, words
 from pretraining import world as w
 from pretraining.tokenizer import render
-
-runtime.quiet_imports()
 
 
 @pytest.fixture(scope="module")
