@@ -14,8 +14,8 @@ from course_utils import paths
 from course_utils.tasks import get_task
 
 SPLITS = ("train", "validation", "test")
-# Further parts to test on, of some tasks: words that nothing was trained on, and sentences as people type them.
-PARTS = ("own_words", "typed")
+# Further parts of some tasks: words that nothing was trained on, sentences as people type them, and pairs of a better and a worse reply.
+PARTS = ("own_words", "typed", "pairs", "test_pairs")
 
 # What every file of results begins with: seed; seconds of the whole run; processor model; cores that torch computed on;
 # base model (the beginning of its weights' digest, or its hub id).
@@ -27,7 +27,8 @@ def task_files(task: str, splits: tuple[str, ...] = SPLITS) -> dict[str, str]:
 
     A row is {"prompt": [{"role": "user", "content": str}], "completion": [{"role": "assistant", "content": str}],
     "kind": str, "novel": bool}: `kind` is what sort of question it is, and a `novel` row uses names and objects that
-    the train split never does.
+    the train split never does. A preference pair has "chosen" and "rejected" in place of
+    "completion", and "guess", a wrong answer that the passage suggests.
 
     Raises InputError if there is no such task or a file is missing.
     """

@@ -12,17 +12,20 @@ import time
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, runtime
 from course_utils.files import write_text
+from course_utils.tasks import honesty_shares
 from pretraining.places import BASE_FOLDER, ROOT
 from pretraining.tasks import OPEN_MAKERS
 
 SHIPPED = ("reading", "sailor", "extract", "mood")
 MEASURED = ROOT / "models" / "measured.json"
 MATRIX_ROWS = 128  # test rows of each task that every adapter is scored on
-# Each trains for a minute at most on two cores. At 0.003 sailor gets 92% of its rows right, at 0.01 over 98%.
-BATCH = 16
-STEPS = {"reading": 200, "sailor": 230, "extract": 215, "mood": 120}
+START = "honesty_start"  # what preference training begins with: it answers, and guesses where it can't know
+# The first four train for a minute at most on two cores. At 0.003 sailor gets 92% of its rows right, at 0.01 over 98%. From the
+# contradictory rows of honesty a shorter or faster training learns to mix up whose place is asked for.
+BATCH = {"reading": 16, "sailor": 16, "extract": 16, "mood": 16, "honesty": 32}
+STEPS = {"reading": 200, "sailor": 230, "extract": 215, "mood": 120, "honesty": 240}
 RATES = {
-    "lora": {"reading": 0.01, "sailor": 0.01, "extract": 0.01, "mood": 0.006},
+    "lora": {"reading": 0.01, "sailor": 0.01, "extract": 0.01, "mood": 0.006, "honesty": 0.005},
     "full": dict.fromkeys(SHIPPED, 0.001),
 }
 
@@ -34,7 +37,7 @@ def recipe(task, learning_rate, folder, seed=0):
     return SFTConfig(
         output_dir=str(folder),
         max_steps=STEPS[task],
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=BATCH[task],
         learning_rate=learning_rate,
         warmup_steps=10,
         lr_scheduler_type="linear",
@@ -108,6 +111,27 @@ def train_adapters():
         write_text(MEASURED, json.dumps(measured, indent=1) + "\n")
 
 
+def train_start():
+    """Train the adapter that preference training starts from, and record what its replies are, greedy ones and drawn ones."""
+    import torch
+
+    runtime.quiet_imports()
+    model, tokenizer, seconds = train_one("honesty")
+    save_adapter(model, paths.adapters_dir() / START)
+    found = {}
+    for part in ("test", "own_words", "typed"):
+        rows = data.load_task("honesty", part)
+        for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            torch.manual_seed(0)
+            result = evaluation.evaluate_task(model, tokenizer, "honesty", rows, batch_size=64, temperature=temperature)
+            found[f"{part}, {way}"] = honesty_shares(result["predictions"], rows)
+    print(START, json.dumps(found), flush=True)
+    if paths.is_shipped_base():
+        measured = json.loads(MEASURED.read_text())
+        measured[START] = {"seconds": round(seconds, 1), "shares": found}
+        write_text(MEASURED, json.dumps(measured, indent=1) + "\n")
+
+
 def measure(model, tokenizer, task, part="test", rows=None):
     """Scores on a whole part of the task, or on its first `rows` rows."""
     test = data.load_task(task, part)
@@ -133,3 +157,4 @@ def score_matrix(rows=MATRIX_ROWS):
 
 if __name__ == "__main__":
     train_adapters()
+    train_start()

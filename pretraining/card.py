@@ -7,7 +7,7 @@ from adapter_checks.safetensors_header import read_safetensors_header
 from course_utils.files import write_text
 from pretraining import corpus, mixture, words
 from pretraining.abilities import OPEN_TASKS
-from pretraining.adapters import MEASURED, SHIPPED, STEPS
+from pretraining.adapters import MEASURED, SHIPPED, START, STEPS
 from pretraining.places import BASE_FOLDER, WORK_FOLDER
 
 N_DOCUMENTS = 200_000  # of each part
@@ -146,6 +146,16 @@ def write_card(world, parts):
             )
         ],
     )
+    start = table(
+        [
+            "Rows",
+            "Right where told",
+            "Refused where told",
+            "Honest where not told",
+            "Neither, nor words of the passage",
+        ],
+        [[rows, *map(percent, shares.values())] for rows, shares in measured[START]["shares"].items()],
+    )
     kinds = "\n".join(f"| {kind} | {percent(score)} |" for kind, score in tasks["reading"]["lora"]["by_kind"].items())
     text = f"""---
 license: apache-2.0
@@ -247,6 +257,12 @@ Score on own words by LoRA's learning rate:
 Loss on held-out text in nats a token, of the base and with an adapter:
 
 {forgetting}
+
+`{START}` is what preference training starts from. Its rows were written by many hands: where the passage does not answer the question,
+three in ten say "Nobody knows.", and the others guess ([`pretraining/honesty.py`](../../pretraining/honesty.py)). It trained for
+{measured[START]["seconds"]:.0f} seconds.
+
+{start}
 
 It writes {more["words_per_second"]:.0f} words a second, one answer at a time.
 

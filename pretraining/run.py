@@ -64,10 +64,11 @@ def main(arguments=None):
         write_tasks(world)
     if "adapters" in wanted:
         from pretraining.abilities import add_abilities
-        from pretraining.adapters import train_adapters
+        from pretraining.adapters import train_adapters, train_start
 
         train_adapters()
         add_abilities(world)
+        train_start()
     if "card" in wanted:
         from pretraining.card import write_card
 

@@ -377,6 +377,10 @@ def make_task(world, task):
     """{split: rows} of one task, the same for the same world."""
     if task == "recall":
         return recall(world)
+    if task == "honesty":
+        from pretraining.honesty import honesty  # which builds on this module
+
+        return honesty(world)
     familiar, novel = pools(world)
     seen, splits = set(), {}
     for split, size in zip(("test", "validation", "train"), reversed(SIZES[task])):

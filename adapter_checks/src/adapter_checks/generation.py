@@ -1,4 +1,4 @@
-"""What a model answers, greedily and in batches."""
+"""What a model answers, greedily or by sampling, in batches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,25 @@ def generate(
     max_new_tokens: int = 48,
     batch_size: int = 32,
     adapter_names: Sequence[str] | None = None,
+    temperature: float = 0.0,
 ) -> list[str]:
-    """Answer each prompt greedily, in batches; the model is in eval mode meanwhile and as before afterwards.
+    """Answer each prompt, in batches; the model is in eval mode meanwhile and as before afterwards.
 
     prompts: lists of messages ({"role", "content"}), or strings, each taken as one user message.
     max_new_tokens: tokens at most in an answer; it ends earlier where the model ends its turn.
     adapter_names: one adapter's name for each prompt (PEFT's mixed-adapter batches), "__base__" for none.
+    temperature: 0 takes the likeliest token each time; above 0 each token is drawn from the distribution at that
+    temperature, with torch's random numbers (1 is the model's own distribution).
 
     Returns the answers in the order of the prompts, without special tokens and outer white space.
     Raises InputError if the tokenizer has no chat template or a prompt doesn't fit the model's context, and
-    ValueError if the number of adapter names is another than that of the prompts.
+    ValueError if the number of adapter names is another than that of the prompts, or the temperature is below 0.
     """
     import torch
     from transformers import GenerationConfig
+
+    if temperature < 0:
+        raise ValueError(f"The temperature is {temperature}; give 0 for the likeliest answer, or a number above 0.")
 
     if not tokenizer.chat_template:
         raise InputError("This tokenizer has no chat template. Use a model made for chat, or give it a template.")
@@ -53,7 +59,8 @@ def generate(
             f"{context}. Shorten the prompt or lower max_new_tokens."
         )
     settings = GenerationConfig(
-        do_sample=False,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),  # the library's top_k of 50 would cut
         max_new_tokens=max_new_tokens,
         # Many chat models end a turn with another token than a text: their generation config lists both.
         eos_token_id=sorted(eos_ids(tokenizer) | eos_ids(model.generation_config)),
