@@ -25,6 +25,7 @@ LESSONS = {
     "04": ("quantised", "quantised_merge", "quantised_cost"),
     "05": ("starts", "starts_rank"),
     "06": ("combine", "dial"),
+    "07": ("preferences", "rewards", "best_of_n"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
