@@ -121,6 +121,19 @@ def test_data(folders, run):
     assert status == 1 and "In 1 of 2 rows" in out and "(line 4)" in out, "lines of the file, empty ones among them"
 
 
+def test_data_of_preference_pairs(folders, run):
+    pairs = [{"prompt": [{"role": "user", "content": f"Where is key {number}?"}], "chosen": row()["completion"],
+              "rejected": row(answer="There.")["completion"]} for number in range(2)]  # fmt: skip
+    rows = write_rows(folders / "rows.jsonl", *pairs)
+    status, out, err = run("data", rows, "--model", "base", "--max-length", 64)
+    assert (status, err) == (0, "") and "2 pairs." in out
+    rows = write_rows(rows, pairs[0], pairs[1] | {"rejected": pairs[1]["chosen"]}, row())
+    status, out, _ = run("data", rows, "--model", "base", "--json")
+    assert status == 1 and codes(as_json(out)) == ["bad_row", "identical_pairs"], (
+        "the first row says what the others are"
+    )
+
+
 def test_count(folders, run):
     status, out, _ = run("count", "base", "--rank", 2, "--target-modules", "q_proj", "down_proj")
     assert status == 0 and "in 4 adapted layers" in out and "down_proj" in out

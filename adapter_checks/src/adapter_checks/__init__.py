@@ -8,6 +8,7 @@ pickle, and none leaves the model other than it found it.
     check_changes_output   does the adapter change the output at all?
     compare_models         do two models, or two routes, give the same output?
     check_sft_data         is each row for fine-tuning whole: an answer, with its end, within max_length?
+    check_preference_data  is each pair for DPO or a reward model two whole replies to one prompt, and no rule too easy?
     check_supervision      which tokens carry loss: the answer and its end, and not the prompt?
     check_lora_config      will a LoraConfig do what it says on this model?
     check_quantization_config  can this model be loaded in 4 or 8 bits here, as this BitsAndBytesConfig says?
@@ -26,6 +27,7 @@ from adapter_checks.loaded_model import check_adapters
 from adapter_checks.lora_config import check_lora_config
 from adapter_checks.merged_folder import check_merged_folder
 from adapter_checks.merged_report import MergedReport
+from adapter_checks.preference_data import check_preference_data
 from adapter_checks.quantised import check_quantised, check_quantization_config
 from adapter_checks.report import Finding, Report
 from adapter_checks.training import check_training
@@ -44,6 +46,7 @@ __all__ = [
     "check_changes_output",
     "check_lora_config",
     "check_merged_folder",
+    "check_preference_data",
     "check_quantised",
     "check_quantization_config",
     "check_sft_data",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -139,6 +140,7 @@ def _merged(options: argparse.Namespace) -> Outcome:
 
 
 def _data(options: argparse.Namespace) -> Outcome:
+    from adapter_checks.preference_data import check_preference_lines, is_preference_row
     from adapter_checks.training_data import check_sft_lines
 
     tokenizer, progress = _tokenizer(options.model), _progress(options)
@@ -149,7 +151,10 @@ def _data(options: argparse.Namespace) -> Outcome:
                 progress(f"{count:,} rows read")
             yield numbered
 
-    return Outcome(check_sft_lines(counted(), tokenizer, options.max_length))
+    rows = counted()
+    first = list(itertools.islice(rows, 1))
+    check = check_preference_lines if any(is_preference_row(row) for _, row in first) else check_sft_lines
+    return Outcome(check(itertools.chain(first, rows), tokenizer, options.max_length))
 
 
 def _count(options: argparse.Namespace) -> Outcome:
@@ -277,8 +282,14 @@ def _parser() -> argparse.ArgumentParser:
     merged.add_argument("--dtype", help="of the arithmetic: float32 (4 bytes a parameter), bfloat16 or float16")
     merged.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
 
-    data = add("data", _data, "is each row for fine-tuning whole: an answer, with its end, within the maximal length?")
-    data.add_argument("rows", metavar="ROWS.jsonl", help="prompt and completion, messages, or text in each row")
+    data = add(
+        "data", _data, "is each row for fine-tuning, or each preference pair, whole and within the maximal length?"
+    )
+    data.add_argument(
+        "rows",
+        metavar="ROWS.jsonl",
+        help="prompt and completion, messages, or text in each row; for DPO and reward models chosen and rejected, and prompt",
+    )
     data.add_argument("--model", metavar="MODEL", required=True, help="whose tokenizer and chat template to use")
     data.add_argument("--max-length", type=_positive, metavar="N", help="in tokens; default: no limit")
 
