@@ -180,7 +180,7 @@ def _check_pairs(rows, tokenizer, max_length, in_words: Callable[[Iterable[int]]
         for text in found:
             _add(faults, code, numbers[text // 2], _SIDES[text % 2])
     report_end_ignored(report, tokenizer, facts, ignored, len(texts))
-    report_beyond_context(report, [len(ids) for ids, *_ in texts], facts.context)
+    report_beyond_context(report, [len(ids) for ids, *_ in texts], facts)
 
     def where(numbers):
         return in_words(names[number] for number in numbers)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from adapter_checks.generation import context_length, eos_ids
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.sft_rows import encode_row
+from adapter_checks.soft_prompts import active_prompt, virtual_tokens
 from adapter_checks.training import bad_argument, is_trainer
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "prompt than it will be asked with",
         "Let a text prompt end without a space, and the answer begin with it. For messages take a template that writes the "
         "prompt alike in both cases (a generation prompt that opens a thought needs answers with thoughts).",
+    ),
+    "pads_before_text": (
+        "warn",
+        "pads stand before the text, and the virtual tokens before the pads, so that a text is as far from them as its row is short",
+        "Pad on the right in training (tokenizer.padding_side='right'). To generate in batches use "
+        "adapter_checks.generation.generate, or rows of one length.",
     ),
     "double_bos": (
         "warn",
@@ -209,7 +216,11 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
     padded = itertools.chain.from_iterable(map(_pads_with_loss, batches))
     faults["loss_on_pads"] |= {number: "" for number, found in enumerate(padded) if found}
-    args, facts = getattr(given, "args", None), read_facts(tokenizer, getattr(trainer, "model", None))
+    model = getattr(trainer, "model", None)
+    if active_prompt(model):
+        padded = itertools.chain.from_iterable(map(_begins_with_pads, batches))
+        faults["pads_before_text"] |= {number: "" for number, found in enumerate(padded) if found}
+    args, facts = getattr(given, "args", None), read_facts(tokenizer, model)
     limit = getattr(args, "max_length", None)
     packing = getattr(args, "packing_strategy", "") if getattr(args, "packing", False) else ""
     unfinished = {
@@ -250,7 +261,7 @@ def _judge(
     """Add the faults of `texts`, as of `_texts`, to `faults`, and all of them to the report; for the rest see find_faults."""
     counts, ignored = find_faults(texts, tokenizer, facts, limit, faults, wrapped=wrapped, unfinished=unfinished)
     report_end_ignored(report, tokenizer, facts, ignored, len(texts))
-    report_beyond_context(report, [len(ids) for ids, *_ in texts], facts.context)
+    report_beyond_context(report, [len(ids) for ids, *_ in texts], facts)
     report_faults(report, faults, len(texts), where)
     if not texts:
         report.fail(
@@ -321,13 +332,15 @@ def find_faults(
     return counts, ignored
 
 
-def report_beyond_context(report: Report, lengths: list[int], context: int | None) -> None:
-    """Warn if texts of these lengths in tokens exceed the model's context."""
-    if context and max(lengths, default=0) > context:
+def report_beyond_context(report: Report, lengths: list[int], facts: Facts) -> None:
+    """Warn if texts of these lengths in tokens exceed what virtual tokens leave of the model's context."""
+    context = facts.context
+    if context is not None and max(lengths, default=0) > context:
+        taken = f", of which {facts.virtual} virtual tokens take their part" if facts.virtual else ""
         report.warn(
             "beyond_context",
             f"{sum(length > context for length in lengths)} of {len(lengths)} rows are longer than the model's context of "
-            f"{context:,} tokens; the longest has {max(lengths):,}.",
+            f"{context + facts.virtual:,} tokens{taken}; the longest has {max(lengths):,}.",
             f"Set max_length to at most {context} and shorten these rows. Beyond it a model with learned positions "
             "raises an error, and one with rotary positions goes on, badly.",
         )
@@ -370,11 +383,15 @@ def report_end_ignored(
 
 
 class Facts(NamedTuple):
-    """ends: ids that end an answer; stops: those at which generate() stops, and context in tokens, None if unknown."""
+    """ends: ids that end an answer; stops: those at which generate() stops, and context in tokens for a text, None if unknown.
+
+    virtual: how many tokens of the whole context virtual tokens take.
+    """
 
     ends: set[int]
     stops: set[int] | None
     context: int | None
+    virtual: int = 0
 
 
 def read_facts(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Facts:
@@ -394,7 +411,9 @@ def read_facts(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Facts:
         context = int(limit)
     listed = eos_ids(generation_config)
     stops = listed | eos_ids(tokenizer) if listed else None
-    return Facts(_ends(tokenizer) | listed, stops, context)
+    virtual = virtual_tokens(model)
+    context = None if context is None else max(0, context - virtual)
+    return Facts(_ends(tokenizer) | listed, stops, context, virtual)
 
 
 def _ends(tokenizer) -> set[int]:
@@ -437,6 +456,14 @@ def _texts(batch, pad):
         for part in parts[row].unique():
             if (keep := real[row] & (parts[row] == part)).any():
                 yield ids[row][keep].tolist(), labels[row][keep].tolist(), int(positions is not None)
+
+
+def _begins_with_pads(batch) -> list[bool]:
+    """Of each row of a batch, whether the mask begins with a pad."""
+    import torch
+
+    mask = batch.get("attention_mask")
+    return [] if mask is None else (torch.as_tensor(mask)[:, 0] == 0).tolist()
 
 
 def _pads_with_loss(batch) -> list[bool]:
