@@ -25,6 +25,7 @@ LESSONS = {
     "04": ("quantised", "quantised_merge", "quantised_cost"),
     "05": ("starts", "starts_rank"),
     "06": ("combine", "dial"),
+    "08": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
@@ -32,7 +33,10 @@ TIMED = (
     "cost",
     "throughput",
     "quantised_cost",
+    "prompts_cost",
 )  # their times are the result, so each of their runs has the machine to itself
+# They look for a learning rate at one seed; what trains at that rate has three.
+SEARCHES = ("prompts_rate",)
 MOST_PROCESSES = 4  # each takes about 1.2 GB
 
 
