@@ -31,10 +31,10 @@ def test_the_python_examples(folders, capsys):
     quiet_imports()
     names, reports = {}, []
     names["print"] = lambda *values: reports.extend(value for value in values if isinstance(value, Report))
-    assert len(blocks("python")) == 9
+    assert len(blocks("python")) == 10
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
-    assert len(reports) == 12 and [report.codes for report in reports if not report.ok] == [], reports
+    assert len(reports) == 13 and [report.codes for report in reports if not report.ok] == [], reports
 
 
 def test_the_commands(folders, capsys):

@@ -14,6 +14,7 @@ pickle, and none leaves the model other than it found it.
     check_quantization_config  can this model be loaded in 4 or 8 bits here, as this BitsAndBytesConfig says?
     check_quantised        are the weights of a 4-bit or 8-bit model still what they were when it was loaded?
     check_training         is a trainer set up to train the adapter, and after a few steps: did it?
+    check_preference_run   is a trainer for DPO, a reward model, GRPO or RLOO set up right, and after some steps: does it learn?
     check_merged_folder    is the merged model in a folder the base with the trained adapter?
 
 Beside them the modules counting and memory compute what an adapter costs from configurations alone, merging merges folder
@@ -28,6 +29,7 @@ from adapter_checks.lora_config import check_lora_config
 from adapter_checks.merged_folder import check_merged_folder
 from adapter_checks.merged_report import MergedReport
 from adapter_checks.preference_data import check_preference_data
+from adapter_checks.preference_run import check_preference_run
 from adapter_checks.quantised import check_quantised, check_quantization_config
 from adapter_checks.report import Finding, Report
 from adapter_checks.training import check_training
@@ -47,6 +49,7 @@ __all__ = [
     "check_lora_config",
     "check_merged_folder",
     "check_preference_data",
+    "check_preference_run",
     "check_quantised",
     "check_quantization_config",
     "check_sft_data",

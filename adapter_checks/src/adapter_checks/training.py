@@ -41,7 +41,7 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
         return bad_argument(report, (trainer, before), "a trainer or a model, and a dict of tensors or nothing")
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
-        _report_frozen(report, model)
+        report_frozen(report, model)
         return report
     rate = None
     if is_trainer(trainer):
@@ -70,19 +70,22 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
     elif steps < 3:
         report.note("steps", f"{steps} steps done; from three steps on this check can see whether the weights move.")
     else:
-        _check_moved(report, model, weights, before)
+        check_moved(report, model, weights, before)
     return report
 
 
-def check_rate(report: Report, rate: Any, model: torch.nn.Module) -> None:
-    """Is this a learning rate of Adam at which LoRA learns on this model, with or without an adapter?"""
+def check_rate(report: Report, rate: Any, model: torch.nn.Module, lowest: float = LOWEST_RATE) -> None:
+    """Is this a learning rate of Adam at which LoRA learns on this model, with or without an adapter?
+
+    lowest: the lowest rate at which LoRA is known to learn by this kind of training.
+    """
     import torch
 
     linear = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
     widest = max((sizes[0] for sizes in map(in_out, linear) if sizes), default=1)
     if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         report.fail("bad_rate", f"The learning rate is {rate!r}, not a number above 0.", "For LoRA start with 2e-4.")
-    elif rate < LOWEST_RATE:
+    elif rate < lowest:
         report.warn(
             "rate_too_low",
             f"A learning rate of {rate:g} is one of full fine-tuning: LoRA hardly learns at it.",
@@ -97,7 +100,8 @@ def check_rate(report: Report, rate: Any, model: torch.nn.Module) -> None:
         )
 
 
-def _report_frozen(report, model) -> None:
+def report_frozen(report: Report, model: Any) -> None:
+    """Say why nothing is trainable, of a model without a trainable weight."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         what, remedy = "No weight of this model is trainable.", "Use get_peft_model, or give the trainer a peft_config."
@@ -143,12 +147,19 @@ def _too_small_a_step(weight, step: float) -> int:
     return int(((step < distance / 2) & (weight != 0)).sum())
 
 
+def highest_rate(trainer: Any) -> tuple[float, bool]:
+    """A trainer's highest learning rate, before any schedule, and whether it is one of Adam's."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    groups = optimizer.param_groups if optimizer else [{"lr": trainer.args.learning_rate}]
+    rate = max(group.get("initial_lr", group["lr"]) for group in groups)
+    return rate, "adam" in (type(optimizer).__name__ if optimizer else str(trainer.args.optim)).lower()
+
+
 def _check_settings(report, trainer, lora) -> float:
     """Returns the highest learning rate, before any schedule."""
-    args, optimizer = trainer.args, getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    groups = optimizer.param_groups if optimizer else [{"lr": args.learning_rate}]
-    rate = max(group.get("initial_lr", group["lr"]) for group in groups)
-    if lora and "adam" in (type(optimizer).__name__ if optimizer else str(args.optim)).lower():
+    args = trainer.args
+    rate, adam = highest_rate(trainer)
+    if lora and adam:
         check_rate(report, rate, trainer.model)
     if prompt := active_prompt(trainer.model):
         _check_prompt_settings(report, trainer, prompt, rate)
@@ -213,7 +224,10 @@ def _checkpoints_without_gradient(model) -> bool:
     return not needed and any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
-def _check_moved(report, model, weights, before) -> None:
+def check_moved(
+    report: Report, model: Any, weights: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Have the trainable weights {name: weight} moved since `before`, or without it B from zero?"""
     import torch
 
     pairs = {name: (weights[name], old) for name, old in (before or {}).items() if name in weights}
