@@ -1,6 +1,6 @@
 """How far does one come without touching the weights? Prompt tuning and its relatives beside LoRA, on four tasks, three seeds each.
 
-Every method trains at the rate that `prompts_rate` found best for it on that task: one seed there, the validation split, four rates.
+Every method trains at the rate that `prompts_rate` found best for it on that task: one seed there, the validation split, three or four rates.
 `test` is scored by `adapter_checks.generation.generate`, which puts pads before the virtual tokens; `test_padded` by PEFT's own
 `generate` on the same batches, where pads on the left stand between the virtual tokens and the text. Of the methods that embed no
 virtual tokens both are the same call, and it is made once.
