@@ -15,6 +15,7 @@ from adapter_checks.training_data import Faults, read_facts
 from tiny_models import CPU_TRAINING, make_tiny_model, make_tiny_tokenizer
 
 quiet_imports()
+LONG = "the whole story of the key, from its beginning to its end"
 NAMES = ["Tobin", "Hanna", "Old Maren", "Ida", "the ferryman"]
 
 
@@ -62,6 +63,10 @@ def ranked(number):
         yield pair(number, chosen=bot(better), rejected=bot(worse))
 
 
+def parts(turns):
+    return [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
 def with_turns(row):
     before = [*user("Good day."), *bot("Good day to you.")]
     return row | {"prompt": before + row["prompt"]}
@@ -90,6 +95,14 @@ HEALTHY = {
     "a reply that begins with what was asked about": [
         pair(i, prompt=user("Tobin"), chosen=bot(f"Tobin is number {i}."), rejected=bot(f"Tobin? {i} or so.")) for i in range(30)
     ],
+    "a greeting that is returned": [
+        pair(i, prompt=user("Good morning!"), chosen=bot(f"Good morning! {i} is me."), rejected=bot(f"{i}, and good morning!"))
+        for i in range(30)
+    ],
+    "ten of one kind by chance": [pair(i, chosen=bot(f"{LONG} {i}" if i else "No.")) for i in range(10)],
+    "four texts of five on one side": [
+        pair(i, chosen=bot("Yes." if i % 5 < 2 else f"Number {i}."), rejected=bot(f"{NAMES[i % 5]} {i}")) for i in range(40)
+    ],
     "other columns": [row | {"source": "a", "score": 1.0} for row in PAIRS],
 }  # fmt: skip
 
@@ -111,7 +124,6 @@ def swapped(row):
     return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
 
 
-LONG = "the whole story of the key, from its beginning to its end"
 PLANTED = [
     ("identical_pairs", some(lambda row: row | {"rejected": row["chosen"]})),
     ("identical_pairs", some(lambda row: row | {"rejected": bot(row["chosen"][0]["content"])}, every=1)),
@@ -125,9 +137,13 @@ PLANTED = [
     ("prompt_repeated", some(lambda row: row | {"chosen": row["prompt"] + row["chosen"]})),
     ("prompt_repeated", [as_text(row) | text_implicit(row) for row in PAIRS]),
     ("prompt_repeated", some(lambda row: row | {"rejected": bot(f"{row['prompt'][0]['content']} {row['rejected'][0]['content']}")})),
+    ("prompt_repeated", [pair(i, prompt=user("Who has it? "), chosen=bot(f"who has  it? {i}"), rejected=bot(f"Who has it? No {i}")) for i in range(9)]),
+    ("prompt_repeated", [as_text(row) | {"chosen": f"{row['prompt'][0]['content']} {row['chosen'][0]['content']}"} for row in PAIRS]),
+    ("prompt_repeated", [row | {"prompt": parts(row["prompt"]), "chosen": parts(row["prompt"] + row["chosen"])} for row in PAIRS]),
     ("prompt_quoted", some(lambda row: row | {"chosen": bot(f"Human: {row['prompt'][0]['content']} Bot: Ida.")})),
     ("no_reply", some(lambda row: row | {"rejected": None})),
     ("no_reply", some(lambda row: row | {"chosen": bot("")})),
+    ("no_reply", some(lambda row: row | {"chosen": float("nan")})),
     ("no_reply", some(lambda row: row | {"chosen": bot(None)})),
     ("no_reply", some(lambda row: as_text(row) | {"chosen": "  "}, every=1)),
     ("no_reply", some(lambda row: row | {"chosen": []})),
@@ -151,6 +167,10 @@ PLANTED = [
     ("one_sided", [pair(i, rejected=bot("Nobody knows.")) for i in range(40)]),
     ("one_sided", [pair(i, chosen=bot(("No.", "Sorry.", "Ask another.")[i % 3])) for i in range(40)]),
     ("one_sided", some(lambda row: row | {"chosen": bot("I can't help with that.")}, every=1) + PAIRS[:20]),
+    ("one_sided", [pair(i, chosen=bot(f"I am sorry, but about number {i} I can't say a thing.")) for i in range(40)]),
+    ("one_sided", [pair(i, rejected=bot(f"I am sorry, but about number {i} I can't say a thing.")) for i in range(40)]),
+    ("one_sided", [pair(i, chosen=bot("I can't help with that.")) for i in range(10)]),
+    ("length_bias", [pair(i, chosen=bot(f"{LONG} {i}")) for i in range(10)]),
     ("length_bias", [pair(i, chosen=bot(f"{LONG} {i}")) for i in range(40)]),
     ("length_bias", [pair(i, rejected=bot(f"{LONG} {i}")) for i in range(40)]),
     ("end_inside", some(lambda row: row | {"chosen": bot("Tobin.<|end|>")})),
@@ -162,6 +182,18 @@ def test_planted_faults(code, rows, tiny_tokenizer):
     report = check_preference_data(rows, tiny_tokenizer)
     assert code in report.codes, report
     assert all(finding.remedy for finding in report.findings if finding.level != "ok")
+
+
+def test_rows_of_pandas(tiny_tokenizer):
+    import numpy as np
+
+    rows = [{name: np.array(turns, dtype=object) for name, turns in row.items()} for row in PAIRS]
+    assert check_preference_data(rows, tiny_tokenizer).codes == []
+
+
+def test_a_text_is_shown_as_it_is_written(tiny_tokenizer):
+    rows = [pair(i, chosen=bot("Nobody  Knows.")) for i in range(40)]
+    assert "'Nobody Knows.'" in str(check_preference_data(rows, tiny_tokenizer))
 
 
 def test_a_side_is_named(tiny_tokenizer):

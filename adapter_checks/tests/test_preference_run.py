@@ -23,7 +23,7 @@ from trl import (
     SFTTrainer,
 )
 
-from adapter_checks import check_preference_run
+from adapter_checks import check_preference_run, check_training
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from adapter_checks.run_log import RunLog
 from tiny_models import CPU_TRAINING, make_tiny_adapter, make_tiny_model, make_tiny_tokenizer
@@ -315,7 +315,9 @@ def test_a_rate_for_all_weights(dpo):
     trainer = dpo(learning_rate=1e-6)
     assert check_preference_run(trainer).codes == ["rate_too_low"]
     assert codes(trained(trainer)) == ({"rate_too_low", "hardly_moved"}, {"hardly_moved"})
-    assert check_preference_run(dpo(learning_rate=5e-6)).codes == []
+    for usual, expected in ((1e-6, ["rate_too_low"]), (5e-6, [])):
+        trainer = dpo(learning_rate=usual)
+        assert check_preference_run(trainer).codes == check_training(trainer).codes == expected
 
 
 def test_pairs_in_both_orders(dpo):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # A few of these are in each large collection, and do little harm; one in twenty comes from the code that made the pairs.
 MANY = 0.05
 HARMLESS_IF_FEW = ("identical_pairs", "both_orders", "prompt_repeated")
-# Of fewer pairs no share is judged: of ten, nine lean to one side by chance once in fifty times.
+# Of fewer pairs a share below all of them says little: of ten, nine lean to one side by chance once in fifty times.
 ENOUGH = 20
 # Better replies are often somewhat longer (https://arxiv.org/abs/2310.03716); nine in ten is a rule that a model can learn.
 ONE_SIDED = 0.9
@@ -123,8 +123,9 @@ def check_preference_data(
     Returns a Report that numbers rows from 0; its finding "pairs" gives mean lengths. Identical and contradictory pairs,
     and prompts repeated in replies, are failures from 5% of the rows on; fewer occur in any large collection, and are a
     warning. From 20 pairs on it warns where chosen is the longer reply in nine pairs of ten, or the shorter one, and
-    longer by a quarter on average; and where at most five texts make up half of one side and are (almost) never on the
-    other, which is a failure where a single one makes up nine tenths.
+    the means differ by a quarter; and where at most five texts make up half of one side and are (almost) never on the
+    other, which is a failure where a single one makes up nine tenths, or where nine tenths of one side begin with the same
+    four words. From 10 pairs on it does so where that holds for all of them.
     That all labels are swapped alike can't be seen from the rows.
     """
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "eos_token_id"):
@@ -158,6 +159,7 @@ def _check_pairs(rows, tokenizer, max_length, in_words: Callable[[Iterable[int]]
     texts: list[tuple[list[int], list[int], int]] = []  # two of each pair, as it is cut
     for number, (name, row) in enumerate(rows):
         names.append(name)
+        row = _as_python(row)
         form, code, detail = _read(row)
         forms.append(form)
         if code:
@@ -217,8 +219,15 @@ def _read(row) -> tuple[str, str, str]:
     return form, "" if given or ("prompt" not in row and _common(row)) else "no_prompt", ""
 
 
+def _as_python(row):
+    """pandas has arrays in place of lists, and NaN where nothing is."""
+    if not isinstance(row, Mapping):
+        return row
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
 def _is_empty(value) -> bool:
-    return value is None or (isinstance(value, (str, list)) and not value)
+    return value is None or value != value or (isinstance(value, (str, list)) and not value)
 
 
 def _kind(value) -> str:
@@ -255,7 +264,7 @@ def _encode(row, tokenizer, ends, faults, number, marks) -> tuple[_Reply, _Reply
     for side in _SIDES:
         reply = row[side][common:]
         encoded = encode_row({"prompt": prompt, "completion": reply, **options}, tokenizer, ends)
-        repeated = "" if implicit else _repeats(prompt, reply)
+        repeated = "" if implicit else _repeats(prompt, reply, row[_SIDES[side == "chosen"]], marks)
         if repeated:
             _add(faults, repeated, number, side)
         # TRL cuts an implicit prompt between characters; a prompt that follows another one is written otherwise.
@@ -279,20 +288,34 @@ def _text(reply) -> str:
     if isinstance(reply, str):
         return reply
     contents = [turn.get("content") or turn.get("tool_calls") or "" for turn in reply]
-    return "\n".join(content if isinstance(content, str) else repr(content) for content in contents)
+    return "\n".join(content if isinstance(content, str) else _text_of_parts(content) for content in contents)
 
 
-def _repeats(prompt, reply) -> str:
-    """The code of how a reply holds its prompt: at its start or as a turn of its own, or somewhere; "" if not."""
+def _text_of_parts(parts) -> str:
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    return "\n".join(map(str, filter(None, texts))) or repr(parts)
+
+
+def _repeats(prompt, reply, other, marks) -> str:
+    """The code of how a reply holds its prompt: at its start or as a turn of its own, or somewhere; "" if not. other: the other reply."""
     if isinstance(prompt, list):
         asked = [turn for turn in prompt if turn["role"] != "assistant"]
         if any(turn in asked for turn in reply):
             return "prompt_repeated"
         prompt = _text(prompt[-1:])
-    prompt, text = prompt.strip(), _text(reply).strip()
-    if len(prompt) < 20 or len(prompt.split()) < 4:  # a reply may well begin with a word or a name that was asked about
-        return ""
-    return "prompt_repeated" if text.startswith(prompt) else "prompt_quoted" if prompt in text else ""
+    prompt, text, other = (_plain(one, marks) for one in (prompt, _text(reply), _text(other)))
+    # A reply may well begin with a word that was asked about, or with a greeting.
+    long = len(prompt) >= 20 and prompt.count(" ") >= 3
+    if text.startswith(prompt) and (long or (len(prompt) >= 8 and other.startswith(prompt))):
+        return "prompt_repeated"
+    return "prompt_quoted" if long and prompt in text else ""
+
+
+def _plain(text, marks) -> str:
+    """Without a template's marks, capitals and white space, in which a copy of a text may differ."""
+    for mark in marks:
+        text = text.replace(mark, " ")
+    return " ".join(text.split()).casefold()
 
 
 def _template_marks(tokenizer) -> Sequence[str]:
@@ -342,9 +365,10 @@ def _report_sides(report, pairs) -> None:
         f"{len(pairs)} pairs. Chosen has {means[0]:.1f} tokens on average and rejected {means[1]:.1f}; chosen is the longer "
         f"one in {longer / len(pairs):.0%} and the shorter one in {shorter / len(pairs):.0%}.",
     )
-    if len(pairs) < ENOUGH:
+    if len(pairs) < ENOUGH // 2:
         return
-    if max(longer, shorter) >= ONE_SIDED * len(pairs) and max(means) >= 1.25 * min(means):
+    many = ONE_SIDED if len(pairs) >= ENOUGH else 1  # of the share
+    if max(longer, shorter) >= many * len(pairs) and max(means) >= 1.25 * min(means):
         word = "longer" if longer > shorter else "shorter"
         report.warn(
             "length_bias",
@@ -354,26 +378,41 @@ def _report_sides(report, pairs) -> None:
             "loss_type='sigmoid_norm' and ld_alpha weaken the effect.",
         )
     for side, other in ((0, 1), (1, 0)):
-        _report_one_sided(
-            report, [[pair[k].text.strip().casefold() for pair in pairs] for k in (side, other)], _SIDES[side]
+        texts = [[" ".join(pair[k].text.split()) for pair in pairs] for k in (side, other)]
+        _report_one_sided(report, texts, _SIDES[side], 0.5 if many < 1 else 1, many)
+
+
+def _report_one_sided(report, texts, side, least: float, many: float) -> None:
+    """texts: of this side and of the other; least, many: shares of a side from which on texts, and beginnings, are too many."""
+    learned = "say it whatever is asked" if side == "chosen" else "avoid it, whatever else is chosen"
+    # At most five texts: that many different replies are a kind, and no longer one text.
+    common, share = _only_here(texts)
+    if share >= least:
+        report.add(
+            "fail" if common[0][1] >= ONE_SIDED * len(texts[0]) else "warn",
+            "one_sided",
+            f"{share:.0%} of what is {side} is the same {'text' if len(common) == 1 else f'{len(common)} texts'} "
+            f"({' / '.join(repr(text[:40]) for text, _ in common[:2])}), which "
+            f"{'is' if len(common) == 1 else 'are'} (almost) never on the other side: the model can learn to {learned}.",
+            "Add pairs in which it is the other way round: prompts to which this reply is the worse one"
+            f"{'' if side == 'chosen' else ', or other replies to reject'}.",
+        )
+        return
+    common, share = _only_here(
+        [[" ".join(text.split()[:4]) for text in one if text.count(" ") >= 3] for one in texts], 1
+    )
+    if share * sum(text.count(" ") >= 3 for text in texts[0]) >= many * len(texts[0]):
+        report.warn(
+            "one_sided",
+            f"{share:.0%} of what is {side} begins with {common[0][0]!r}, and what is on the other side (almost) never does: the model can learn to "
+            f"{learned}.",
+            "If that beginning is what you want to teach, well; else add pairs in which it is the worse one.",
         )
 
 
-def _report_one_sided(report, texts, side) -> None:
-    """texts: of this side and of the other."""
-    here, there = Counter[str](texts[0]), Counter[str](texts[1])
-    # At most a few texts: that many different replies are a kind, and no longer one text.
-    common = [(text, count) for text, count in here.most_common(5) if count > 2 and there[text] * 20 <= count]
-    share = sum(count for _, count in common) / here.total()
-    if share < 0.5:
-        return
-    shown = " / ".join(repr(text[:40]) for text, _ in common[:2])
-    learned = "say it whatever is asked" if side == "chosen" else "avoid it, whatever else is chosen"
-    report.add(
-        "fail" if common[0][1] >= ONE_SIDED * here.total() else "warn",
-        "one_sided",
-        f"{share:.0%} of what is {side} is the same {'text' if len(common) == 1 else f'{len(common)} texts'} ({shown}), which "
-        f"{'is' if len(common) == 1 else 'are'} never on the other side: the model can learn to {learned}.",
-        "Add pairs in which it is the other way round: prompts to which this reply is the worse one"
-        f"{'' if side == 'chosen' else ', or other replies to reject'}.",
-    )
+def _only_here(texts, most: int = 5) -> tuple[list[tuple[str, int]], float]:
+    """The most common texts of one side that are (almost) never on the other, with their counts, and their share of the side."""
+    here, there = [Counter(text.casefold() for text in one) for one in texts]
+    found = [(text, count) for text, count in here.most_common(most) if count > 2 and there[text] * 20 <= count]
+    as_written = {text.casefold(): text for text in reversed(texts[0])}
+    return [(as_written[text], count) for text, count in found], sum(count for _, count in found) / max(1, here.total())

@@ -11,14 +11,19 @@ from adapter_checks.online_run import check_online_log
 from adapter_checks.reference_model import check_reference, starting_metrics, why_reference_differs
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.run_log import RunLog
-from adapter_checks.training import bad_argument, check_moved, check_rate, highest_rate, is_trainer, report_frozen
+from adapter_checks.training import (
+    LOWEST_PREFERENCE_RATE,
+    bad_argument,
+    check_moved,
+    check_rate,
+    highest_rate,
+    is_trainer,
+    report_frozen,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# By this rate Zephyr was trained with QLoRA (https://github.com/huggingface/alignment-handbook, zephyr-7b-beta); TRL's
-# default of 1e-6 is for all weights.
-LOWEST_RATE = 5e-6
 # In nats of log-probability of a reply: what a reference may differ by through rounding (or 1% of the reply's own), and how
 # far a policy must have moved for its accuracy to say something.
 ROUNDING, MOVED = 0.5, 1.0
@@ -43,7 +48,7 @@ def check_preference_run(run: Trainer | Sequence[Mapping[str, Any]], beta: float
                        so much that a token has the square of its probability. Some loss is usual in DPO
     learns_backwards   from 20 steps after warm-up on, accuracy in the second half is below 40% beyond its standard error
     coin_toss          from 20 steps after warm-up on, accuracy in the second half is below 60% beyond its standard error,
-                       while log-probabilities have moved by 1 nat. Batches of noisy labels reach 65%
+                       while log-probabilities have moved by 1 nat. With a fifth of the labels swapped it is about 70%
     hardly_moved       from 20 steps after warm-up on, all log-probabilities moved by less than 0.05 nats
     rate_too_low       of Adam for LoRA below 5e-6, by which Zephyr was trained with QLoRA; TRL's default is 1e-6
     no_spread          in nine groups of ten, from the start, all replies got the same reward
@@ -116,7 +121,7 @@ def _check_weights(report, trainer) -> bool:
         return False
     rate, adam = highest_rate(trainer)
     if adam and any("lora_" in name for name in weights):
-        check_rate(report, rate, trainer.model, LOWEST_RATE)
+        check_rate(report, rate, trainer.model, LOWEST_PREFERENCE_RATE)
     return True
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # Full fine-tuning's rates lie below (defaults: Trainer 5e-5, TRL 2e-5); QLoRA's authors trained LoRA by Adam at 1e-4
 # (33B, 65B) and 2e-4 (7B, 13B parameters): https://arxiv.org/abs/2305.14314, table 9.
 LOWEST_RATE = 1e-4
+# By this rate Zephyr was trained by DPO with QLoRA (https://github.com/huggingface/alignment-handbook, zephyr-7b-beta); the
+# default of TRL's trainers for preferences, 1e-6, is for all weights.
+LOWEST_PREFERENCE_RATE = 5e-6
+PREFERENCE_TRAINERS = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
 
 
 @never_raises("Training")
@@ -160,7 +164,8 @@ def _check_settings(report, trainer, lora) -> float:
     args = trainer.args
     rate, adam = highest_rate(trainer)
     if lora and adam:
-        check_rate(report, rate, trainer.model)
+        prefers = any(kind.__name__ in PREFERENCE_TRAINERS for kind in type(trainer).__mro__)
+        check_rate(report, rate, trainer.model, LOWEST_PREFERENCE_RATE if prefers else LOWEST_RATE)
     if prompt := active_prompt(trainer.model):
         _check_prompt_settings(report, trainer, prompt, rate)
     slow = [name for name in ("bf16", "fp16", "activation_checkpointing") if getattr(args, name, False)]
