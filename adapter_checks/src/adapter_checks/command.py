@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of the JSON: raised when a key changes its meaning or goes, not when one is added
 # Findings which say that a check could not be run, rather than what it found.
-NOT_RUN = {"not_run", "bad_argument", "bad_base", "check_failed", "no_folder", "not_a_folder", "not_readable"}
+NOT_RUN = {
+    "not_run",
+    "bad_argument",
+    "bad_base",
+    "check_failed",
+    "no_folder",
+    "not_a_folder",
+    "not_readable",
+    "no_preference_run",
+}
 # The parser leaves these at None, so that one which was given where it has no meaning can be told.
 _LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,
@@ -155,6 +164,20 @@ def _data(options: argparse.Namespace) -> Outcome:
     first = list(itertools.islice(rows, 1))
     check = check_preference_lines if any(is_preference_row(row) for _, row in first) else check_sft_lines
     return Outcome(check(itertools.chain(first, rows), tokenizer, options.max_length))
+
+
+def _run(options: argparse.Namespace) -> Outcome:
+    from adapter_checks.model_folder import read_json
+    from adapter_checks.preference_run import check_preference_run
+
+    path = Path(options.state).expanduser()
+    path = path / "trainer_state.json" if path.is_dir() else path
+    history = read_json(path).get("log_history")
+    if not isinstance(history, list):
+        raise InputError(
+            f"{path} has no log_history. Give the trainer_state.json of a checkpoint, or the checkpoint's folder."
+        )
+    return Outcome(check_preference_run(history, options.beta))
 
 
 def _count(options: argparse.Namespace) -> Outcome:
@@ -292,6 +315,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--model", metavar="MODEL", required=True, help="whose tokenizer and chat template to use")
     data.add_argument("--max-length", type=_positive, metavar="N", help="in tokens; default: no limit")
+
+    run = add(
+        "run",
+        _run,
+        "does training on preferences (DPO, reward models, GRPO, RLOO) do what it should, by a checkpoint's log?",
+    )
+    run.add_argument("state", metavar="CHECKPOINT", help="folder of a checkpoint, or its trainer_state.json")
+    run.add_argument("--beta", type=float, help="of DPO; default: 0.1, as in TRL")
 
     count = add("count", _count, "how many parameters would a LoRA adapter train? From the model's configuration alone")
     memory = add("memory", _memory, "how much memory would training take? From the model's configuration alone")
