@@ -263,6 +263,15 @@ def test_wrong_references(code, make, dpo, model, tiny_model_folder):
     assert of_log == (set() if code in ("start_not_shared", "reference_trains") else {"reference_differs"})
 
 
+def test_a_start_that_can_not_be_compared(dpo):
+    broken, empty = dpo(), dpo()
+    broken.data_collator = None
+    report = check_preference_run(broken)
+    assert report.codes == ["start_not_compared"] and "NoneType" in str(report) and report.ok
+    empty.train_dataset = empty.train_dataset.select([])
+    assert check_preference_run(empty).codes == ["empty"]
+
+
 def test_the_first_loss_is_named_where_it_says_something(dpo):
     for settings, named in (({}, True), ({"loss_type": "ipo"}, False), ({"use_weighting": True}, False)):
         report = str(check_preference_run(dpo(peft_config=lora(init_lora_weights=False), **settings)))
@@ -535,6 +544,8 @@ def online_log(steps=40, reward=(0.3, 0.7), noise=0.02, **metrics):
         ({"reward_missing"}, [*online_log(), {"step": 41, "loss": 0.0, "reward": None}]),
         ({"reward_missing"}, [{**entry, "reward": float("nan")} for entry in online_log()]),
         (set(), [{**entry, "rewards/share_of_a/std": None} for entry in online_log()]),
+        (set(), [{**entry, "rewards/f/mean": entry["step"] % 3 or None} for entry in online_log()]),  # for some prompts only
+        ({"reward_missing"}, [{**entry, "rewards/f/mean": None, "rewards/g/mean": 0.5} for entry in online_log()]),
     ],
 )  # fmt: skip
 def test_logs_of_online_runs(expected, log):

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from adapter_checks.reference_model import why_reference_differs
-from adapter_checks.report import Report
+from adapter_checks.report import Report, first_few
 from adapter_checks.run_log import RunLog
 
 # Shares of groups and of replies; nats a token.
@@ -27,6 +27,18 @@ def check_online_log(report: Report, log: RunLog, trainer: Any) -> None:
         )
     if not log.values("reward"):
         return
+    mute = [
+        name
+        for name in log.training[-1]
+        if name.startswith("rewards/") and name.endswith("/mean") and not log.values(name)
+    ]
+    if mute:
+        report.warn(
+            "reward_missing",
+            f"{first_few(name.removeprefix('rewards/').removesuffix('/mean') for name in mute)} never gave a number, at no logged step: "
+            "the reward is that of the other functions alone.",
+            "Call it on a few replies; remove it if it has nothing to say.",
+        )
     _check_first_kl(report, log, trainer)
     _check_spread(report, log)
     _check_length(report, log, trainer)

@@ -58,41 +58,33 @@ def check_preference_run(run: Trainer | Sequence[Mapping[str, Any]], beta: float
     reward_not_rising  from 20 steps and 10 logs on, the last third is not above the first by a tenth of the reward's standard
                        deviation, beyond the standard error
     """
-    report, whole, given = Report("Preference run"), is_trainer(run), cast(Any, run)
-    history = given.state.log_history if whole else run
+    report, trainer = Report("Preference run"), cast(Any, run) if is_trainer(run) else None
+    history = run if trainer is None else trainer.state.log_history
     if not _is_log(history) or not (beta is None or (isinstance(beta, (int, float)) and beta > 0)):
-        return bad_argument(
-            report, (run, beta), "a trainer of TRL or its trainer.state.log_history, and a beta above 0 or none"
-        )
+        wanted = "a trainer of TRL or its trainer.state.log_history, and a beta above 0 or none"
+        return bad_argument(report, (run, beta), wanted)
     log = RunLog(cast("Sequence[Mapping[str, Any]]", history))
-    kind = (
-        next((_KINDS[one.__name__] for one in type(run).__mro__ if one.__name__ in _KINDS), "") if whole else log.kind()
-    )
+    kind = log.kind()
+    if trainer is not None:
+        kind = next((_KINDS[one.__name__] for one in type(trainer).__mro__ if one.__name__ in _KINDS), "")
     if not kind:
-        what = (
-            type(run).__name__
-            if whole
-            else f"a log with {first_few(log.training[-1], 6) if log.training else 'no steps'}"
-        )
+        logged = f"a log with {first_few(log.training[-1], 6) if log.training else 'no steps'}"
         report.fail(
             "no_preference_run",
-            f"This is {what}, and not of DPOTrainer, RewardTrainer, GRPOTrainer or RLOOTrainer.",
+            f"This is {type(run).__name__ if trainer else logged}, and not of DPOTrainer, RewardTrainer, GRPOTrainer or RLOOTrainer.",
             "For supervised fine-tuning use check_training and check_supervision; for a log pass all of state.log_history.",
         )
         return report
-    trainer = given if whole else None
-    if trainer is not None and not _check_weights(report, trainer):
-        return report
-    if kind != "reward model" and trainer is not None and (kind == "DPO" or trainer.beta):
-        check_reference(report, trainer)
-    beta = trainer.beta if trainer is not None and kind == "DPO" else 0.1 if beta is None else beta
+    beta = 0.1 if beta is None else beta
+    if trainer is not None:
+        if not _check_parts(report, trainer):
+            return report
+        if kind == "DPO" or (kind == "GRPO" and trainer.beta):
+            beta = trainer.beta
+            check_reference(report, trainer)
     if not log.training:
-        if (
-            kind == "DPO"
-            and trainer is not None
-            and not {"reference_moved_base", "reference_is_policy"} & set(report.codes)
-        ):
-            _check_start(report, RunLog([{"step": 1, **starting_metrics(trainer)}]), beta, trainer)
+        if kind == "DPO" and not {"reference_moved_base", "reference_is_policy"} & set(report.codes):
+            _try_start(report, beta, trainer)
         report.note(
             "steps", "No step is logged yet; call this check again after some, with logging_steps=1 to begin with."
         )
@@ -113,8 +105,16 @@ def _is_log(history) -> bool:
 # ------------------------------------------------------------------------------------------------ the trainer's weights
 
 
-def _check_weights(report, trainer) -> bool:
-    """Is there something to train, at a rate that does? Returns whether there is."""
+def _check_parts(report, trainer) -> bool:
+    """Is there something to train, on something, at a rate that does? Returns whether there is."""
+    if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
+        report.fail(
+            "empty",
+            "The training set has no rows: DPOTrainer drops those whose prompt fills max_length, RewardTrainer those of which a reply "
+            "is longer.",
+            "Raise max_length, and run check_preference_data on the rows that you gave it.",
+        )
+        return False
     weights = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
     if not weights:
         report_frozen(report, trainer.model)
@@ -226,9 +226,27 @@ def _sides_agree(log, margin) -> bool:
     return largest > 0 and max(map(abs, log.values(margin)), default=largest) < 1e-3 * largest
 
 
+def _try_start(report, beta, trainer) -> None:
+    """Put one batch through policy and reference."""
+    # bitsandbytes may repack 4-bit weights on a CPU in such a pass, and they pass no gradient on afterwards.
+    if any(hasattr(weight, "quant_state") and weight.device.type == "cpu" for weight in trainer.model.parameters()):
+        return
+    try:
+        metrics = starting_metrics(trainer)
+    except Exception as error:  # whatever a forward pass may raise: memory, a model that TRL can't train
+        report.warn(
+            "start_not_compared",
+            f"One batch could not be put through policy and reference: {type(error).__name__}: {error}",
+            "Training will stumble over the same, as it begins with such a batch; try a smaller one.",
+        )
+    else:
+        if metrics:
+            _check_start(report, RunLog([{"step": 1, **metrics}]), beta, trainer)
+
+
 def _check_start(report, log, beta, trainer) -> None:
     """Policy and reference are the same model at the first step, whatever the loss."""
-    if not log.training or not _rewards(log) or not beta:
+    if not _rewards(log) or not beta:
         return
     first = log.training[0]
     if int(first.get("step") or 0) != 1:
