@@ -154,6 +154,7 @@ PLANTED = [
     ("bad_row", some(lambda row: row | {"rejected": "Ida"})),
     ("bad_row", some(lambda row: row | {"rejected": 3})),
     ("bad_row", some(lambda row: row | {"rejected": ["Ida"]})),
+    ("bad_row", some(lambda row: row | {"rejected": [{"content": "Ida"}]})),
     ("bad_row", ["chosen", "rejected"]),
     ("no_prompt", some(lambda row: row | {"prompt": None})),
     ("no_prompt", some(lambda row: as_text(row) | {"prompt": ""}, every=1)),
@@ -193,7 +194,9 @@ def test_rows_of_pandas(tiny_tokenizer):
 
 def test_a_text_is_shown_as_it_is_written(tiny_tokenizer):
     rows = [pair(i, chosen=bot("Nobody  Knows.")) for i in range(40)]
-    assert "'Nobody Knows.'" in str(check_preference_data(rows, tiny_tokenizer))
+    assert all(part in str(check_preference_data(rows, tiny_tokenizer)) for part in ("'Nobody Knows.'", "say it"))
+    rows = [pair(i, rejected=bot("Nobody  Knows.")) for i in range(40)]
+    assert all(part in str(check_preference_data(rows, tiny_tokenizer)) for part in ("'Nobody Knows.'", "avoid it"))
 
 
 def test_a_side_is_named(tiny_tokenizer):
@@ -313,8 +316,11 @@ def test_rows_are_left_as_they_were(tiny_tokenizer):
 
 
 def test_the_mean_lengths_are_told(tiny_tokenizer):
-    rows = [pair(chosen=bot("abcd"), rejected=bot("ab")), pair(1, chosen=bot("abcd"), rejected=bot("abcdefgh"))]
-    said = str(check_preference_data(rows, tiny_tokenizer))  # a token a byte, and one for the end
-    assert re.sub(r"\s+", " ", said).endswith(
-        "2 pairs. Chosen has 5.0 tokens on average and rejected 6.0; chosen is the longer one in 50% and the shorter one in 50%."
+    replies = [("abcd", "ab"), ("abcd", "abcdefgh"), ("abcd", "efgh"), ("a", "bcdef")]
+    rows = [
+        pair(number, chosen=bot(chosen), rejected=bot(rejected)) for number, (chosen, rejected) in enumerate(replies)
+    ]
+    said = re.sub(r"\s+", " ", str(check_preference_data(rows, tiny_tokenizer)))  # a token a byte, and one for the end
+    assert said.endswith(
+        "4 pairs. Chosen has 4.2 tokens on average and rejected 5.8; chosen is the longer one in 25% and the shorter one in 50%."
     )

@@ -140,12 +140,12 @@ def assert_quiet(trainer):
         {"use_weighting": True, "max_steps": 5},
         {"ld_alpha": 0.5, "max_steps": 5},
         {"beta": 1.0},
-        {"beta": 0.01},
-        {"precompute_ref_log_probs": True},
-        {"gradient_accumulation_steps": 2, "max_steps": 10},
-        {"logging_steps": 10},
+        {"beta": 0.01, "max_steps": 5},
+        {"precompute_ref_log_probs": True, "max_steps": 5},
+        {"gradient_accumulation_steps": 2, "max_steps": 4},
+        {"logging_steps": 3, "max_steps": 6},
         {"warmup_steps": 10, "lr_scheduler_type": "cosine"},
-        {"disable_dropout": False},
+        {"disable_dropout": False, "max_steps": 5},
         {"max_steps": 2},
     ],
     ids=str,
@@ -157,12 +157,12 @@ def test_healthy_dpo(settings, dpo):
 def test_healthy_references(dpo, model, tiny_model_folder):
     """Of each kind: an adapter that is trained on, a base that is trained whole, a copy, one loaded from disk, a stream of rows."""
     assert_quiet(dpo(policy=make_tiny_adapter(model())))
-    assert_quiet(dpo(policy=AutoModelForCausalLM.from_pretrained(tiny_model_folder), learning_rate=1e-4))
+    assert_quiet(dpo(policy=AutoModelForCausalLM.from_pretrained(tiny_model_folder), learning_rate=1e-4, max_steps=5))
     assert_quiet(
         dpo(policy=model(), reference=model(), learning_rate=1e-4, sync_ref_model=True, ref_model_sync_steps=8)
     )
-    assert_quiet(dpo(reference=model(), peft_config=lora(init_lora_weights="pissa")))
-    assert_quiet(dpo(Dataset.from_list(PAIRS).to_iterable_dataset()))
+    assert_quiet(dpo(reference=model(), peft_config=lora(init_lora_weights="pissa"), max_steps=5))
+    assert_quiet(dpo(Dataset.from_list(PAIRS).to_iterable_dataset(), max_steps=5))
 
 
 def test_a_run_with_noisy_labels_and_held_out_pairs(dpo):
@@ -255,6 +255,7 @@ REFERENCES = {
 @pytest.mark.parametrize(("code", "make"), REFERENCES.values(), ids=REFERENCES)
 def test_wrong_references(code, make, dpo, model, tiny_model_folder):
     trainer = make(dpo, model, tiny_model_folder)
+    trainer.args.max_steps = 3
     report = check_preference_run(trainer)
     assert report.codes == [code] and not report.ok, report
     trained(trainer)
