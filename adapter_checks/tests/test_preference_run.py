@@ -495,6 +495,11 @@ def test_online_runs_with_a_fault(reward, kind, settings, expected, online):
     assert codes(trained(online(reward, kind, **settings))) == (expected, expected)
 
 
+def test_replies_as_long_as_the_context(online):
+    assert check_preference_run(online(share_of_a, max_completion_length=256)).codes == ["beyond_context"]
+    assert check_preference_run(online(share_of_a, max_completion_length=200)).codes == []
+
+
 def test_an_online_reference_on_a_moved_base(online, talker):
     for kind, beta in ((GRPOTrainer, 0.04), (RLOOTrainer, 0.05)):
         trainer = online(share_of_a, kind, beta=beta, max_steps=1, policy=make_tiny_adapter(copy.deepcopy(talker)))

@@ -6,12 +6,25 @@ import math
 import statistics
 from typing import Any
 
+from adapter_checks.generation import context_length
 from adapter_checks.reference_model import why_reference_differs
 from adapter_checks.report import Report, first_few
 from adapter_checks.run_log import RunLog
 
 # Shares of groups and of replies; nats a token.
 NO_SPREAD, CUT, LOW_ENTROPY, HIGH_KL = 0.9, 0.75, 0.05, 1.0
+
+
+def check_room(report: Report, trainer: Any) -> None:
+    """Do replies of max_completion_length fit into the model's context, behind a prompt?"""
+    context, longest = context_length(trainer.model.config), trainer.args.max_completion_length
+    if context and longest and longest >= context:
+        report.warn(
+            "beyond_context",
+            f"max_completion_length is {longest:,} (TRL's default is 512), and the model's context {context:,} tokens, prompt included: a long "
+            "reply runs beyond it, into positions that the model was not trained on, or into an error.",
+            f"Set max_completion_length to less than {context:,} minus the longest prompt.",
+        )
 
 
 def check_online_log(report: Report, log: RunLog, trainer: Any) -> None:

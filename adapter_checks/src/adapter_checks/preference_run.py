@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from adapter_checks.online_run import check_online_log
+from adapter_checks.online_run import check_online_log, check_room
 from adapter_checks.reference_model import check_reference, starting_metrics, why_reference_differs
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.run_log import RunLog
@@ -79,6 +79,8 @@ def check_preference_run(run: Trainer | Sequence[Mapping[str, Any]], beta: float
     if trainer is not None:
         if not _check_parts(report, trainer):
             return report
+        if kind == "GRPO":
+            check_room(report, trainer)
         if kind == "DPO" or (kind == "GRPO" and trainer.beta):
             beta = trainer.beta
             check_reference(report, trainer)
@@ -302,7 +304,7 @@ def _check_learning(report, log, accuracy, beta) -> None:
     elif mean + 2 * error < 0.6 and furthest >= MOVED:
         report.warn(
             "coin_toss",
-            f"In the second half of {log.steps} steps chosen beats rejected in {mean:.0%} of the pairs, as by tossing a coin, although "
+            f"In the second half of {log.steps} steps chosen beats rejected in {mean:.0%} of the pairs, no better than chance, although "
             "the model has moved. The labels contradict each other, or what decides them is not in the text.",
             "Read twenty pairs without looking at the labels; run check_preference_data; for noisy labels take label_smoothing "
             "with loss_type='robust'.",

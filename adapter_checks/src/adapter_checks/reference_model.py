@@ -86,7 +86,7 @@ def why_reference_differs(trainer: Any) -> tuple[str, str]:
     if trainer.ref_model is not None:
         return (
             "The ref_model that was passed is not the policy with its adapter as it is at the start: often the bare base, "
-            "while the adapter was trained before.",
+            "while the adapter was trained before, or the same model in another precision.",
             "Leave ref_model out: TRL takes a copy of an adapter that was trained before, and else the base without adapter.",
         )
     return (
