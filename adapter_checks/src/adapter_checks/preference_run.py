@@ -46,6 +46,7 @@ def check_preference_run(run: Trainer | Sequence[Mapping[str, Any]], beta: float
                        For GRPO and RLOO a first KL above 0.01 nats a token
     chosen_falls       the chosen replies have lost more than 5 nats and more than their own log-probability by the reference:
                        so much that a token has the square of its probability. Some loss is usual in DPO
+    rejected_runs_away the rejected replies have lost more than 50 nats and ten times their own log-probability by the reference
     learns_backwards   from 20 steps after warm-up on, accuracy in the second half is below 40% beyond its standard error
     coin_toss          from 20 steps after warm-up on, accuracy in the second half is below 60% beyond its standard error,
                        while log-probabilities have moved by 1 nat. With a fifth of the labels swapped it is about 70%
@@ -312,19 +313,30 @@ def _check_learning(report, log, accuracy, beta) -> None:
 
 
 def _check_chosen(report, log, beta) -> None:
-    """Do chosen replies lose probability themselves while the margin grows?"""
-    reward, logps, margin = (log.end(name) for name in ("rewards/chosen", "logps/chosen", "rewards/margins"))
-    if reward is None or logps is None or margin is None or not beta or margin <= 0:
+    """Do replies lose more probability than preferring asks for, the chosen ones among them?"""
+    margin = log.end("rewards/margins")
+    if margin is None or margin <= 0:
         return
-    change = reward / beta
-    before = logps - change
-    if change < -max(5.0, abs(before)):
+    falls = {}  # side: log-probability before and now
+    for side, least, times in (("chosen", 5.0, 1), ("rejected", 50.0, 10)):
+        reward, now = log.end(f"rewards/{side}"), log.end(f"logps/{side}")
+        if reward is not None and now is not None:
+            before = now - reward / beta
+            if reward / beta < -max(least, times * abs(before)):
+                falls[side] = f"from {before:.3g} to {now:.3g} nats"
+    if "chosen" in falls:
         report.warn(
             "chosen_falls",
-            f"The chosen replies themselves have become unlikely: their log-probability went from {before:.3g} to {logps:.3g} nats "
+            f"The chosen replies themselves have become unlikely: their log-probability went {falls['chosen']} "
             "while the margin grew. Both sides fall, rejected faster, and what rises is neither: often broken text.",
             "Look at generated replies. Lower the learning rate or the number of steps, raise beta, or add the loss on chosen: "
             "loss_type=['sigmoid', 'sft'].",
+        )
+    elif falls:
+        report.warn(
+            "rejected_runs_away",
+            f"The log-probability of rejected replies went {falls['rejected']}: far beyond what ranks them below the chosen ones.",
+            "Look at generated replies. Raise beta, lower the learning rate or the number of steps, or take a loss with a target: 'ipo'.",
         )
 
 
