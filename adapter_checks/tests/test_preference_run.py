@@ -579,8 +579,26 @@ def test_what_is_no_run_on_preferences(model, tmp_path):
         peft_config=lora(),
     )
     assert check_preference_run(sft).codes == ["no_preference_run"] and "SFTTrainer" in str(check_preference_run(sft))
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    usual = {name: value for name, value in RUN.items() if name != "gradient_checkpointing"}
+    cpo = CPOTrainer(
+        model(),
+        args=CPOConfig(str(tmp_path), **usual | {"max_steps": 2}),
+        train_dataset=Dataset.from_list(PAIRS[:8]),
+        processing_class=make_tiny_tokenizer(),
+        peft_config=lora(),
+    )
+    assert check_preference_run(trained(cpo)).codes == ["no_preference_run"]
     kto = {"step": 1, "loss": 0.5, "kl": 0.0, "rewards/margins": 0.0, "rewards/chosen": 0.0, "logps/chosen": -1.0}
-    for log in (trained(sft).state.log_history, [], [{}], [kto], [{"train_loss": 1.0, "step": 3}]):
+    for log in (
+        trained(sft).state.log_history,
+        cpo.state.log_history,
+        [],
+        [{}],
+        [kto],
+        [{"train_loss": 1.0, "step": 3}],
+    ):
         assert check_preference_run(log).codes == ["no_preference_run"]
     for odd in ("trainer_state.json", 3, {"log_history": []}, [3]):
         assert check_preference_run(odd).codes == ["bad_argument"]

@@ -23,10 +23,21 @@ class RunLog:
         """The trainer that logs such metrics: "DPO", "reward model", "GRPO" (and RLOO), or "" for others."""
         names = {name for entry in self.training for name in entry}
         if "rewards/margins" in names:
-            return "DPO" if "rewards/accuracies" in names or "kl" not in names else ""  # KTO has a kl, and no pairs
+            kto = "kl" in names and "rewards/accuracies" not in names  # which has no pairs
+            return "" if kto or self._without_reference() else "DPO"
         if "frac_reward_zero_std" in names or {"reward", "completions/mean_length"} <= names:
             return "GRPO"
         return "reward model" if {"accuracy", "margin"} <= names else ""
+
+    def _without_reference(self) -> bool:
+        """Whether rewards are log-probabilities times a number, as those of CPO, SimPO and ORPO: nothing is subtracted."""
+        sides = [
+            [self.values(f"{what}/{side}")[:1] for what in ("rewards", "logps")] for side in ("chosen", "rejected")
+        ]
+        if not all(values and values[0] for side in sides for values in side):
+            return False
+        chosen, rejected = (reward[0] / logps[0] for reward, logps in sides)
+        return math.isclose(chosen, rejected, rel_tol=1e-3)
 
     def values(self, name: str) -> list[float]:
         """A metric over the run, without the logs in which it is missing or not finite."""
