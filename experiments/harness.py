@@ -94,14 +94,20 @@ def unplanned(rows, runs):
     return [row for row in rows if not any(_belongs(row, run) for run in runs)]
 
 
+def complete(name, runs):
+    """The rows of a sweep. Raises InputError if one of its runs has none."""
+    rows = data.load_results(name, folder())
+    if left := missing(rows, runs):
+        raise InputError(f"{len(left)} runs of {name} are missing. Run `python -m experiments.run {name}` first.")
+    return rows
+
+
 def best_rate(name, runs, method):
     """The learning rate with the best mean score on the validation split in this sweep; of equal ones the lowest.
 
     Raises InputError if the sweep is not complete.
     """
-    rows = data.load_results(name, folder())
-    if left := missing(rows, runs):
-        raise InputError(f"{len(left)} runs of {name} are missing. Run `python -m experiments.run {name}` first.")
+    rows = complete(name, runs)
 
     def mean_score(rate):
         found = [row["validation"] for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]

@@ -26,6 +26,7 @@ LESSONS = {
     "05": ("starts", "starts_rank"),
     "06": ("combine", "dial"),
     "07": ("preferences", "rewards", "best_of_n"),
+    "08": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
@@ -33,7 +34,10 @@ TIMED = (
     "cost",
     "throughput",
     "quantised_cost",
+    "prompts_cost",
 )  # their times are the result, so each of their runs has the machine to itself
+# They look for a learning rate at one seed; what trains at that rate has three.
+SEARCHES = ("prompts_rate",)
 MOST_PROCESSES = 4  # each takes about 1.2 GB
 
 

@@ -121,6 +121,38 @@ def test_data(folders, run):
     assert status == 1 and "In 1 of 2 rows" in out and "(line 4)" in out, "lines of the file, empty ones among them"
 
 
+def test_data_of_preference_pairs(folders, run):
+    pairs = [{"prompt": [{"role": "user", "content": f"Where is key {number}?"}], "chosen": row()["completion"],
+              "rejected": row(answer="There.")["completion"]} for number in range(2)]  # fmt: skip
+    rows = write_rows(folders / "rows.jsonl", *pairs)
+    status, out, err = run("data", rows, "--model", "base", "--max-length", 64)
+    assert (status, err) == (0, "") and "2 pairs." in out
+    rows = write_rows(rows, pairs[0], pairs[1] | {"rejected": pairs[1]["chosen"]}, row())
+    status, out, _ = run("data", rows, "--model", "base", "--json")
+    assert status == 1 and codes(as_json(out)) == ["bad_row", "identical_pairs"], (
+        "the first row says what the others are"
+    )
+
+
+def test_run_on_preferences(folders, run):
+    first = {
+        "step": 1,
+        "loss": 0.69,
+        "rewards/margins": 0.03,
+        "rewards/accuracies": 0.6,
+        "rewards/chosen": float("nan"),
+    }
+    for values, beta, status, found in (
+        ({"rewards/chosen": 0.03}, (), 0, []),
+        ({"rewards/chosen": 0.03}, ("--beta", 0.01), 1, ["reference_differs"]),
+        ({}, (), 1, ["not_finite"]),
+    ):
+        (folders / "trainer_state.json").write_text(json.dumps({"log_history": [first | values]}))
+        for path in (".", "trainer_state.json"):
+            given, out, err = run("run", path, *beta, "--json")
+            assert (given, err, codes(as_json(out))) == (status, "", found)
+
+
 def test_count(folders, run):
     status, out, _ = run("count", "base", "--rank", 2, "--target-modules", "q_proj", "down_proj")
     assert status == 0 and "in 4 adapted layers" in out and "down_proj" in out
@@ -248,6 +280,11 @@ def test_config(folders, run):
         (["memory", "base", "--method", "full", "--double-quantization"], "--double-quantization has no meaning"),
         (["memory", "base", "--double-quantization"], "--double-quantization has no meaning with --method lora"),
         (["merged", "base", "adapter", "merged", "--device", "xpu:7"], "can't use the device 'xpu:7' here"),
+        (["run", "nowhere"], "no file nowhere"),
+        (["run", "base"], "no file base"),
+        (["run", "strange.json"], "strange.json has no log_history"),
+        (["run", "sft.json"], "This is a log with loss, step, and not of DPOTrainer"),
+        (["run", "sft.json", "--beta", 0], "a beta above 0"),
         (["config", "base", "nowhere.json"], "no file nowhere.json"),
         (["config", "base", "ia3.json"], "a configuration for IA3"),
         (["config", "base", "wrong.json"], "PEFT refuses wrong.json"),
@@ -256,6 +293,7 @@ def test_config(folders, run):
 )  # fmt: skip
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
 def test_what_could_not_be_run(arguments, words, options, folders, run):
+    (folders / "sft.json").write_text('{"log_history": [{"loss": 2.0, "step": 1}]}')
     (folders / "good.jsonl").write_text('{"text": "a"}\n')
     (folders / "empty.jsonl").write_text("\n")
     (folders / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')

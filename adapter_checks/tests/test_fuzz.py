@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapter_checks import InputError, check_adapter_folder, check_sft_data, merging
+from adapter_checks import InputError, check_adapter_folder, check_preference_data, check_sft_data, merging
 from adapter_checks.model_folder import load_config, weight_files
 from adapter_checks.names import plain_name, same_base
 from adapter_checks.safetensors_header import read_safetensors_header
@@ -171,6 +171,28 @@ def test_mangled_indices(index, healthy):
 )
 def test_mangled_rows(rows):
     answer(check_sft_data, rows, make_tiny_tokenizer())
+
+
+REPLIES = st.sampled_from(
+    ["Tobin", "", [{"role": "user", "content": "Who?"}], [{"role": "assistant", "content": "Tobin"}]]
+)
+
+
+@fuzz
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]),
+            JSON | REPLIES,
+            max_size=4,
+        )
+        | st.fixed_dictionaries({"prompt": REPLIES, "chosen": REPLIES, "rejected": REPLIES | JSON}),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_mangled_pairs(rows):
+    answer(check_preference_data, rows, make_tiny_tokenizer())
 
 
 @fuzz

@@ -53,6 +53,7 @@ METHODS = {
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    "P-tuning": peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"),
 }
 
 
@@ -137,5 +138,5 @@ def test_options_of_lora(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_other_methods(name, tmp_path):
     parts = check_all(ARCHITECTURES["Llama"], METHODS[name], torch.float32, tmp_path)
-    if name in ("IA3", "LoHa", "OFT"):
+    if name in ("IA3", "LoHa", "OFT", "VeRA", "norms"):
         check_merges(*parts, torch.float32, tmp_path, "not_lora")

@@ -1,5 +1,6 @@
 """What the README shows can be run from top to bottom, and does what it says."""
 
+import json
 import re
 import shlex
 import shutil
@@ -22,6 +23,9 @@ def blocks(language):
 def folders(tiny_folders, tmp_path, monkeypatch):
     for name in ("base", "adapter", "merged"):
         shutil.copytree(tiny_folders / name, tmp_path / f"my-{name}")
+    state = {"log_history": [{"step": 1, "loss": 0.693, "rewards/margins": 0.0, "rewards/accuracies": 0.0}]}
+    (tmp_path / "my-runs" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "my-runs" / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Where? ", "completion": "Here."}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -31,16 +35,16 @@ def test_the_python_examples(folders, capsys):
     quiet_imports()
     names, reports = {}, []
     names["print"] = lambda *values: reports.extend(value for value in values if isinstance(value, Report))
-    assert len(blocks("python")) == 8
+    assert len(blocks("python")) == 10
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
-    assert len(reports) == 11 and [report.codes for report in reports if not report.ok] == [], reports
+    assert len(reports) == 13 and [report.codes for report in reports if not report.ok] == [], reports
 
 
 def test_the_commands(folders, capsys):
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     commands = [words[1:] for words in commands if words[:1] == ["adapter-checks"]]
-    assert [words[0] for words in commands] == ["folder", "merged", "data", "config", "count", "memory"]
+    assert [words[0] for words in commands] == ["folder", "merged", "data", "run", "config", "count", "memory"]
     for words in commands:
         assert main(words) == 0, capsys.readouterr()
 

@@ -12,6 +12,7 @@ from adapter_checks.adapter_numbers import check_numbers
 from adapter_checks.base_shapes import check_fit, check_targets, report_partial_shards
 from adapter_checks.errors import InputError
 from adapter_checks.initialisation import changes_base
+from adapter_checks.other_methods import check_other_method
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.safetensors_header import read_safetensors_header
 
@@ -46,8 +47,8 @@ def check_adapter_folder(
             on PyTorch's meta device, so no weights are read. Which names and shapes are right there is PEFT's own word.
             A tokenizer that lies beside the adapter is compared with the base's vocabulary.
 
-    Returns a Report; the finding "adapter" names rank, alpha, layers and size. LoRA adapters are looked at in full,
-    other methods for completeness and safety only.
+    Returns a Report; the finding "adapter" names rank, alpha, layers and size. LoRA adapters are looked at in full; of prompt tuning,
+    P-tuning, prefix tuning, IA3, VeRA and LN tuning numbers and shapes; other methods for completeness and safety only.
     """
     report = Report("Adapter's folder")
     path = _existing_folder(report, folder)
@@ -62,11 +63,7 @@ def check_adapter_folder(
         return report
     if config.get("peft_type") != "LORA":
         if "unknown_method" not in report.codes:
-            report.warn(
-                "not_lora",
-                f"The adapter's method is {config.get('peft_type')}; only LoRA's tensors are looked at in detail.",
-                "Load it and compare outputs with check_changes_output.",
-            )
+            check_other_method(report, config, shapes, path, base)
         return report
     pairs = _check_tensors(report, config, shapes)
     if pairs:

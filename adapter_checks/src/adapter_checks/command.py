@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,16 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of the JSON: raised when a key changes its meaning or goes, not when one is added
 # Findings which say that a check could not be run, rather than what it found.
-NOT_RUN = {"not_run", "bad_argument", "bad_base", "check_failed", "no_folder", "not_a_folder", "not_readable"}
+NOT_RUN = {
+    "not_run",
+    "bad_argument",
+    "bad_base",
+    "check_failed",
+    "no_folder",
+    "not_a_folder",
+    "not_readable",
+    "no_preference_run",
+}
 # The parser leaves these at None, so that one which was given where it has no meaning can be told.
 _LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,
@@ -139,6 +149,7 @@ def _merged(options: argparse.Namespace) -> Outcome:
 
 
 def _data(options: argparse.Namespace) -> Outcome:
+    from adapter_checks.preference_data import check_preference_lines, is_preference_row
     from adapter_checks.training_data import check_sft_lines
 
     tokenizer, progress = _tokenizer(options.model), _progress(options)
@@ -149,7 +160,24 @@ def _data(options: argparse.Namespace) -> Outcome:
                 progress(f"{count:,} rows read")
             yield numbered
 
-    return Outcome(check_sft_lines(counted(), tokenizer, options.max_length))
+    rows = counted()
+    first = list(itertools.islice(rows, 1))
+    check = check_preference_lines if any(is_preference_row(row) for _, row in first) else check_sft_lines
+    return Outcome(check(itertools.chain(first, rows), tokenizer, options.max_length))
+
+
+def _run(options: argparse.Namespace) -> Outcome:
+    from adapter_checks.model_folder import read_json
+    from adapter_checks.preference_run import check_preference_run
+
+    path = Path(options.state).expanduser()
+    path = path / "trainer_state.json" if path.is_dir() else path
+    history = read_json(path).get("log_history")
+    if not isinstance(history, list):
+        raise InputError(
+            f"{path} has no log_history. Give the trainer_state.json of a checkpoint, or the checkpoint's folder."
+        )
+    return Outcome(check_preference_run(history, options.beta))
 
 
 def _count(options: argparse.Namespace) -> Outcome:
@@ -277,10 +305,24 @@ def _parser() -> argparse.ArgumentParser:
     merged.add_argument("--dtype", help="of the arithmetic: float32 (4 bytes a parameter), bfloat16 or float16")
     merged.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
 
-    data = add("data", _data, "is each row for fine-tuning whole: an answer, with its end, within the maximal length?")
-    data.add_argument("rows", metavar="ROWS.jsonl", help="prompt and completion, messages, or text in each row")
+    data = add(
+        "data", _data, "is each row for fine-tuning, or each preference pair, whole and within the maximal length?"
+    )
+    data.add_argument(
+        "rows",
+        metavar="ROWS.jsonl",
+        help="prompt and completion, messages, or text in each row; for DPO and reward models chosen and rejected, and prompt",
+    )
     data.add_argument("--model", metavar="MODEL", required=True, help="whose tokenizer and chat template to use")
     data.add_argument("--max-length", type=_positive, metavar="N", help="in tokens; default: no limit")
+
+    run = add(
+        "run",
+        _run,
+        "does training on preferences (DPO, reward models, GRPO, RLOO) do what it should, by a checkpoint's log?",
+    )
+    run.add_argument("state", metavar="CHECKPOINT", help="folder of a checkpoint, or its trainer_state.json")
+    run.add_argument("--beta", type=float, help="of DPO; default: 0.1, as in TRL")
 
     count = add("count", _count, "how many parameters would a LoRA adapter train? From the model's configuration alone")
     memory = add("memory", _memory, "how much memory would training take? From the model's configuration alone")

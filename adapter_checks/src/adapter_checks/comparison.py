@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.generation import evaluating
 from adapter_checks.report import Report, never_raises
+from adapter_checks.soft_prompts import CACHED, active_prompt, is_switched_off, without_pads
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,8 @@ def compare_models(
 
     What has no logits is compared by the first numbers that it returns, such as an encoder's hidden states: then only max_abs means
     something. An encoder-decoder without decoder_input_ids reads its input ids on both sides. Virtual tokens, which prompt
-    methods put before the text, do not count.
+    methods put before the text, do not count, and such a model gets each row without its pads: pads on the left would
+    stand between them and the text.
 
     Returns a Comparison. Models run in eval mode without gradients and are left as they were. Show with
     check_changes_output that the adapter has an effect before trusting that two routes agree.
@@ -131,7 +133,8 @@ def check_changes_output(
 
     report = Comparison("Effect of the adapter")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if _is_module(model) else []
-    if not layers and not isinstance(model, PeftModel):
+    prompts = getattr(model, "prompt_encoder", None) if isinstance(model, PeftModel) else None
+    if (not layers and not isinstance(model, PeftModel)) or (prompts is not None and not len(prompts)):
         report.fail(
             "no_adapters",
             f"This {type(model).__name__} has no adapters to switch off.",
@@ -145,7 +148,7 @@ def check_changes_output(
             "Call unmerge_adapter() first, or compare with a second copy of the base by compare_models.",
         )
         return report
-    if any(layer.disable_adapters for layer in layers):
+    if any(layer.disable_adapters for layer in layers) or (prompts is not None and is_switched_off(model)):
         report.fail(
             "adapters_disabled",
             "The adapters are switched off already, at least in some layers.",
@@ -153,12 +156,10 @@ def check_changes_output(
         )
         return report
 
-    prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-
     def base(**inputs):
         if (
-            prompts
-        ):  # these methods leave the base alone; disable_adapter() fails for models that don't generate (PEFT 0.21)
+            prompts is not None
+        ):  # which leave the base alone; disable_adapter() fails for models that don't generate (PEFT 0.21)
             return cast(Any, model).get_base_model()(**inputs)
         with _adapters_off(model, layers):
             return model(**inputs)
@@ -339,7 +340,12 @@ def outputs(route: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         inputs = {name: tensor.to(device) for name, tensor in _taken(model, inputs).items()}
         mode = evaluating(model)  # dropout would make any two calls differ
     with mode, torch.no_grad():
-        return _numbers(call(**inputs))
+        prompt = active_prompt(call)
+        if prompt is None:
+            return _numbers(call(**inputs))
+        if prompt.peft_type not in CACHED:  # PEFT would drop them as well, with a warning
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
+        return without_pads(lambda part: _numbers(call(**part)), inputs)
 
 
 def _taken(model, inputs) -> dict:

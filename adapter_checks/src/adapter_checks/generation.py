@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from adapter_checks.errors import InputError
+from adapter_checks.soft_prompts import CACHED, active_prompt, prompt_before_text, virtual_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +32,11 @@ def generate(
     temperature: 0 takes the likeliest token each time; above 0 each token is drawn from the distribution at that
     temperature, with torch's random numbers (1 is the model's own distribution).
 
-    Returns the answers in the order of the prompts, without special tokens and outer white space.
-    Raises InputError if the tokenizer has no chat template or a prompt doesn't fit the model's context, and
-    ValueError if the number of adapter names is another than that of the prompts, or the temperature is below 0.
+    Returns the answers in the order of the prompts, without special tokens and outer white space. They are those that each prompt
+    gets alone, with virtual tokens as well (prompt tuning, P-tuning), where PEFT's own generate gives others.
+    Raises InputError if the tokenizer has no chat template, a prompt with the virtual tokens and the answer doesn't fit the model's
+    context, or the adapter's method can't be mixed in a batch, and ValueError if the number of adapter names is another than
+    that of the prompts, or the temperature is below 0.
     """
     import torch
     from transformers import GenerationConfig
@@ -46,6 +49,12 @@ def generate(
     adapter_names = None if adapter_names is None else list(adapter_names)
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise ValueError(f"There are {len(prompts)} prompts and {len(adapter_names)} adapter names; give one for each.")
+    soft_prompt = active_prompt(model)
+    if adapter_names is not None and soft_prompt is not None:
+        raise InputError(
+            f"A batch can't mix adapters of {soft_prompt.peft_type.value}: the same virtual tokens stand before every row. Call "
+            "generate once for each adapter, after set_adapter."
+        )
     conversations: list[Any] = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     encoded: list[list[int]] = []
     for messages in conversations:
@@ -53,10 +62,11 @@ def generate(
         encoded.append(tokens["input_ids"])
     context = context_length(model.config)
     longest = max(map(len, encoded), default=0)
-    if context is not None and longest + max_new_tokens > context:
+    virtual = virtual_tokens(model)
+    if context is not None and longest + virtual + max_new_tokens > context:
         raise InputError(
-            f"The longest prompt has {longest} tokens; with {max_new_tokens} new ones it exceeds the model's context of "
-            f"{context}. Shorten the prompt or lower max_new_tokens."
+            f"The longest prompt has {longest} tokens; with {f'{virtual} virtual and ' if virtual else ''}{max_new_tokens} new ones it "
+            f"exceeds the model's context of {context}. Shorten the prompt or lower max_new_tokens."
         )
     settings = GenerationConfig(
         do_sample=temperature > 0,
@@ -66,16 +76,37 @@ def generate(
         eos_token_id=sorted(eos_ids(tokenizer) | eos_ids(model.generation_config)),
         pad_token_id=_pad_id(tokenizer),
     )
-    answers = []
+    answers = [""] * len(encoded)
     with evaluating(model), _without_own_settings(model), torch.no_grad():
-        for start in range(0, len(encoded), batch_size):
-            input_ids, attention_mask = padded(model, tokenizer, encoded[start : start + batch_size], side="left")
+        for rows in _batches(model, soft_prompt, encoded, batch_size):
+            input_ids, attention_mask = padded(model, tokenizer, [encoded[row] for row in rows], side="left")
             options: dict[str, Any] = {"attention_mask": attention_mask, "generation_config": settings}
-            if adapter_names is not None:
-                options["adapter_names"] = adapter_names[start : start + batch_size]
-            output = cast(Any, model).generate(input_ids=input_ids, **options)
-            answers += tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+            if soft_prompt is not None and soft_prompt.peft_type not in CACHED:
+                embedded, options["attention_mask"] = prompt_before_text(model, input_ids, attention_mask)
+                new = cast(Any, model).get_base_model().generate(inputs_embeds=embedded, **options)
+            else:
+                if adapter_names is not None:
+                    options["adapter_names"] = [adapter_names[row] for row in rows]
+                new = cast(Any, model).generate(input_ids=input_ids, **options)[:, input_ids.shape[1] :]
+            for row, answer in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True)):
+                answers[row] = answer.strip()
+    return answers
+
+
+def _batches(model, soft_prompt, encoded, batch_size) -> Iterator[list[int]]:
+    """Numbers of the rows to answer together.
+
+    Pads count in a sliding window, so that a prefix in the cache, which stands before them, may fall out of it: then rows of one
+    length only, without pads.
+    """
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    groups: dict[int, list[int]] = {}
+    for row, ids in enumerate(encoded):
+        alike = soft_prompt is not None and soft_prompt.peft_type in CACHED and getattr(text, "sliding_window", None)
+        groups.setdefault(len(ids) if alike else 0, []).append(row)
+    for rows in groups.values():
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
 
 
 def eos_ids(source: object) -> set[int]:

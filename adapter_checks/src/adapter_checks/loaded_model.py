@@ -18,6 +18,7 @@ from adapter_checks.loaded_weights import (
 )
 from adapter_checks.names import same_base
 from adapter_checks.report import Report, first_few, never_raises
+from adapter_checks.soft_prompts import is_switched_off
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ def check_adapters(
     original_base: torch.nn.Module | str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Report:
-    """Look at a model with adapters (LoRA and other methods that sit in the layers) for all that commonly goes wrong.
+    """Look at a model with adapters (LoRA, other methods in its layers, virtual tokens) for all that commonly goes wrong.
 
     model            a PeftModel, or a transformers model with adapters of its own (`model.load_adapter`)
     load_result      what `load_adapter` returned, or {adapter name: what it returned}. Give the name: PEFT 0.21
@@ -66,6 +67,10 @@ def check_adapters(
             "Pass what PeftModel.from_pretrained returned, or the transformers model that holds the adapters.",
         )
         return report
+    if isinstance(model, PeftModel) and hasattr(model, "prompt_encoder"):
+        return _check_prompts(
+            report, model, load_result, expect_active, expect_trainable, base_name, base_revision, original_base, folder
+        )
     if isinstance(model, PeftModel) and not isinstance(model.base_model, BaseTuner):
         method: Any = next(iter(model.peft_config.values())).peft_type
         report.warn(
@@ -105,6 +110,62 @@ def check_adapters(
         check_base_weights(report, layers, configs, original_base, base)
     if folder is not None:
         _check_as_saved(report, model, base, configs, folder)
+    report.note("adapters", f"Loaded: {', '.join(loaded)}. Active: {', '.join(active) or 'none'}.")
+    return report
+
+
+def _check_prompts(
+    report, model, load_result, expect_active, expect_trainable, base_name, base_revision, original_base, folder
+) -> Report:
+    """check_adapters for virtual tokens (prompt tuning, P-tuning, prefix tuning), which PEFT keeps beside the model inside."""
+    import torch
+
+    base, loaded = model.base_model, sorted(model.prompt_encoder)
+    _check_load_result(report, load_result)
+    if not loaded:
+        report.fail(
+            "no_adapters",
+            "This PeftModel has no adapter: the last one was deleted.",
+            "Load an adapter with PeftModel.from_pretrained, and keep what it returns.",
+        )
+        return report
+    switched_off = is_switched_off(model)
+    active = [] if switched_off else [name for name in model.active_adapters if name in loaded]
+    if switched_off and expect_active != []:
+        report.fail(
+            "adapters_disabled", "The virtual tokens are switched off: the base alone answers.", "Leave the disable_adapter() block."
+        )  # fmt: skip
+    _check_expected_active(report, active, loaded, expect_active)
+    trainable = [name for name, weight in base.named_parameters() if weight.requires_grad]
+    _report_base_trainable(report, [name for name in trainable if ".modules_to_save." not in name])
+    for adapter in loaded:
+        weights = dict(model.prompt_encoder[adapter].named_parameters())
+        broken = [name for name, weight in weights.items() if weight.is_meta or not torch.isfinite(weight).all()]
+        if broken:
+            report.fail(
+                "non_finite",
+                f"{len(broken)} weights of {adapter!r} hold NaN, infinity or nothing at all: {first_few(broken)}.",
+                "Training diverged, or the file is damaged: go back to an earlier checkpoint, and lower the learning rate.",
+            )
+        frozen = not any(weight.requires_grad for weight in weights.values())
+        if adapter in active and expect_trainable is True and frozen:
+            report.fail(
+                "adapter_frozen",
+                f"{adapter!r} is frozen, so training would change nothing.",
+                "Call model.prompt_encoder.requires_grad_(True). PEFT 0.21 refuses is_trainable=True for virtual tokens.",
+            )
+        elif adapter in active and expect_trainable is False and not frozen:
+            report.warn(
+                "adapter_trainable",
+                f"{adapter!r} is trainable: PEFT 0.21 does not freeze the virtual tokens that it loads for inference.",
+                "Call model.prompt_encoder.requires_grad_(False) if something here trains.",
+            )
+    _check_base_name(report, model, base_name, base_revision)
+    if original_base is not None:
+        linear = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        check_base_weights(report, linear, {}, original_base, base)
+    if folder is not None:
+        _check_as_saved(report, model, base, {adapter: model.peft_config[adapter] for adapter in loaded}, folder)
     report.note("adapters", f"Loaded: {', '.join(loaded)}. Active: {', '.join(active) or 'none'}.")
     return report
 
@@ -300,13 +361,7 @@ def _check_trainable(report, model, statuses, active, expect_trainable) -> None:
     biases_too = any(getattr(config, "bias", "none") != "none" for config in _configs(model).values())
     others = [(name, p) for name, p in model.named_parameters() if id(p) not in adapter_weights]
     base = [name for name, p in others if p.requires_grad and not (biases_too and name.endswith("bias"))]
-    if base:
-        report.fail(
-            "base_trainable",
-            f"{len(base)} weights of the base are trainable: {first_few(base)}. Training would change them, and saving the "
-            "adapter would not save that.",
-            "Freeze them (requires_grad_(False)), or name the module in modules_to_save if it should be trained.",
-        )
+    _report_base_trainable(report, base)
 
     for adapter in active:
         per_layer = [status.requires_grad[adapter] for status in statuses if adapter in status.requires_grad]
@@ -331,6 +386,16 @@ def _check_trainable(report, model, statuses, active, expect_trainable) -> None:
                 "an adapter that was loaded for inference.",
                 f"Call set_adapter({adapter!r}, inference_mode=True).",
             )
+
+
+def _report_base_trainable(report, names: list[str]) -> None:
+    if names:
+        report.fail(
+            "base_trainable",
+            f"{len(names)} weights of the base are trainable: {first_few(names)}. Training would change them, and saving the "
+            "adapter would not save that.",
+            "Freeze them (requires_grad_(False)), or name the module in modules_to_save if it should be trained.",
+        )
 
 
 def _check_base_name(report, model, base_name, base_revision) -> None:

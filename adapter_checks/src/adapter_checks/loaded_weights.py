@@ -127,7 +127,7 @@ def check_base_weights(
             if (
                 not _comparable(weight, before)
                 or variant_merged
-                or (configs and not hasattr(layer, "get_delta_weight"))
+                or (merged and not hasattr(layer, "get_delta_weight"))  # IA3 scales weights, LN tuning replaces them
             ):
                 continue
             if before.data_ptr() == weight.data_ptr():
@@ -140,7 +140,7 @@ def check_base_weights(
             compared += 1
             deltas = (
                 {adapter: layer.get_delta_weight(adapter).double() for adapter in adapter_names(layer)}
-                if configs
+                if configs and hasattr(layer, "get_delta_weight")
                 else {}
             )
             now = weight.double() - sum(deltas[adapter] for adapter in merged if adapter in deltas)

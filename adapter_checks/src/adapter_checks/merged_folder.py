@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_checks.adapter_config import CONFIG
 from adapter_checks.adapter_folder import PICKLE_SUFFIXES, check_adapter_folder
 from adapter_checks.base_shapes import load_base, token_embedding
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
@@ -27,6 +28,7 @@ from adapter_checks.model_folder import local_folder, read_json, weight_files
 from adapter_checks.names import same_base
 from adapter_checks.report import first_few, never_raises
 from adapter_checks.safetensors_header import read_safetensors_header
+from adapter_checks.soft_prompts import why_not_mergeable
 
 if TYPE_CHECKING:
     import os
@@ -94,7 +96,7 @@ def check_merged_folder(
     Failures (report.codes) of the weights: not_merged, partly_merged, merged_twice, swapped, wrong_scaling,
     adapter_lost, base_mutated, foreign_change, quantised_base, repacked_base, base_changed, tied_head, other_weights, missing_weights;
     of the files: no_folder, not_a_model, damaged_weights, pickle, quantised_weights, adapter_beside, no_tokenizer,
-    no_template, other_tokenizer, vocab_mismatch; of the output: no_change, logits_differ, score_fell; and those of
+    no_template, other_tokenizer, vocab_mismatch; of the adapter: not_mergeable; of the output: no_change, logits_differ, score_fell; and those of
     check_adapter_folder, such as zero_b. Warnings: change_rounded_away, too_coarse, other_config,
     not_compared, unread_weights.
 
@@ -156,6 +158,11 @@ def check_merged_folder(
         "quantised_weights",
     }
     if files is None or base_files is None or unreadable & set(report.codes):
+        return report
+    if reasons := [why for folder in adapters if (why := why_not_mergeable(read_json(folder / CONFIG)))]:
+        report.fail(
+            "not_mergeable", reasons[0], "Ship the adapter's folder beside the base; no merged model stands for it."
+        )
         return report
     try:
         with _quiet():

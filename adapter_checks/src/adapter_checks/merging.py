@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_checks.adapter_config import CONFIG
 from adapter_checks.adapter_folder import check_adapter_folder
 from adapter_checks.base_shapes import load_base, meta_base
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
@@ -27,6 +28,7 @@ from adapter_checks.names import plain_name
 from adapter_checks.report import first_few
 from adapter_checks.safetensors_header import read_safetensors_header
 from adapter_checks.saving import saving
+from adapter_checks.soft_prompts import why_not_mergeable
 
 if TYPE_CHECKING:
     import os
@@ -287,6 +289,8 @@ def _checked_folders(base, adapter, out) -> tuple[Path, Path, Path]:
         raise InputError(
             f"{out.parent} is an adapter's folder. Give the merged model a folder of its own, outside of it."
         )
+    if (adapter / CONFIG).is_file() and (why := why_not_mergeable(read_json(adapter / CONFIG))):
+        raise InputError(f"{why} Ship the adapter's folder beside the base.")
     return base, adapter, out
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from adapter_checks.base_shapes import in_out
 from adapter_checks.names import MAY_REST, plain_name
 from adapter_checks.report import Report, first_few, never_raises
+from adapter_checks.soft_prompts import CACHED, active_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # Full fine-tuning's rates lie below (defaults: Trainer 5e-5, TRL 2e-5); QLoRA's authors trained LoRA by Adam at 1e-4
 # (33B, 65B) and 2e-4 (7B, 13B parameters): https://arxiv.org/abs/2305.14314, table 9.
 LOWEST_RATE = 1e-4
+# By this rate Zephyr was trained by DPO with QLoRA (https://github.com/huggingface/alignment-handbook, zephyr-7b-beta); the
+# default of TRL's trainers for preferences, 1e-6, is for all weights.
+LOWEST_PREFERENCE_RATE = 5e-6
+PREFERENCE_TRAINERS = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
 
 
 @never_raises("Training")
@@ -26,7 +31,8 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
 
     trainer  an SFTTrainer or Trainer; after a loop of your own the model, of which the weights are looked at
     before   copies of weights from before, {name: p.detach().clone() for name, p in model.named_parameters() ...}:
-             needed where B doesn't start at zero (OLoRA, PiSSA), and without LoRA
+             needed where B doesn't start at zero (OLoRA, PiSSA), for virtual tokens and for methods other than LoRA, IA3,
+             VeRA and LN tuning, whose first values are known
 
     Returns a Report. With a trainer, weights count from three steps on: the first rate of a warm-up is 0.
     """
@@ -39,7 +45,7 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
         return bad_argument(report, (trainer, before), "a trainer or a model, and a dict of tensors or nothing")
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
-        _report_frozen(report, model)
+        report_frozen(report, model)
         return report
     rate = None
     if is_trainer(trainer):
@@ -68,19 +74,22 @@ def check_training(trainer: Trainer | torch.nn.Module, before: Mapping[str, torc
     elif steps < 3:
         report.note("steps", f"{steps} steps done; from three steps on this check can see whether the weights move.")
     else:
-        _check_moved(report, model, weights, before)
+        check_moved(report, model, weights, before)
     return report
 
 
-def check_rate(report: Report, rate: Any, model: torch.nn.Module) -> None:
-    """Is this a learning rate of Adam at which LoRA learns on this model, with or without an adapter?"""
+def check_rate(report: Report, rate: Any, model: torch.nn.Module, lowest: float = LOWEST_RATE) -> None:
+    """Is this a learning rate of Adam at which LoRA learns on this model, with or without an adapter?
+
+    lowest: the lowest rate at which LoRA is known to learn by this kind of training.
+    """
     import torch
 
     linear = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
     widest = max((sizes[0] for sizes in map(in_out, linear) if sizes), default=1)
     if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         report.fail("bad_rate", f"The learning rate is {rate!r}, not a number above 0.", "For LoRA start with 2e-4.")
-    elif rate < LOWEST_RATE:
+    elif rate < lowest:
         report.warn(
             "rate_too_low",
             f"A learning rate of {rate:g} is one of full fine-tuning: LoRA hardly learns at it.",
@@ -95,7 +104,8 @@ def check_rate(report: Report, rate: Any, model: torch.nn.Module) -> None:
         )
 
 
-def _report_frozen(report, model) -> None:
+def report_frozen(report: Report, model: Any) -> None:
+    """Say why nothing is trainable, of a model without a trainable weight."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         what, remedy = "No weight of this model is trainable.", "Use get_peft_model, or give the trainer a peft_config."
@@ -141,13 +151,23 @@ def _too_small_a_step(weight, step: float) -> int:
     return int(((step < distance / 2) & (weight != 0)).sum())
 
 
+def highest_rate(trainer: Any) -> tuple[float, bool]:
+    """A trainer's highest learning rate, before any schedule, and whether it is one of Adam's."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    groups = optimizer.param_groups if optimizer else [{"lr": trainer.args.learning_rate}]
+    rate = max(group.get("initial_lr", group["lr"]) for group in groups)
+    return rate, "adam" in (type(optimizer).__name__ if optimizer else str(trainer.args.optim)).lower()
+
+
 def _check_settings(report, trainer, lora) -> float:
     """Returns the highest learning rate, before any schedule."""
-    args, optimizer = trainer.args, getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    groups = optimizer.param_groups if optimizer else [{"lr": args.learning_rate}]
-    rate = max(group.get("initial_lr", group["lr"]) for group in groups)
-    if lora and "adam" in (type(optimizer).__name__ if optimizer else str(args.optim)).lower():
-        check_rate(report, rate, trainer.model)
+    args = trainer.args
+    rate, adam = highest_rate(trainer)
+    if lora and adam:
+        prefers = any(kind.__name__ in PREFERENCE_TRAINERS for kind in type(trainer).__mro__)
+        check_rate(report, rate, trainer.model, LOWEST_PREFERENCE_RATE if prefers else LOWEST_RATE)
+    if prompt := active_prompt(trainer.model):
+        _check_prompt_settings(report, trainer, prompt, rate)
     slow = [name for name in ("bf16", "fp16", "activation_checkpointing") if getattr(args, name, False)]
     if slow and args.device.type == "cpu":
         report.warn(
@@ -156,6 +176,40 @@ def _check_settings(report, trainer, lora) -> float:
             f"Give SFTConfig use_cpu=True, {', '.join(f'{name}=False' for name in slow)}; time both.",
         )
     return rate
+
+
+def _check_prompt_settings(report, trainer, prompt, rate) -> None:
+    """What virtual tokens don't bear, and a rate at which they stay where they began."""
+    import torch
+
+    args, method = trainer.args, prompt.peft_type.value
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        report.fail(
+            "packed_prompt",
+            f"Rows are packed, and {method} puts its virtual tokens once before each packed row, without the positions that keep texts "
+            "apart: all texts but the first are trained without a prompt of their own, and see those before them.",
+            "Give SFTConfig packing=False and padding_free=False.",
+        )
+    checkpointed = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
+    if prompt.peft_type in CACHED and checkpointed:
+        report.fail(
+            "checkpointed_prefix",
+            f"{method} hands its virtual tokens to the layers in a cache, which activation checkpointing switches off: the first step "
+            "raises an error about the sizes of tensors.",
+            "Give the trainer's arguments activation_checkpointing=False.",
+        )
+    numbers = [weight.detach().float() for weight in trainer.model.prompt_encoder.parameters()]
+    steps = max(args.max_steps, trainer.state.max_steps)
+    if method != "PROMPT_TUNING" or not numbers or not isinstance(rate, (int, float)) or steps < 1:
+        return
+    size, reach = torch.cat([weight.flatten() for weight in numbers]).square().mean().sqrt().item(), rate * steps
+    if reach < size:
+        report.warn(
+            "rate_too_low",
+            f"Adam moves a number by about the learning rate in a step, so {steps} steps at {rate:g} move it by {reach:.2g} at most, "
+            f"and the virtual tokens begin at {size:.2g} (root mean square): they will hardly move.",
+            "Prompt tuning takes far higher rates than LoRA: its authors took 0.3 (https://arxiv.org/abs/2104.08691).",
+        )
 
 
 def _checkpoints_without_gradient(model) -> bool:
@@ -175,24 +229,20 @@ def _checkpoints_without_gradient(model) -> bool:
     return not needed and any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
-def _check_moved(report, model, weights, before) -> None:
+def check_moved(
+    report: Report, model: Any, weights: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Have the trainable weights {name: weight} moved since `before`, or without it B from zero?"""
     import torch
 
     pairs = {name: (weights[name], old) for name, old in (before or {}).items() if name in weights}
-    initialisations = {
-        str(getattr(config, "init_lora_weights", None)) for config in getattr(model, "peft_config", {}).values()
-    }
-    if before is None and initialisations <= {"True", "gaussian", "eva"}:  # with these B begins at zero
-        pairs = {
-            name: (weight, torch.zeros_like(weight))
-            for name, weight in weights.items()
-            if re.search(r"\.(lora_B\.\w+\.weight|lora_embedding_A\.\w+)$", name)
-        }
+    if before is None:
+        pairs = _from_the_beginning(model, weights)
     if not pairs or any(weight.data_ptr() == old.data_ptr() for weight, old in pairs.values()):
         report.warn(
             "cannot_tell",
-            "It can't be decided whether the weights moved: B did not start at zero, there is no LoRA, or "
-            "`before` holds other names, or the weights themselves.",
+            "It can't be decided whether the weights moved: their first values are not known (B did not start at zero, they are "
+            "virtual tokens, or there is no adapter), or `before` holds other names, or the weights themselves.",
             "Pass copies from before training.",
         )
         return
@@ -213,6 +263,37 @@ def _check_moved(report, model, weights, before) -> None:
         report.add("fail" if most else "warn", "not_moved", what, remedy)
     else:
         report.note("moved", f"{len(pairs)} weights looked at; all have moved.")
+
+
+def _from_the_beginning(model, weights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{name: (weight, its value before training)} of those whose first value is known: with it the adapter changes nothing."""
+    import torch
+
+    configs = [*getattr(model, "peft_config", {}).values()]
+
+    def all_have(option, *values):
+        return all(str(getattr(config, option, None)) in values for config in configs)
+
+    known = {
+        r"\.(lora_B\.\w+\.weight|lora_embedding_A\.\w+)$": (
+            all_have("init_lora_weights", "True", "gaussian", "eva"),
+            0.0,
+        ),
+        r"\.ia3_l\.\w+$": (all_have("init_ia3_weights", "True"), 1.0),
+        r"\.vera_lambda_b\.\w+$": (all_have("init_weights", "True"), 0.0),
+    }
+    pairs = {
+        name: (weight, torch.full_like(weight, value))
+        for pattern, (certain, value) in known.items()
+        for name, weight in weights.items()
+        if certain and re.search(pattern, name)
+    }
+    everything = dict(model.named_parameters())
+    for name, weight in weights.items():  # a copy of the norm, beside the norm itself
+        original = everything.get(re.sub(r"\.ln_tuning_layers\.\w+\.", ".base_layer.", name))
+        if original is not None and original is not weight:
+            pairs[name] = (weight, original)
+    return pairs
 
 
 def is_trainer(thing: object) -> bool:

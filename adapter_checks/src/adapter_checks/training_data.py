@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from adapter_checks.generation import context_length, eos_ids
 from adapter_checks.report import Report, first_few, never_raises
 from adapter_checks.sft_rows import encode_row
+from adapter_checks.soft_prompts import active_prompt, virtual_tokens
 from adapter_checks.training import bad_argument, is_trainer
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # Rows of a training set that check_supervision collates: enough to meet a fault that one row in twenty has.
 ROWS = 64
 # Code of a fault in single rows -> its level, what is wrong in them, and what to do.
-_FAULTS = {
+FAULTS: dict[str, tuple[str, str, str]] = {
     "bad_row": (
         "fail",
         "there is nothing that TRL and the chat template can read",
@@ -88,6 +89,12 @@ _FAULTS = {
         "Let a text prompt end without a space, and the answer begin with it. For messages take a template that writes the "
         "prompt alike in both cases (a generation prompt that opens a thought needs answers with thoughts).",
     ),
+    "pads_before_text": (
+        "warn",
+        "pads stand before the text, and the virtual tokens before the pads, so that a text is as far from them as its row is short",
+        "Pad on the right in training (tokenizer.padding_side='right'). To generate in batches use "
+        "adapter_checks.generation.generate, or rows of one length.",
+    ),
     "double_bos": (
         "warn",
         "the begin-of-text token is there twice: from the template or the text and from the tokenizer, or before prompt and answer",
@@ -142,7 +149,7 @@ def check_sft_data(
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__") or not hasattr(tokenizer, "eos_token_id"):
         wanted = "a list of rows or one split such as dataset['train'], and a tokenizer (of a processor its .tokenizer)"
         return bad_argument(Report("Rows for SFT"), (rows, tokenizer), wanted)
-    return _check_rows(enumerate(rows), tokenizer, max_length, _counted_from_0)
+    return _check_rows(enumerate(rows), tokenizer, max_length, counted_from_0)
 
 
 @never_raises("Rows for SFT")
@@ -153,19 +160,19 @@ def check_sft_lines(
     return _check_rows(rows, tokenizer, max_length, lambda lines: f"line {first_few(lines)}")
 
 
-def _counted_from_0(numbers: Iterable[int]) -> str:
+def counted_from_0(numbers: Iterable[int]) -> str:
     return f"number {first_few(numbers)}, counted from 0"
 
 
 def _check_rows(rows, tokenizer, max_length, in_words) -> Report:
     """in_words: function from some of the numbers that come with the rows to where these are."""
-    report, texts, faults = Report("Rows for SFT"), [], _Faults()
+    report, texts, faults = Report("Rows for SFT"), [], Faults()
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         report.fail(
             "bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit."
         )
         return report
-    facts, names = _facts(tokenizer), []
+    facts, names = read_facts(tokenizer), []
     for number, (name, row) in enumerate(rows):
         names.append(name)
         encoded = encode_row(row, tokenizer, facts.ends)
@@ -205,11 +212,15 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
             "Use a collator that makes labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
         )
         return report
-    faults = _Faults()
+    faults = Faults()
     texts = [text for batch in batches for text in _texts(batch, tokenizer.pad_token_id)]
     padded = itertools.chain.from_iterable(map(_pads_with_loss, batches))
     faults["loss_on_pads"] |= {number: "" for number, found in enumerate(padded) if found}
-    args, facts = getattr(given, "args", None), _facts(tokenizer, getattr(trainer, "model", None))
+    model = getattr(trainer, "model", None)
+    if active_prompt(model):
+        padded = itertools.chain.from_iterable(map(_begins_with_pads, batches))
+        faults["pads_before_text"] |= {number: "" for number, found in enumerate(padded) if found}
+    args, facts = getattr(given, "args", None), read_facts(tokenizer, model)
     limit = getattr(args, "max_length", None)
     packing = getattr(args, "packing_strategy", "") if getattr(args, "packing", False) else ""
     unfinished = {
@@ -237,7 +248,7 @@ def check_supervision(trainer: Trainer | Mapping[str, Any], tokenizer: PreTraine
     return _judge(report, texts, tokenizer, facts, limit, faults, wrapped=packing == "wrapped", unfinished=unfinished)
 
 
-class _Faults(defaultdict[str, dict[int, str]]):
+class Faults(defaultdict[str, dict[int, str]]):
     """{code: {row number: detail, often ""}}"""
 
     def __init__(self) -> None:
@@ -245,13 +256,42 @@ class _Faults(defaultdict[str, dict[int, str]]):
 
 
 def _judge(
-    report, texts, tokenizer, facts, limit, faults, *, wrapped=False, unfinished=(), where=_counted_from_0
+    report, texts, tokenizer, facts, limit, faults, *, wrapped=False, unfinished=(), where=counted_from_0
 ) -> Report:
-    """Add the faults of `texts`, as of `_texts`, to `faults`, and all of them to the report.
+    """Add the faults of `texts`, as of `_texts`, to `faults`, and all of them to the report; for the rest see find_faults."""
+    counts, ignored = find_faults(texts, tokenizer, facts, limit, faults, wrapped=wrapped, unfinished=unfinished)
+    report_end_ignored(report, tokenizer, facts, ignored, len(texts))
+    report_beyond_context(report, [len(ids) for ids, *_ in texts], facts)
+    report_faults(report, faults, len(texts), where)
+    if not texts:
+        report.fail(
+            "empty",
+            "There are no rows.",
+            "See whether the file is empty, or a filter removed them all; TRL itself "
+            "drops those without loss (run check_sft_data on the rows that you gave it).",
+        )
+    else:
+        share = sum(counts) / max(1, sum(len(ids) for ids, *_ in texts))
+        report.note("supervision", f"In {len(texts)} rows {sum(counts)} tokens, {share:.0%} of all, carry loss.")
+    return report
 
+
+def find_faults(
+    texts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    limit: int | None,
+    faults: Faults,
+    *,
+    wrapped: bool = False,
+    unfinished: Collection[int] = (),
+) -> tuple[list[int], Counter[int]]:
+    """Add the faults of single texts to `faults`. Returns how many tokens of each carry loss, and ends at which generate() goes on.
+
+    texts       (ids, labels, first place at which a label is kept) of each
+    limit       max_length in tokens, or None
     wrapped     where texts begin and end means nothing
     unfinished  numbers of texts that go on in another one
-    where       function from numbers of texts to words for their places
     """
     counts: list[int] = []
     ignored: Counter[int] = Counter()
@@ -278,7 +318,7 @@ def _judge(
         if number in unfinished:
             continue
         last, after = places[-1], ids[places[-1] + 1 :][:1]
-        while last > places[0] and ids[last] not in facts.ends and not tokenizer.decode([ids[last]]).strip():
+        while last > places[0] and ids[last] not in facts.ends and not str(tokenizer.decode([ids[last]])).strip():
             last -= 1  # many templates put a line break behind the end of turn
         if ids[last] not in facts.ends or labels[last] == -100:
             cut = "truncated" if limit and len(ids) >= limit else "no_end"
@@ -289,37 +329,36 @@ def _judge(
             ignored[ids[last]] += 1
     if unfinished and len(faults["loss_on_prompt"]) < len(texts):  # what goes on within an answer begins with loss
         del faults["loss_on_prompt"]
-    _add_end_ignored(report, tokenizer, facts, ignored, len(texts))
-    longest = max((len(ids) for ids, *_ in texts), default=0)
-    if facts.context and longest > facts.context:
+    return counts, ignored
+
+
+def report_beyond_context(report: Report, lengths: list[int], facts: Facts) -> None:
+    """Warn if texts of these lengths in tokens exceed what virtual tokens leave of the model's context."""
+    context = facts.context
+    if context is not None and max(lengths, default=0) > context:
+        taken = f", of which {facts.virtual} virtual tokens take their part" if facts.virtual else ""
         report.warn(
             "beyond_context",
-            f"{sum(len(ids) > facts.context for ids, *_ in texts)} of {len(texts)} rows are longer than the model's context of "
-            f"{facts.context:,} tokens; the longest has {longest:,}.",
-            f"Set max_length to at most {facts.context} and shorten these rows. Beyond it a model with learned positions "
+            f"{sum(length > context for length in lengths)} of {len(lengths)} rows are longer than the model's context of "
+            f"{context + facts.virtual:,} tokens{taken}; the longest has {max(lengths):,}.",
+            f"Set max_length to at most {context} and shorten these rows. Beyond it a model with learned positions "
             "raises an error, and one with rotary positions goes on, badly.",
         )
+
+
+def report_faults(
+    report: Report,
+    faults: Faults,
+    rows: int,
+    where: Callable[[Iterable[int]], str],
+    table: Mapping[str, tuple[str, str, str]] = FAULTS,
+) -> None:
+    """One finding for each code. table: {code: (level, what is wrong, what to do)}; where: function from row numbers to words."""
     for code, numbers in filter(lambda fault: fault[1], faults.items()):
-        level, what, remedy = _FAULTS[code]
+        level, what, remedy = table[code]
         details = list(dict.fromkeys(filter(None, numbers.values())))
         more = f": {first_few(details)}" if details else ""
-        report.add(
-            level,
-            code,
-            f"In {len(numbers)} of {len(texts)} rows {what} ({where(numbers)}){more}.",
-            remedy,
-        )
-    if not texts:
-        report.fail(
-            "empty",
-            "There are no rows.",
-            "See whether the file is empty, or a filter removed them all; TRL itself "
-            "drops those without loss (run check_sft_data on the rows that you gave it).",
-        )
-    else:
-        share = sum(counts) / max(1, sum(len(ids) for ids, *_ in texts))
-        report.note("supervision", f"In {len(texts)} rows {sum(counts)} tokens, {share:.0%} of all, carry loss.")
-    return report
+        report.add(level, code, f"In {len(numbers)} of {rows} rows {what} ({where(numbers)}){more}.", remedy)
 
 
 def _unheard(ids, end, ends) -> bool:
@@ -327,8 +366,11 @@ def _unheard(ids, end, ends) -> bool:
     return ids[end] not in ends and ids[end + 1] in ends
 
 
-def _add_end_ignored(report, tokenizer, facts, ignored, rows) -> None:
-    if not ignored:
+def report_end_ignored(
+    report: Report, tokenizer: PreTrainedTokenizerBase, facts: Facts, ignored: Counter[int], rows: int
+) -> None:
+    """Warn if answers end with tokens at which generate() goes on. ignored: {token: how many rows end with it}."""
+    if not ignored or facts.stops is None:
         return
     name, stops = tokenizer.convert_ids_to_tokens(ignored.most_common(1)[0][0]), sorted(facts.stops)
     report.warn(
@@ -340,15 +382,19 @@ def _add_end_ignored(report, tokenizer, facts, ignored, rows) -> None:
     )
 
 
-class _Facts(NamedTuple):
-    """ends: ids that end an answer; stops: those at which generate() stops, and context in tokens, None if unknown."""
+class Facts(NamedTuple):
+    """ends: ids that end an answer; stops: those at which generate() stops, and context in tokens for a text, None if unknown.
+
+    virtual: how many tokens of the whole context virtual tokens take.
+    """
 
     ends: set[int]
     stops: set[int] | None
     context: int | None
+    virtual: int = 0
 
 
-def _facts(tokenizer, model=None) -> _Facts:
+def read_facts(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Facts:
     """What is known of a model, or else of the one whose folder the tokenizer came from: nothing is fetched."""
     import transformers
 
@@ -365,7 +411,9 @@ def _facts(tokenizer, model=None) -> _Facts:
         context = int(limit)
     listed = eos_ids(generation_config)
     stops = listed | eos_ids(tokenizer) if listed else None
-    return _Facts(_ends(tokenizer) | listed, stops, context)
+    virtual = virtual_tokens(model)
+    context = None if context is None else max(0, context - virtual)
+    return Facts(_ends(tokenizer) | listed, stops, context, virtual)
 
 
 def _ends(tokenizer) -> set[int]:
@@ -408,6 +456,14 @@ def _texts(batch, pad):
         for part in parts[row].unique():
             if (keep := real[row] & (parts[row] == part)).any():
                 yield ids[row][keep].tolist(), labels[row][keep].tolist(), int(positions is not None)
+
+
+def _begins_with_pads(batch) -> list[bool]:
+    """Of each row of a batch, whether the mask begins with a pad."""
+    import torch
+
+    mask = batch.get("attention_mask")
+    return [] if mask is None else (torch.as_tensor(mask)[:, 0] == 0).tolist()
 
 
 def _pads_with_loss(batch) -> list[bool]:

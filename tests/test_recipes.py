@@ -1,0 +1,149 @@
+"""The page of recipes: each value has a source, and what can be computed or looked up here is right."""
+
+import dataclasses
+import re
+
+import pytest
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import LlamaConfig
+from trl import DPOConfig, GRPOConfig, RewardConfig, RLOOConfig
+
+from adapter_checks.counting import count_lora_parameters, meta_model
+from course_utils import paths
+
+PAGE = (paths.project_root() / "docs" / "recipes.md").read_text(encoding="utf-8")
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
+
+
+def recipes(page):
+    """{(section, setting): (start, why, source)} of the tables that begin with a column of settings."""
+    found, section, inside = {}, "", False
+    for line in page.splitlines():
+        if line.startswith("#"):
+            section = line.lstrip("# ")
+        inside = line.startswith("| Setting") or (inside and line.startswith("|"))
+        if inside and not line.startswith(("| Setting", "| ---")):
+            setting, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+            found[section, setting] = tuple(rest)
+    return found
+
+
+def faults(page):
+    """Return what is wrong with the page's form: rows without a source, and links that lead nowhere."""
+    told = []
+    for place, cells in recipes(page).items():
+        if len(cells) != 3 or not all(cells):
+            told.append(f"{place}: a cell is empty")
+        elif "][" not in cells[-1]:
+            told.append(f"{place}: no source")
+    defined = re.findall(r"^\[([\w-]+)\]: https://\S+$", page, re.M)
+    used = set(re.findall(r"\]\[([\w-]+)\]", page))
+    told += [f"{label}: no link" for label in sorted(used - set(defined))]
+    told += [f"{label}: unused or twice" for label in sorted(defined) if label not in used or defined.count(label) > 1]
+    headings = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall("^#+ (.+)$", page, re.M)
+    }
+    told += [f"{anchor}: no heading" for anchor in re.findall(r"\(#([\w-]+)\)", page) if anchor not in headings]
+    return told
+
+
+def test_every_value_has_a_source_and_every_link_a_target():
+    assert faults(PAGE) == []
+    assert len(recipes(PAGE)) > 40
+
+
+@pytest.mark.parametrize(
+    "old, new, fault",
+    [
+        ("| epochs | 1 |", "| epochs | |", "('DPO with LoRA', 'epochs'): a cell is empty"),
+        ("[Lester et al.][lester], §3.1 |", "Lester et al. |", "('Prompt tuning', 'size at which it pays'): no source"),
+        ("[ia3]: https", "[ia4]: https", "ia3: no link"),
+        ("[ia3]: https", "[ia4]: https", "ia4: unused or twice"),
+        ("### IA3", "### IA³", "ia3: no heading"),
+    ],
+)
+def test_a_fault_of_form_is_found(old, new, fault):
+    assert PAGE.count(old) == 1
+    assert fault in faults(PAGE.replace(old, new))
+
+
+def test_the_learning_rates_differ_by_the_factor_that_is_told():
+    assert "at 5e-3 to 1.5e-2" in PAGE and "1e-4 to 2e-4" in PAGE
+    assert f"a factor of {5e-3 / 2e-4:.0f} to {1.5e-2 / 1e-4:.0f}" in PAGE
+
+
+@pytest.mark.parametrize(
+    "section, setting, config, field, value",
+    [
+        ("DPO with LoRA", "learning rate, LoRA or QLoRA", DPOConfig, "learning_rate", "1e-6"),
+        ("DPO with LoRA", "beta", DPOConfig, "beta", "0.1"),
+        ("DPO with LoRA", "`max_length`, prompt and reply", DPOConfig, "max_length", "1024"),
+        ("Reward models with LoRA", "learning rate", RewardConfig, "learning_rate", "1e-4"),
+        ("GRPO with LoRA", "generations per prompt", GRPOConfig, "num_generations", "8"),
+        ("GRPO with LoRA", "beta, the weight of the KL term", GRPOConfig, "beta", "0"),
+        ("GRPO with LoRA", "`max_completion_length`", GRPOConfig, "max_completion_length", "512"),
+        ("GRPO with LoRA", "temperature", GRPOConfig, "temperature", "1.0"),
+    ],
+)
+def test_defaults_are_those_of_the_installed_trl(section, setting, config, field, value):
+    assert defaults(config)[field] == float(value)
+    start, why, _ = recipes(PAGE)[section, setting]
+    assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.]*\w)", f"{start}; {why}")
+
+
+def test_the_other_defaults_are_those_of_the_installed_trl():
+    assert "2 generations per prompt and a beta of 0.05" in PAGE
+    assert (defaults(RLOOConfig)["num_generations"], defaults(RLOOConfig)["beta"]) == (2, 0.05)
+    assert defaults(DPOConfig)["truncation_mode"] == "keep_start", "the page says that the end is cut"
+
+
+def defaults(config):
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+def test_the_memory_of_a_reference_is_computed_right():
+    def gigabytes(size):
+        return f"{size / 1e9:.2f} GB"
+
+    count = count_lora_parameters(LLAMA_8B, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model, adapter = 2 * count.base, 4 * count.adapter
+    for written in (
+        f"{count.base:,} × 2 bytes = {gigabytes(model)}",
+        f"{count.adapter:,} × 4 bytes = {gigabytes(adapter)}",
+        f"at rank 128 eight times that, {gigabytes(128 // 16 * adapter)}",
+        f"61,000 × 8 bytes = {61_000 * 8 / 1e6:.1f} MB",
+        f"2 × {model / 1e9:.2f} = {gigabytes(2 * model)}",
+        f"base, reward model, value model: {gigabytes(3 * model)}",
+        f"policy, reference, reward model, value model: {gigabytes(4 * model)}",
+    ):
+        assert written in PAGE, written
+
+
+@pytest.mark.parametrize(
+    "peft_config, written",
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), "20 × 4096 = "),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), "20 × 32 layers × 2 × 1024 = "),
+        (
+            IA3Config(
+                task_type="CAUSAL_LM",
+                target_modules=["k_proj", "v_proj", "down_proj"],
+                feedforward_modules=["down_proj"],
+            ),
+            "32 × (1024 + 1024 + 14336) = ",
+        ),
+    ],
+    ids=["prompt tuning", "prefix tuning", "IA3"],
+)
+def test_prompt_methods_train_as_many_numbers_as_told(peft_config, written):
+    model = get_peft_model(meta_model(LLAMA_8B, None), peft_config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert f"{written}{trained:,}" in PAGE
