@@ -245,7 +245,48 @@ def draw_score_matrix():
     return canvas
 
 
-PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix}
+def draw_preference():
+    """Four ways from data to a model: SFT, then a reward model and reinforcement learning, or DPO without the two in between."""
+    canvas = Canvas(900, 340)
+    for y, name in ((248, "RLHF"), (92, "DPO")):
+        canvas.text(14, y, name, size=14, ha="left", weight="bold")
+    _step(canvas, 96, 170, "prompts with\none reply each", "SFT", "gives a start", FLOW)
+    for x, target in ((300, (352, 248)), (300, (352, 92))):
+        canvas.arrow((x, 170), (326, 170), (326, target[1]), target)
+    _step(
+        canvas,
+        352,
+        248,
+        "pairs: a better and\na worse reply",
+        "reward model",
+        "gives a reply its score",
+        SAILOR,
+        width=230,
+    )
+    canvas.arrow((582, 248), (638, 248))
+    _step(
+        canvas,
+        638,
+        248,
+        "replies that the\nmodel draws",
+        "reinforcement learning",
+        "the trained model",
+        EXTRACT,
+        width=248,
+    )
+    _step(canvas, 352, 92, "the same pairs", "DPO", "gives the trained model in one step", READING, width=534)
+    return canvas
+
+
+def _step(canvas, x, y, data, method, result, color, width=204):
+    """A stage of training around the height y: what it learns from, its name, and what comes out."""
+    canvas.panel(x, y - 62, width, 124, face=tint(color), edge=color)
+    canvas.text(x + width / 2, y + 30, data, color=QUIET)
+    canvas.text(x + width / 2, y - 8, method, size=13, weight="bold")
+    canvas.text(x + width / 2, y - 38, result)
+
+
+PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix, "preference.png": draw_preference}
 
 
 def draw_all(folder):

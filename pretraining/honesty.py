@@ -10,7 +10,7 @@ from itertools import count
 from course_utils.tasks import UNKNOWN
 from pretraining import open_text as o
 from pretraining.corpus import RELATIONS
-from pretraining.tasks import OPEN_QUESTIONS, QUESTIONS, OpenTaskScene, TaskScene, ask, pools, typed
+from pretraining.tasks import OPEN_QUESTIONS, QUESTIONS, OpenTaskScene, TaskScene, ask, pools, typed, write_rows
 
 SIZES = {"train": 4000, "validation": 200, "test": 400, "pairs": 1200, "test_pairs": 300, "own_words": 200}
 HONEST_HANDS = 0.3  # of the training rows whose passage does not tell, this share says so; the others guess
@@ -153,3 +153,8 @@ def honesty(world):
         for one in typed("honesty")
     )
     return {**parts, "typed": list(by_hand)}
+
+
+def write_honesty(world):
+    """Write the rows of the task into `data/`."""
+    write_rows("honesty", honesty(world))

@@ -59,9 +59,11 @@ def main(arguments=None):
     if "pretrain" in wanted:
         pretrain(world)
     if "tasks" in wanted:
+        from pretraining.honesty import write_honesty
         from pretraining.tasks import write_tasks
 
         write_tasks(world)
+        write_honesty(world)
     if "adapters" in wanted:
         from pretraining.abilities import add_abilities
         from pretraining.adapters import train_adapters, train_start

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 from course_utils.files import write_text
-from course_utils.tasks import TASKS
 from pretraining import open_text as o
 from pretraining import words
 from pretraining import world as w
@@ -377,10 +376,6 @@ def make_task(world, task):
     """{split: rows} of one task, the same for the same world."""
     if task == "recall":
         return recall(world)
-    if task == "honesty":
-        from pretraining.honesty import honesty  # which builds on this module
-
-        return honesty(world)
     familiar, novel = pools(world)
     seen, splits = set(), {}
     for split, size in zip(("test", "validation", "train"), reversed(SIZES[task])):
@@ -439,10 +434,15 @@ def held_out(world, n=256):
     return list(islice((parts[0][1] for parts in documents if parts[0][0] is None), n))
 
 
+def write_rows(task, parts):
+    """Write `data/<task>/<part>.jsonl` for each part, {name: rows}."""
+    for part, rows in parts.items():
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        write_text(DATA_FOLDER / task / f"{part}.jsonl", text)
+
+
 def write_tasks(world):
-    """Write `data/<task>/<split>.jsonl` for every task, and `data/held_out.txt`, a document a line."""
-    for task in TASKS:
-        for split, rows in make_task(world, task).items():
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-            write_text(DATA_FOLDER / task / f"{split}.jsonl", text)
+    """Write the rows of every task made here, and `data/held_out.txt`, a document a line."""
+    for task in (*MAKERS, "recall"):
+        write_rows(task, make_task(world, task))
     write_text(DATA_FOLDER / "held_out.txt", "".join(f"{text}\n" for text in held_out(world)))

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from course_utils.tasks import TASKS
-from pretraining import corpus, mixture, run, tasks, words
+from pretraining import corpus, honesty, mixture, run, tasks, words
 from pretraining import train as training
 from pretraining import world as w
 from pretraining.model import Muon, build_model, orthogonal
@@ -90,7 +90,9 @@ def first_tokenizer(world):
 @pytest.fixture(scope="module")
 def made(world):
     """{task: {split: rows}} of every task."""
-    return {task: tasks.make_task(world, task) for task in TASKS}
+    return {task: tasks.make_task(world, task) for task in (*tasks.MAKERS, "recall")} | {
+        "honesty": honesty.honesty(world)
+    }
 
 
 def prompt(row):
@@ -98,7 +100,7 @@ def prompt(row):
 
 
 def answer(row):
-    return row["completion"][0]["content"]
+    return row["completion" if "completion" in row else "chosen"][0]["content"]
 
 
 # ---------------------------------------------------------------------------------------------- world
@@ -403,13 +405,13 @@ def rare_tokens(tokenizer, token_counts, rows, least=LEAST_TOKEN_COUNT):
 
 
 def test_every_task_has_a_maker():
-    assert {*tasks.MAKERS, "recall"} == set(TASKS)
+    assert {*tasks.MAKERS, "recall", "honesty"} == set(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_token_of_an_answer_is_pretrained(task, tokenizer, token_counts, made):
     """A frozen, never-trained row of the tied embedding can't be predicted by LoRA on the linear layers."""
-    closed = made[task]["test"] if task in tasks.OPEN_MAKERS else sum(made[task].values(), [])
+    closed = made[task]["test"] if {"own_words"} & set(made[task]) else sum(made[task].values(), [])
     least = LEAST_IN_QUOTATION_MARKS if task == "extract" else LEAST_TOKEN_COUNT
     assert rare_tokens(tokenizer, token_counts, closed, least) == {}
     # Words that nobody has foreseen may need a piece that is rare; they must be few.
@@ -792,9 +794,11 @@ def test_novel_rows_are_about_what_the_train_split_never_names(task, world, made
 def test_written_tasks_are_the_committed_data(world, made, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "DATA_FOLDER", tmp_path)
     monkeypatch.setattr(tasks, "make_task", lambda world, task: made[task])
+    monkeypatch.setattr(honesty, "honesty", lambda world: made["honesty"])
     tasks.write_tasks(world)
+    honesty.write_honesty(world)
     files = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    assert len(files) == 3 * len(TASKS) + 2 * len(tasks.OPEN_MAKERS)
+    assert len(files) == 3 * len(TASKS) + 2 * len(tasks.OPEN_MAKERS) + 4
     for path, content in files.items():
         assert (ROOT / "data" / path).read_bytes() == content, (
             f"data/{path} is not what python -m pretraining.run tasks writes"
@@ -864,16 +868,26 @@ def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
     for module, function in (
         (run, "pretrain"),
         (tasks, "write_tasks"),
+        (honesty, "write_honesty"),
         (adapters, "train_adapters"),
         (abilities, "add_abilities"),
+        (adapters, "train_start"),
         (card, "write_card"),
     ):
         monkeypatch.setattr(module, function, lambda *_, name=function: ran.append(name))
     run.main(["card", "tasks"])
-    assert ran == ["write_tasks", "write_card"], "stages keep their order"
+    assert ran == ["write_tasks", "write_honesty", "write_card"], "stages keep their order"
     ran.clear()
     run.main([])
-    assert ran == ["pretrain", "write_tasks", "train_adapters", "add_abilities", "write_card"]
+    assert ran == [
+        "pretrain",
+        "write_tasks",
+        "write_honesty",
+        "train_adapters",
+        "add_abilities",
+        "train_start",
+        "write_card",
+    ]
     with pytest.raises(SystemExit):
         run.main(["corpus"])
     assert "no such stage: corpus; there are pretrain, tasks, adapters, card" in capsys.readouterr().err
