@@ -105,7 +105,7 @@ def trained(trainer):
 
 def codes(trainer):
     """Of a trainer after its run, and of its log alone, as sets."""
-    beta = trainer.beta if isinstance(trainer, DPOTrainer) else None
+    beta = (trainer.beta if isinstance(trainer, DPOTrainer) else None) or None
     return set(check_preference_run(trainer).codes), set(check_preference_run(trainer.state.log_history, beta).codes)
 
 
@@ -319,6 +319,14 @@ def test_runs_that_learn_nothing(rows, settings, expected, dpo):
     if "max_length" in settings:
         rows = [row | {side: bot("a" + row[side][0]["content"]) for side in ("chosen", "rejected")} for row in rows]
     assert codes(trained(dpo(rows, **settings))) == (expected, expected)
+
+
+def test_settings_that_the_loss_does_not_take(dpo):
+    assert check_preference_run(dpo(beta=-0.1)).codes == ["bad_beta"]
+    assert codes(trained(dpo(beta=0.0, max_steps=3))) == ({"bad_beta", "no_gradient"}, {"no_gradient"})
+    assert check_preference_run(dpo(label_smoothing=0.1)).codes == ["without_effect"]
+    for loss in ("robust", ["sigmoid", "aot"]):
+        assert check_preference_run(dpo(label_smoothing=0.1, loss_type=loss)).codes == []
 
 
 def test_a_rate_for_all_weights(dpo):
