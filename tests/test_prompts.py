@@ -121,9 +121,10 @@ def test_starts_and_numbers_of_virtual_tokens(small):
     runs = [run for run in prompts_start.RUNS if run["seed"] == 0 and (run["tokens"] == 20 or run["tokens"] == 5)]
     rows = rows_of(prompts_start, runs, "prompts_start")
     said = {(row["tokens"], row["start"], row["rate"]): row for row in rows}
-    assert len(said) == 5 and {row["learning_rate"] for row in rows} == {0.03, 1.0}
+    assert len(said) == 4 and {row["learning_rate"] for row in rows} == {0.03, 1.0}
     embedding = training.load_base()[0].get_input_embeddings().weight.norm(dim=1).mean().item()
-    text, drawn, normal = (said[20, start, "best"]["norm_before"] for start in ("TEXT", "SAMPLE_VOCAB", "RANDOM"))
+    text = said[5, "TEXT", "best"]["norm_before"]
+    drawn, normal = (said[20, start, "best"]["norm_before"] for start in ("SAMPLE_VOCAB", "RANDOM"))
     assert text == pytest.approx(embedding, rel=0.2) and drawn == pytest.approx(embedding, rel=0.2)
     assert normal == pytest.approx(8, rel=0.1), "64 numbers from a normal distribution"
     assert all(row["norm_after"] != row["norm_before"] for row in rows)

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer
 
 from adapter_checks import check_preference_data
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
-from adapter_checks.preference_data import MANY, _encode, _read, _template_marks
+from adapter_checks.preference_data import MANY, _encode, _read, _template
 from adapter_checks.training_data import Faults, read_facts
 from tiny_models import CPU_TRAINING, make_tiny_model, make_tiny_tokenizer
 
@@ -82,6 +82,11 @@ HEALTHY = {
     "text, implicit prompt": [text_implicit(row) for row in PAIRS],
     "earlier turns": [with_turns(row) for row in PAIRS],
     "one row": PAIRS[:1],
+    "text, and a reply that is begun": [as_text(row, "<|user|>{}<|end|><|assistant|>It is ") for row in PAIRS],
+    "text, with the header in the replies": [
+        as_text(row, "<|user|>{}<|end|>") | {side: "<|assistant|>" + row[side][0]["content"] for side in ("chosen", "rejected")}
+        for row in PAIRS
+    ],
     "a ranking": [row for number in range(10) for row in ranked(number)],
     "yes or no": [pair(i, chosen=bot("yes" if i % 4 else "no"), rejected=bot("no" if i % 4 else "yes")) for i in range(40)],
     "a refusal on both sides": [
@@ -163,6 +168,7 @@ PLANTED = [
     ("mixed_rows", some(as_text)),
     ("mixed_rows", some(implicit)),
     ("not_templated", [as_text(row, "{}") for row in PAIRS]),
+    ("not_templated", [as_text(row, "<|user|>{}<|end|>") for row in PAIRS]),
     ("not_templated", [as_text(row, "\n\nHuman: {}\n\nAssistant: ") for row in PAIRS]),
     ("one_sided", [pair(i, chosen=bot("I can't help with that.")) for i in range(40)]),
     ("one_sided", [pair(i, rejected=bot("Nobody knows.")) for i in range(40)]),
@@ -224,7 +230,7 @@ def test_a_few_are_a_warning_and_many_a_failure(code, tiny_tokenizer):
 
 def test_what_max_length_does(tiny_tokenizer):
     long = [pair(i, chosen=bot(f"{LONG}, {i}."), rejected=bot(f"{LONG}; {i}!")) for i in range(5)]
-    whole = max(len(pair[0].encoded.ids) for pair in encoded(long, tiny_tokenizer))
+    whole = max(len(replies[0][1].ids) for replies in encoded(long, tiny_tokenizer))
     assert check_preference_data(long, tiny_tokenizer, whole).codes == []
     assert check_preference_data(long, tiny_tokenizer, whole - 2).codes == ["truncated"]
     assert set(check_preference_data(long, tiny_tokenizer, 70).codes) == {"truncated", "cut_to_equal"}
@@ -260,7 +266,7 @@ def test_what_the_template_does(tiny_tokenizer):
 def encoded(rows, tokenizer):
     facts = read_facts(tokenizer)
     assert not any(_read(row)[1] for row in rows)
-    return [_encode(row, tokenizer, facts.ends, Faults(), 0, _template_marks(tokenizer)) for row in rows]
+    return [_encode(row, tokenizer, facts.ends, Faults(), 0, _template(tokenizer)) for row in rows]
 
 
 @pytest.mark.parametrize("form", ["messages", "implicit prompt", "text", "text, implicit prompt", "earlier turns"])
@@ -273,10 +279,10 @@ def test_tokens_are_those_of_the_trainer(form, tiny_tokenizer, tmp_path):
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tiny_tokenizer(),
     )
-    for given, pair in zip(trainer.train_dataset, encoded(rows, tiny_tokenizer), strict=True):
-        for side, reply in zip(("chosen", "rejected"), pair):
-            assert given["prompt_ids"] + given[f"{side}_ids"] == reply.encoded.ids
-            assert [label for label in reply.encoded.labels if label != -100] == given[f"{side}_ids"]
+    for given, replies in zip(trainer.train_dataset, encoded(rows, tiny_tokenizer), strict=True):
+        for side, (_, reply) in zip(("chosen", "rejected"), replies):
+            assert given["prompt_ids"] + given[f"{side}_ids"] == reply.ids
+            assert [label for label in reply.labels if label != -100] == given[f"{side}_ids"]
 
 
 def test_rows_that_the_trainers_drop(tiny_tokenizer, tmp_path):

@@ -105,7 +105,7 @@ def trained(trainer):
 
 def codes(trainer):
     """Of a trainer after its run, and of its log alone, as sets."""
-    beta = trainer.beta if isinstance(trainer, DPOTrainer) else None
+    beta = (trainer.beta if isinstance(trainer, DPOTrainer) else None) or None
     return set(check_preference_run(trainer).codes), set(check_preference_run(trainer.state.log_history, beta).codes)
 
 
@@ -125,21 +125,21 @@ def assert_quiet(trainer):
     [
         {},
         {"loss_type": "ipo"},
-        {"loss_type": "hinge"},
+        {"loss_type": "hinge", "max_steps": 10},
         {"loss_type": "apo_zero"},
         {"loss_type": "apo_down", "max_steps": 5},
-        {"loss_type": "robust", "label_smoothing": 0.1},
+        {"loss_type": "robust", "label_smoothing": 0.1, "max_steps": 10},
         {"loss_type": "exo_pair", "label_smoothing": 1e-3, "max_steps": 5},
         {"loss_type": "nca_pair", "max_steps": 5},
         {"loss_type": "bco_pair", "max_steps": 5},
         {"loss_type": "sppo_hard", "learning_rate": 3e-4, "max_steps": 5},
         {"loss_type": "aot", "max_steps": 5},
-        {"loss_type": "sigmoid_norm"},
+        {"loss_type": "sigmoid_norm", "max_steps": 10},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         {"f_divergence_type": "forward_kl", "max_steps": 5},
         {"use_weighting": True, "max_steps": 5},
         {"ld_alpha": 0.5, "max_steps": 5},
-        {"beta": 1.0},
+        {"beta": 1.0, "max_steps": 10},
         {"beta": 0.01, "max_steps": 5},
         {"precompute_ref_log_probs": True, "max_steps": 5},
         {"gradient_accumulation_steps": 2, "max_steps": 4},
@@ -156,10 +156,17 @@ def test_healthy_dpo(settings, dpo):
 
 def test_healthy_references(dpo, model, tiny_model_folder):
     """Of each kind: an adapter that is trained on, a base that is trained whole, a copy, one loaded from disk, a stream of rows."""
-    assert_quiet(dpo(policy=make_tiny_adapter(model())))
+    assert_quiet(dpo(policy=make_tiny_adapter(model()), max_steps=5))
     assert_quiet(dpo(policy=AutoModelForCausalLM.from_pretrained(tiny_model_folder), learning_rate=1e-4, max_steps=5))
     assert_quiet(
-        dpo(policy=model(), reference=model(), learning_rate=1e-4, sync_ref_model=True, ref_model_sync_steps=8)
+        dpo(
+            policy=model(),
+            reference=model(),
+            learning_rate=1e-4,
+            sync_ref_model=True,
+            ref_model_sync_steps=4,
+            max_steps=8,
+        )
     )
     assert_quiet(dpo(reference=model(), peft_config=lora(init_lora_weights="pissa"), max_steps=5))
     assert_quiet(dpo(Dataset.from_list(PAIRS).to_iterable_dataset(), max_steps=5))
@@ -177,7 +184,7 @@ def test_a_reward_model(tiny_tokenizer, tmp_path):
         config.num_labels, config.initializer_range = 1, 0.02
         return RewardTrainer(
             LlamaForSequenceClassification(config),
-            args=RewardConfig(str(tmp_path), **RUN | {"max_steps": 40, "learning_rate": 5e-3} | changes),
+            args=RewardConfig(str(tmp_path), **RUN | {"max_steps": 25, "learning_rate": 5e-3} | changes),
             train_dataset=Dataset.from_list(rows),
             processing_class=make_tiny_tokenizer(),
             peft_config=lora(task_type="SEQ_CLS", target_modules="all-linear"),
@@ -191,7 +198,7 @@ def test_a_reward_model(tiny_tokenizer, tmp_path):
     )
     # Each pair and its opposite
     assert (
-        codes(trained(trainer([swap(row) for row in PAIRS for swap in (dict, swapped)], max_steps=30)))
+        codes(trained(trainer([swap(row) for row in PAIRS for swap in (dict, swapped)], max_steps=25)))
         == ({"coin_toss"},) * 2
     )
 
@@ -321,6 +328,14 @@ def test_runs_that_learn_nothing(rows, settings, expected, dpo):
     assert codes(trained(dpo(rows, **settings))) == (expected, expected)
 
 
+def test_settings_that_the_loss_does_not_take(dpo):
+    assert check_preference_run(dpo(beta=-0.1)).codes == ["bad_beta"]
+    assert codes(trained(dpo(beta=0.0, max_steps=3))) == ({"bad_beta", "no_gradient"}, {"no_gradient"})
+    assert check_preference_run(dpo(label_smoothing=0.1)).codes == ["without_effect"]
+    for loss in ("robust", ["sigmoid", "aot"]):
+        assert check_preference_run(dpo(label_smoothing=0.1, loss_type=loss)).codes == []
+
+
 def test_a_rate_for_all_weights(dpo):
     trainer = dpo(learning_rate=1e-6)
     assert check_preference_run(trainer).codes == ["rate_too_low"]
@@ -332,7 +347,7 @@ def test_a_rate_for_all_weights(dpo):
 
 def test_pairs_in_both_orders(dpo):
     rows = [swap(row) for row in PAIRS[:32] for swap in (dict, swapped)]
-    assert codes(trained(dpo(rows, max_steps=60, learning_rate=2e-2))) == ({"coin_toss"},) * 2
+    assert codes(trained(dpo(rows, max_steps=40, learning_rate=2e-2))) == ({"coin_toss"},) * 2
 
 
 def test_held_out_pairs_that_are_labelled_the_other_way_round(dpo):
@@ -472,8 +487,8 @@ def length(completions, **_):
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(GRPOTrainer, {}), (GRPOTrainer, {"beta": 0.04}), (GRPOTrainer, {"loss_type": "dr_grpo", "scale_rewards": "none", "max_steps": 4}),
-     (GRPOTrainer, {"max_steps": 2}), (GRPOTrainer, {"logging_steps": 2, "max_steps": 6}), (RLOOTrainer, {})],
+    [(GRPOTrainer, {}), (GRPOTrainer, {"beta": 0.04, "max_steps": 6}), (GRPOTrainer, {"loss_type": "dr_grpo", "scale_rewards": "none", "max_steps": 4}),
+     (GRPOTrainer, {"logging_steps": 2, "max_steps": 6}), (RLOOTrainer, {"max_steps": 8})],
 )  # fmt: skip
 def test_healthy_online_runs(kind, settings, online):
     assert_quiet(online(share_of_a, kind, **settings))

@@ -95,7 +95,7 @@ _FAULTS = FAULTS | {
     ),
     "not_templated": (
         "warn",
-        "the prompt is plain text without the marks of the chat template. TRL puts messages alone through the template, so "
+        "the prompt is text without the marks of the chat template. TRL puts messages alone through the template, so "
         "the model is trained on prompts of another form than it is asked with",
         "Give prompt, chosen and rejected as messages: [{'role': 'user', 'content': ...}]. For a model that only "
         "continues text it is right so.",
@@ -103,9 +103,19 @@ _FAULTS = FAULTS | {
 }  # fmt: skip
 
 
-class _Reply(NamedTuple):
-    text: str
-    encoded: EncodedRow
+class _Pair(NamedTuple):
+    """Of chosen and rejected: a hash of prompt and reply, how many tokens the reply has, and its text."""
+
+    keys: tuple[int, int]
+    lengths: tuple[int, int]
+    texts: tuple[str, str]
+
+
+class _Template(NamedTuple):
+    """What a chat template writes around a question, and the header before the answer; empty without a template."""
+
+    marks: Sequence[str] = ()
+    header: str = ""
 
 
 @never_raises("Preference pairs")
@@ -154,35 +164,36 @@ def _check_pairs(rows, tokenizer, max_length, in_words: Callable[[Iterable[int]]
             "bad_argument", f"max_length is {max_length!r}.", "Pass a whole number of tokens, or None for no limit."
         )
         return report
-    names, forms, marks = [], [], _template_marks(tokenizer)
-    pairs: dict[int, tuple[_Reply, _Reply]] = {}
-    texts: list[tuple[list[int], list[int], int]] = []  # two of each pair, as it is cut
+    names, lengths, ignored, template = [], [], Counter[int](), _template(tokenizer)
+    first, pairs = "", dict[int, _Pair]()
     for number, (name, row) in enumerate(rows):
         names.append(name)
         row = _as_python(row)
         form, code, detail = _read(row)
-        forms.append(form)
+        first = first or form
         if code:
             faults[code][number] = detail
             continue
-        if form != next(filter(None, forms)):
-            faults["mixed_rows"][number] = f"{form}, not {next(filter(None, forms))}"
-        pair = _encode(row, tokenizer, facts.ends, faults, number, marks)
-        if pair is not None:
-            pairs[number] = pair
-    for number, pair in pairs.items():
-        cut = [(reply.encoded.ids[:max_length], reply.encoded.labels[:max_length]) for reply in pair]
-        if pair[0].encoded.ids != pair[1].encoded.ids and cut[0][0] == cut[1][0] and any(_taught(cut[0][1])):
+        if form != first:
+            faults["mixed_rows"][number] = f"{form}, not {first}"
+        replies = _encode(row, tokenizer, facts.ends, faults, number, template)
+        if not all(reply.ids for _, reply in replies):
+            continue
+        cut = [(reply.ids[:max_length], reply.labels[:max_length], 0) for _, reply in replies]
+        same, same_cut = replies[0][1].ids == replies[1][1].ids, cut[0][0] == cut[1][0]
+        if same_cut and not same and any(_taught(cut[0][1])):
             faults["cut_to_equal"][number] = ""
-        texts += [(*side, 0) for side in cut]
-    own = Faults()
-    _, ignored = find_faults(texts, tokenizer, facts, max_length, own)
-    numbers = list(pairs)
-    for code, found in own.items():
-        for text in found:
-            _add(faults, code, numbers[text // 2], _SIDES[text % 2])
-    report_end_ignored(report, tokenizer, facts, ignored, len(texts))
-    report_beyond_context(report, [len(ids) for ids, *_ in texts], facts)
+        own = Faults()
+        ignored += find_faults(cut, tokenizer, facts, max_length, own)[1]
+        for code, sides in own.items():
+            for side in sides:
+                _add(faults, code, number, _SIDES[side])
+        lengths += [len(ids) for ids, *_ in cut]
+        pairs[number] = _Pair(
+            *zip(*[(hash(tuple(reply.ids)), sum(_taught(reply.labels)), text) for text, reply in replies])
+        )
+    report_end_ignored(report, tokenizer, facts, ignored, len(lengths))
+    report_beyond_context(report, lengths, facts)
 
     def where(numbers):
         return in_words(names[number] for number in numbers)
@@ -254,8 +265,8 @@ def _common(row) -> int:
     return differing - 1 if differing and chosen[differing - 1] == " " else differing
 
 
-def _encode(row, tokenizer, ends, faults, number, marks) -> tuple[_Reply, _Reply] | None:
-    """Both replies as DPOTrainer reads them, None if one can't be read; what is wrong with them goes to `faults`."""
+def _encode(row, tokenizer, ends, faults, number, template: _Template) -> list[tuple[str, EncodedRow]]:
+    """The text of both replies, and how DPOTrainer reads them; what is wrong goes to `faults`, and what can't be read has no ids."""
     implicit = "prompt" not in row
     common = _common(row) if implicit else 0
     prompt = row["chosen"][:common] if implicit else row["prompt"]
@@ -264,7 +275,7 @@ def _encode(row, tokenizer, ends, faults, number, marks) -> tuple[_Reply, _Reply
     for side in _SIDES:
         reply = row[side][common:]
         encoded = encode_row({"prompt": prompt, "completion": reply, **options}, tokenizer, ends)
-        repeated = "" if implicit else _repeats(prompt, reply, row[_SIDES[side == "chosen"]], marks)
+        repeated = "" if implicit else _repeats(prompt, reply, row[_SIDES[side == "chosen"]], template.marks)
         if repeated:
             _add(faults, repeated, number, side)
         # TRL cuts an implicit prompt between characters; a prompt that follows another one is written otherwise.
@@ -272,10 +283,13 @@ def _encode(row, tokenizer, ends, faults, number, marks) -> tuple[_Reply, _Reply
             encoded.faults.pop("prompt_differs", None)
         for code, detail in encoded.faults.items():
             _add(faults, "no_reply" if code == "no_completion" else code, number, detail or side)
-        replies.append(_Reply(_text(reply), encoded))
-    if isinstance(prompt, str) and marks and not any(mark in prompt for mark in marks):
-        faults["not_templated"][number] = ""
-    return (replies[0], replies[1]) if all(reply.encoded.ids for reply in replies) else None
+        replies.append((_text(reply), encoded))
+    if isinstance(prompt, str) and template.marks:
+        if not any(mark in prompt for mark in template.marks):
+            faults["not_templated"][number] = ""
+        elif not implicit and template.header not in prompt and not replies[0][0].lstrip().startswith(template.header):
+            faults["not_templated"][number] = f"no {template.header!r} before the answer"
+    return replies
 
 
 def _add(faults: Faults, code: str, number: int, detail: str) -> None:
@@ -318,18 +332,19 @@ def _plain(text, marks) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _template_marks(tokenizer) -> Sequence[str]:
-    """What a chat template writes around a question: its special tokens, or without such the text; empty without a template."""
+def _template(tokenizer) -> _Template:
+    question = [{"role": "user", "content": "@@"}]
     try:
-        question = [{"role": "user", "content": "@@"}]
-        written = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        asked, written = (
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=header)
+            for header in (False, True)
+        )
     except Exception:  # no template, or one that wants other turns
-        return ()
-    around = [part.replace(tokenizer.bos_token or "@@", "") for part in written.split("@@")]
+        return _Template()
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content in written]
-    return [mark for mark in special if mark != tokenizer.bos_token] or [
-        part.strip() for part in around if part.strip()
-    ]
+    marks = [token for token in special if token != tokenizer.bos_token]
+    around = [part.replace(tokenizer.bos_token or "@@", "").strip() for part in written.split("@@")]
+    return _Template(marks or list(filter(None, around)), written.removeprefix(asked).strip())
 
 
 def _taught(labels) -> list[bool]:
@@ -343,7 +358,7 @@ def _find_repeats(pairs, faults) -> None:
     """Pairs that are no pairs, or are there twice, or in both orders."""
     seen: dict[tuple[int, int], int] = {}
     for number, pair in pairs.items():
-        key = hash(tuple(pair[0].encoded.ids)), hash(tuple(pair[1].encoded.ids))
+        key = pair.keys
         if key[0] == key[1]:
             faults["identical_pairs"][number] = ""
         elif key in seen:
@@ -357,9 +372,8 @@ def _report_sides(report, pairs) -> None:
     """Is there a rule that tells chosen from rejected without reading the prompt: one text, or the length?"""
     if not pairs:
         return
-    lengths = [tuple(sum(_taught(reply.encoded.labels)) for reply in pair) for pair in pairs]
-    longer, shorter = sum(a > b for a, b in lengths), sum(a < b for a, b in lengths)
-    means = [sum(side) / len(pairs) for side in zip(*lengths)]
+    longer, shorter = (sum(a > b for a, b in (pair.lengths[::order] for pair in pairs)) for order in (1, -1))
+    means = [sum(side) / len(pairs) for side in zip(*[pair.lengths for pair in pairs])]
     report.note(
         "pairs",
         f"{len(pairs)} pairs. Chosen has {means[0]:.1f} tokens on average and rejected {means[1]:.1f}; chosen is the longer "
@@ -378,7 +392,7 @@ def _report_sides(report, pairs) -> None:
             "loss_type='sigmoid_norm' and ld_alpha weaken the effect.",
         )
     for side, other in ((0, 1), (1, 0)):
-        texts = [[" ".join(pair[k].text.split()) for pair in pairs] for k in (side, other)]
+        texts = [[" ".join(pair.texts[k].split()) for pair in pairs] for k in (side, other)]
         _report_one_sided(report, texts, _SIDES[side], 0.5 if many < 1 else 1, many)
 
 

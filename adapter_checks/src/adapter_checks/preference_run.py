@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # In nats of log-probability of a reply: what a reference may differ by through rounding (or 1% of the reply's own), and how
 # far a policy must have moved for its accuracy to say something.
 ROUNDING, MOVED = 0.5, 1.0
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # as in TRL 1.16 (DPOTrainer._compute_loss)
 _KINDS = {"DPOTrainer": "DPO", "RewardTrainer": "reward model", "GRPOTrainer": "GRPO", "RLOOTrainer": "GRPO"}
 
 
@@ -80,6 +81,8 @@ def check_preference_run(run: Trainer | Sequence[Mapping[str, Any]], beta: float
     if trainer is not None:
         if not _check_parts(report, trainer):
             return report
+        if kind == "DPO":
+            _check_settings(report, trainer)
         if kind == "GRPO":
             check_room(report, trainer)
         if kind == "DPO" or (kind == "GRPO" and trainer.beta):
@@ -126,6 +129,29 @@ def _check_parts(report, trainer) -> bool:
     if adam and any("lora_" in name for name in weights):
         check_rate(report, rate, trainer.model, LOWEST_PREFERENCE_RATE)
     return True
+
+
+def _check_settings(report, trainer) -> None:
+    """Settings of DPOTrainer that turn the loss around, or that this loss does not read."""
+    losses, smoothing = _losses(trainer), trainer.args.label_smoothing
+    if trainer.beta <= 0:
+        report.fail(
+            "bad_beta",
+            f"beta is {trainer.beta:g}: with 0 there is no gradient, and below it the rejected replies are made more likely, while the "
+            "logged rewards change their sign as well and look right.",
+            "Take a number above 0; the default is 0.1.",
+        )
+    if smoothing and not set(losses) & set(_SMOOTHED):
+        report.warn(
+            "without_effect",
+            f"label_smoothing={smoothing:g} has no effect: the loss {first_few(losses)} does not read it.",
+            f"For labels of which some are wrong take loss_type='robust'; beside it {', '.join(_SMOOTHED[1:])} read it.",
+        )
+
+
+def _losses(trainer) -> list[str]:
+    given = trainer.args.loss_type
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _check_movement(report, trainer) -> None:
@@ -263,8 +289,7 @@ def _check_start(report, log, beta, trainer) -> None:
     sizes = [abs(log.values(f"logps/{side}")[0]) for side in ("chosen", "rejected") if log.values(f"logps/{side}")]
     if nats <= max(ROUNDING, 0.01 * max(sizes, default=0)):
         return
-    args = getattr(trainer, "args", None)
-    plain = args is None or (list(args.loss_type) == ["sigmoid"] and not args.use_weighting)
+    plain = trainer is None or (_losses(trainer) == ["sigmoid"] and not trainer.args.use_weighting)
     loss = (
         f" (first loss {first['loss']:.3f}, where the sigmoid loss has ln 2 = 0.693)"
         if plain and "loss" in first
@@ -299,7 +324,7 @@ def _check_learning(report, log, accuracy, beta) -> None:
             "learns_backwards",
             f"In the second half of {log.steps} steps chosen beats rejected in {mean:.0%} of the pairs only: training makes the rejected "
             "replies more likely.",
-            "Look at the loss and its settings: label_smoothing above 0.5, a negative beta, or 'discopop', which slopes the other way "
+            "Look at the loss and its settings: label_smoothing above 0.5, or 'discopop', which slopes the other way "
             "where policy and reference agree. The default 'sigmoid' does not.",
         )
     elif mean + 2 * error < 0.6 and furthest >= MOVED:
