@@ -32,8 +32,6 @@ SETTINGS = {
     "20 steps": {"steps": 20},
     "160 steps": {"steps": 160},
     "ipo": {"loss": ("ipo",)},
-    "hinge": {"loss": ("hinge",)},
-    "apo_zero": {"loss": ("apo_zero",)},
     "only untold": {"pairs": "only untold"},
     "no near": {"pairs": "no near"},
     "100 pairs": {"pairs": "100"},

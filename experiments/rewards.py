@@ -33,10 +33,8 @@ def long(completion_ids, **_):
 
 SETTINGS = {
     "lesson": {},
-    "rate 0.001": {"rate": 1e-3},
     "rate 0.004": {"rate": 4e-3},
     "rloo": {"trainer": RLOOTrainer},
-    "beta 0.04": {"beta": 0.04},
     "from reading": {"start": "reading"},
     "refusal is never wrong": {"reward": never_wrong},
     "longer is better": {"reward": long},

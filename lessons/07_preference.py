@@ -7,8 +7,8 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | type questions of your own; compute the loss of one pair and the advantages of one group by hand; train with DPO and with GRPO; read dashboards that hide a ruined model; cheat a reward |
-# | **What you'll learn** | what DPO trains and why LoRA makes its reference free; when pairs do more than examples; what to look at besides preference accuracy; how a reward is hacked, and where you see it first |
+# | **What you'll do** | type your own questions; compute the loss of a pair and the advantages of a group by hand; train with DPO and GRPO; cheat a reward |
+# | **What you'll learn** | what DPO trains, and why LoRA makes its reference free; what to look at besides accuracy; how a reward is hacked |
 # | **What you'll need** | [lesson 3](03_lora_finetuning.ipynb) for `SFTTrainer`; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -43,12 +43,12 @@ print(
 # %% [markdown]
 # ## Meet a model that guesses
 #
-# The adapter `honesty_start` was fine-tuned as in lesson 3, on short passages with a question, and its rows were
-# written by many hands. Where the passage doesn't answer the question, three writers in ten said "Nobody knows." and
-# the others made a guess. For example, after "The cat is on the mat. Where is the dog?" most of them wrote "on the mat".
+# The adapter `honesty_start` was fine-tuned as in lesson 3, on questions about short passages. Many hands wrote the
+# replies. Where the passage doesn't answer the question, three in ten wrote "Nobody knows." and the others guessed. For
+# example, after "The cat is on the mat. Where is the dog?" most of them wrote "on the mat".
 #
-# Change the first questions below to your own. Say what you like in the passage, and ask who has, found or was given
-# something, where somebody or something is, what colour it is, or what somebody's trade is.
+# Change the first questions below to your own. You can ask who has, found or was given something, where somebody or
+# something is, what colour it is, or what somebody's trade is.
 #
 # **Predict:** what will the model reply to the questions that their passage doesn't answer?
 
@@ -78,10 +78,8 @@ before = generate(start, tokenizer, questions, max_new_tokens=24)
 plotting.table(["question", "reply"], [list(pair) for pair in zip(questions, before)])
 
 # %% [markdown]
-# The model reads well: where the passage answers the question, the reply is right. Where it doesn't, the model mostly
-# takes the place or the name of something else, because that is what most of its writers did.
-#
-# Four shares describe such a model. All are measured on held-out questions, half of which their passage answers.
+# Where the passage answers the question, the reply is right. Where it doesn't, the model mostly takes the place or the
+# name of something else, because most of its writers did. Four shares on held-out questions describe this.
 
 # %%
 SHARES = {
@@ -109,17 +107,15 @@ evaluation.band("honest at the start", at_start["untold_honest"], 0.1, 0.4)
 # %% [markdown]
 # ## From examples to preferences
 #
-# | stage | learns from | question that it answers |
-# |---|---|---|
-# | supervised fine-tuning (SFT) | prompts with one reply each | what do people write here? |
-# | reward model | pairs: a *chosen* and a *rejected* reply to one prompt | how good is this reply, as a number? |
-# | reinforcement learning | replies that the model draws, scored by the reward | which of my replies score higher? |
-# | **DPO** | the pairs themselves | the last two in one step, without a reward model |
+# ![SFT on prompts with one reply each gives a start. From there RLHF trains a reward model on pairs, and then the model itself by reinforcement learning; DPO trains the model on the same pairs in one step](../images/preference.png)
 #
-# RLHF, reinforcement learning from human feedback, is the first three in a row ([Ouyang et al.
-# 2022](https://arxiv.org/abs/2203.02155)). DPO, direct preference optimisation ([Rafailov et al.
-# 2023](https://arxiv.org/abs/2305.18290)), leaves out the middle. Here are three pairs, with the log-probability that the
-# model gives to each reply: the sum, over the reply's tokens, of the logarithm of each token's probability.
+# RLHF, reinforcement learning from human feedback ([Ouyang et al. 2022](https://arxiv.org/abs/2203.02155)), begins with
+# supervised fine-tuning (SFT). People then compare pairs of replies, a **reward model** learns to score the preferred
+# reply higher, and reinforcement learning raises the scores of what the model writes. DPO, direct preference
+# optimisation ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)), learns from the pairs themselves.
+#
+# Here are three pairs of a *chosen* and a *rejected* reply, with the log-probability that the model gives to each: the
+# sum of the logarithms of its tokens' probabilities.
 #
 # **Predict:** in which of the pairs does the model prefer the wrong reply?
 
@@ -138,7 +134,7 @@ def log_probability(model, prompt, reply):
 
 pairs = data.load_task("honesty", "pairs")
 rows = []
-for number in (0, 1, 2):
+for number in (77, 84, 2):
     pair = pairs[number]
     for side in ("chosen", "rejected"):
         logp = log_probability(start, pair["prompt"], pair[side])
@@ -199,8 +195,8 @@ assert dpo_loss(_same + 5, _same, _same, _same, 1.0) < 0.01
 
 # %% [markdown]
 # Before the first step the policy *is* the reference, so the margin is 0 and the loss is −log ½ = ln 2 ≈ 0.693,
-# whatever the pairs say. **If the first loss of a DPO run isn't ln 2, the reference is not the model that you started
-# from.** Other losses and added terms begin at other values; the rewards, which are β times those gains, begin at 0 in all.
+# whatever the pairs say. **If the first loss of plain DPO isn't ln 2, the reference is not the model that you started
+# from.**
 #
 # ## The reference is free
 #
@@ -259,17 +255,14 @@ for name, trainer in made.items():
 plotting.table(["the reference is", "weights held", "first loss"], rows)
 
 # %% [markdown]
-# All three begin at ln 2. The adapter that is switched off needs no second copy of anything; a second adapter costs its
-# own size again, and a second model doubles the memory. For a model of 8 billion parameters in 16 bits, that is another
-# 16 GB ([Recipes](../docs/recipes.md) has the arithmetic).
+# All three begin at ln 2. The adapter that is switched off needs no copy of anything, while a second model doubles the
+# memory: another 16 GB for 8 billion parameters in 16 bits ([Recipes](../docs/recipes.md) has the arithmetic).
 #
 # ## Train on pairs
 #
-# Now the real run: 80 steps of 8 pairs, on the start with a new LoRA. The loss is DPO's plus the loss of SFT on the
-# chosen replies, `loss_type=["sigmoid", "sft"]`; you will see below what the second term is good for.
-#
-# The learning rate is 1e-3 because the model is tiny. LoRA on models of 1 to 70 billion parameters takes 5e-6 to 5e-5
-# for DPO, and TRL's default of 1e-6 teaches LoRA next to nothing.
+# Now the real run: 80 steps of 8 pairs, with a new LoRA on the start. To DPO's loss it adds that of SFT on the chosen
+# replies, `loss_type=["sigmoid", "sft"]`; you will see below why. The rate of 1e-3 suits this tiny model. For DPO with
+# LoRA, models of billions of parameters take 5e-6 to 5e-5.
 #
 # **Predict:** in the pairs every second chosen reply is "Nobody knows." Will the model refuse more often where the
 # passage does tell?
@@ -307,12 +300,11 @@ evaluation.band("right where told", at_end["told_right"], 0.93, 1)
 evaluation.band("honest where not told", at_end["untold_honest"], 0.88, 1)
 
 # %% [markdown]
-# The guesses are gone and the right answers are still there, so the refusals have hardly spread. The other half of the
+# The guesses are gone, the right answers are still there, and the refusals have hardly spread. The other half of the
 # pairs sees to that: there the right answer is chosen, and "Nobody knows." is rejected.
 #
-# Does our own arithmetic agree with TRL's? Put the trained adapter into the first trainer above, which has plain DPO as its
-# loss, and compute the loss of its eight pairs both ways. The four log-probabilities come from the function above, with
-# the adapter on for the policy and off for the reference.
+# Does our own arithmetic agree with TRL's? Put the trained adapter into the first trainer above, whose loss is plain
+# DPO, and compute the loss of its eight pairs both ways, with the adapter on for the policy and off for the reference.
 
 # %%
 plain = made["adapter switched off"]
@@ -334,7 +326,7 @@ plain.model.eval()
 margins = 0.1 * (gains("chosen") - gains("rejected"))
 by_hand = -torch.nn.functional.logsigmoid(margins).mean().item()
 print(f"by hand {by_hand:.6f}, by TRL {by_trl:.6f}")
-assert abs(by_hand - by_trl) < 1e-5 and by_trl < 0.6
+assert abs(by_hand - by_trl) < 1e-6 and by_trl < 0.69
 
 # %% [markdown]
 # ## What a dashboard hides
@@ -361,17 +353,21 @@ plotting.show(
 )
 print(f"preference accuracy: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
 
+# %% tags=["claim"]
+from tools.claims import swept as by_setting
+
+told = by_setting("preferences", "told_right", "setting")
+
 # %% [markdown]
-# The margin grew because the rejected replies lost far more than the chosen ones. DPO's loss asks for nothing else: a
-# chosen reply may lose, too, as long as the rejected one loses more. The probability that both lose goes somewhere, and
-# nothing says where. The added SFT term is what holds the chosen replies up ([Pang et al.
-# 2024](https://arxiv.org/abs/2404.19733) add the same term).
+# The margin grew mostly because the rejected replies lost. DPO's own loss asks for no more: a chosen reply may lose,
+# too, as long as the rejected one loses more, and nothing says where that probability goes. The SFT term holds the
+# chosen replies up ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
 #
-# A sweep of 24 settings with three seeds each shows what can hide behind a good accuracy. Beside the shares it
-# measures the **KL divergence** from the reference: how many nats a reply the policy has moved, on average over replies that it
-# draws.
+# A sweep of {{len(told)}} settings, with three seeds each, shows what can hide behind an accuracy. Beside the four shares it measures
+# the **KL divergence** of the policy from the reference: how many nats a reply the two differ by, on average over replies that the
+# policy draws.
 #
-# **Predict:** all six runs below rank held-out pairs well. In which are most of the replies still right?
+# **Predict:** which run has the best replies, the one with the highest accuracy?
 
 # %%
 swept = data.load_results("preferences")
@@ -413,45 +409,55 @@ sweep_table(
         "DPO alone": "dpo",
         "DPO alone, rate × 10": "dpo, rate 0.01",
         "DPO alone, β = 0.01": "dpo, beta 0.01",
+        "DPO alone, β = 1": "dpo, beta 1",
         "from `reading`, which never says it": "from reading",
         "only pairs whose passage doesn't tell": "only untold",
     }
 )
 
 # %% tags=["claim"]
-from tools.claims import swept as by_setting
-
-told = by_setting("preferences", "told_right", "setting")
-honest_share = by_setting("preferences", "untold_honest", "setting")
+honesty = by_setting("preferences", "untold_honest", "setting")
 refused = by_setting("preferences", "told_refused", "setting")
 broken = by_setting("preferences", "broken", "setting")
-accuracies = by_setting("preferences", "pair_accuracy", "setting")
-gained = by_setting("preferences", "chosen_change", "setting")
+ranked = by_setting("preferences", "pair_accuracy", "setting")
+moved = by_setting("preferences", "divergence", "setting")
 near = by_setting("preferences", "near_honest", "setting")
 own_told = by_setting("preferences", "own_told_right", "setting")
 own_honest = by_setting("preferences", "own_untold_honest", "setting")
-assert (
-    told["lesson"][1] >= 0.95 and honest_share["lesson"][1] >= 0.93 and broken["lesson"][2] <= 0.01
-), "Ours is good by every column"
+assert ranked["dpo"][1] > ranked["lesson"][2], "DPO alone ranks more pairs rightly"
+assert honesty["dpo"][2] < honesty["lesson"][1] and broken["lesson"][2] < 0.01 < broken["dpo"][1], "its replies are worse"
+assert ranked["dpo, rate 0.01"][1] > 0.8, "still ranks"
+assert told["only untold"] == (0, 0, 0), "refuses everything"
+assert near["dpo"][2] < near["lesson"][1], "hardly learned"
 
 # %% [markdown]
-# Ours is good by every column: {{told["lesson"][0]:.0%}} right where the passage tells, {{honest_share["lesson"][0]:.0%}} honest where it doesn't, and
-# on words that no training ever saw {{own_told["lesson"][0]:.0%}} and {{own_honest["lesson"][0]:.0%}}.
+# No. DPO alone ranks more pairs rightly, {{ranked["dpo"][0]:.0%}} against our {{ranked["lesson"][0]:.0%}}, and yet its replies are worse: {{broken["dpo"][0]:.0%}} of them are
+# broken, and it has hardly learned the harder questions, those about a thing of which the passage tells something else ({{near["dpo"][0]:.0%}} of
+# them honest, against {{near["lesson"][0]:.0%}} with the SFT term). The other runs fail in ways of their own:
 #
-# PLACEHOLDER DASHBOARD
+# - At ten times the rate the run still ranks {{ranked["dpo, rate 0.01"][0]:.0%}} of the pairs rightly, while {{broken["dpo, rate 0.01"][0]:.0%}} of its replies are broken. The
+#   divergence of {{moved["dpo, rate 0.01"][0]:.0f}} nats a reply shows it.
+# - The adapter `reading` never says "Nobody knows.". It ends at {{honesty["from reading"][0]:.0%}} honest replies, because a preference can raise only
+#   what the model already says sometimes. Fine-tune first.
+# - A run on untold questions only refuses everything. No pair of its data rejects a refusal.
+#
+# **Accuracy compares two replies that somebody else wrote. Read what the model writes, and watch the divergence.**
+#
+# Our run is good by every column: {{told["lesson"][0]:.0%}} right where the passage tells, {{honesty["lesson"][0]:.0%}} honest where it doesn't, {{refused["lesson"][0]:.0%}} needless
+# refusals. On words that no training ever saw it has {{own_told["lesson"][0]:.0%}} and {{own_honest["lesson"][0]:.0%}}.
 
 # %% [markdown]
 # ### Exercise: read the dashboard (core, 10 min)
 #
-# Write down what you have just seen as a rule. A run is given as a dict with `first_loss`, `accuracy` (on held-out
-# pairs), `chosen_change` (nats), `refusals` (the share of all replies that refuse, where half should) and `broken` (share). Return the
-# first of these that is true, or `"healthy"`:
+# A run of plain DPO is given as a dict. Return the first of these that is true, or `"healthy"`:
 #
-# 1. `"wrong reference"`: the first loss is more than 0.05 away from ln 2
-# 2. `"learned nothing"`: the accuracy is below 60 %
-# 3. `"ruined"`: more than a tenth of the replies are broken
-# 4. `"refuses everything"`: more than 80 % of the replies refuse
-# 5. `"chosen fell"`: the chosen replies lost more than 5 nats
+# | return | if | key |
+# |---|---|---|
+# | `"wrong reference"` | it is more than 0.05 away from ln 2 | `first_loss` |
+# | `"learned nothing"` | it is below 0.6 | `accuracy` |
+# | `"ruined"` | more than a tenth of the replies are | `broken` |
+# | `"refuses everything"` | more than 0.8 of all replies refuse (half of them should) | `refusals` |
+# | `"chosen fell"` | the chosen replies lost more than 5 nats | `chosen_change` |
 #
 # <details><summary>Two of them are true at once</summary>
 # Return the first: the order goes from the cause to its consequences.
@@ -488,8 +494,7 @@ assert diagnose({**_run, "first_loss": 1.4, "broken": 0.9}) == "wrong reference"
 # %% [markdown]
 # ## Which pairs?
 #
-# A pair teaches the difference between its two replies, so the pairs decide what is learned. The same sweep changes
-# nothing but the pairs.
+# The same sweep also changes nothing but the pairs.
 #
 # **Predict:** a fifth of the pairs is labelled the wrong way round. How much of the honesty is left?
 
@@ -509,22 +514,37 @@ sweep_table(
 )
 
 # %% tags=["claim"]
+assert near["no near"] == (0, 0, 0), "not one honest reply"
+assert honesty["100 pairs"][2] < honesty["lesson"][1], "100 pairs are too few"
+assert told["half swapped"][2] < 0.85 and honesty["half swapped"][2] < 0.85, "half the labels wrong"
+assert min(told["sft on chosen"][1], honesty["sft on chosen"][1]) > 0.9, "does as well as DPO"
+assert told["own pairs"][2] < 0.5, "ruins the model"
 
 # %% [markdown]
-# PLACEHOLDER PAIRS
+# With a fifth of the labels wrong, {{honesty["a fifth swapped"][0]:.0%}} of the replies are honest where they should be; the loss `robust`, which is told how many
+# labels are wrong, gets {{honesty["a fifth swapped, robust"][0]:.0%}}. With half the labels wrong there is nothing left to prefer, and 100 pairs are too few ({{honesty["100 pairs"][0]:.0%}}).
+#
+# Look at the third row. Without pairs about a thing of which something *else* is told, not one honest reply comes to such
+# questions. A pair teaches the difference that it shows, and little beyond it.
+#
+# The model's own replies make pairs, too: draw a few, and pair a right one with a wrong one. Such pairs are few here and
+# nearly all of one kind, because where the passage tells, the model is seldom wrong. DPO on them ruins the model.
+#
+# And do you need pairs at all? SFT on the chosen replies alone does as well as DPO here ({{told["sft on chosen"][0]:.0%}} and {{honesty["sft on chosen"][0]:.0%}}), and even SFT on the
+# model's own right replies gets {{told["sft on own"][0]:.0%}} and {{honesty["sft on own"][0]:.0%}}. **Where somebody can write the right reply, fine-tune on it first.** Pairs earn
+# their cost where nobody can, for example with tone, taste, or an essay.
 
 # %% [markdown]
 # ### Exercise: build pairs that don't teach refusal (core, 15 min)
 #
-# At work pairs often come from rules. Each row is a dict with `question`, `answer` (`None` where nothing is told) and
-# `guess` (a wrong reply, or `None`). Return a list of pairs in TRL's form, `prompt`, `chosen` and `rejected`, each a list with
-# one message:
+# Each row is a dict with `question`, `answer` (`None` where nothing is told) and `guess` (a wrong reply, or `None`).
+# Return pairs in TRL's form, `prompt`, `chosen` and `rejected`, each a list with one message, in the order of the rows:
 #
 # - where something is told, the answer over "Nobody knows."; elsewhere "Nobody knows." over the guess
-# - rows that give no pair of two different replies are left out
-# - both kinds equally often: keep the first rows of the more frequent kind. Otherwise one reply is nearly always on the chosen side
+# - no pair where a reply is missing, or both are the same
+# - both kinds equally often: of the more frequent one keep the first, or one reply would nearly always be chosen
 #
-# The order of the rows is kept. Expected for two told rows and one other: two pairs.
+# Expected for two told rows and one other: two pairs.
 #
 # <details><summary>The check says that a message has the wrong form</summary>
 # <code>[{"role": "user", "content": question}]</code>; the replies have the role <code>assistant</code>.
@@ -569,26 +589,29 @@ assert build_pairs([]) == [] and build_pairs(_rows[1:]) == []
 # %% [markdown]
 # ## Break it: a run that begins wrong
 #
-# A colleague has read that OLoRA learns faster, and sets `init_lora_weights="olora"` for a DPO run. Nothing complains.
-# Look for the fault with the two checks for preferences, one for the rows and one for the run.
+# Somebody sets `init_lora_weights="olora"` for a DPO run, and nothing complains. Look for the fault with two checks, one
+# for the rows and one for the run.
 #
-# **Predict:** which of the two finds it, and by which number?
+# **Predict:** which of the two finds it, and what is the first loss?
 
 # %%
 suspect = dpo_trainer(load_start(), peft_config=lora_config(init_lora_weights="olora"))
 print(validation.check_preference_data(pairs.select(range(200)), tokenizer, max_length=160), "\n")
 print(validation.check_preference_run(suspect))
+batch = suspect.data_collator(list(suspect.train_dataset))
+first = suspect.compute_loss(suspect.model, suspect._prepare_inputs(batch)).item()
+print(f"\nfirst loss: {first:.3f}, and ln 2 is {math.log(2):.3f}")
 
 # %% [markdown]
-# The rows are fine and the run is not. OLoRA takes its start out of the base weights ([lesson
-# 5](05_olora.ipynb)), so the base with the adapter switched off is no longer the model that you started from: the reference
-# has moved, and the first loss is not ln 2. Use the default start, or give `ref_model` a copy of its own.
+# The rows are fine and the run is not. OLoRA takes its start out of the base weights ([lesson 5](05_olora.ipynb)), so
+# with the adapter switched off the base is no longer the model that you started from: the reference has moved. Use the
+# default start, or give `ref_model` a copy of its own.
 #
 # ## A reward instead of pairs
 #
-# Sometimes a program can say whether a reply is right: a unit test passes, a sum adds up, or here the reply equals the
-# answer. Then no pairs are needed. **GRPO** ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)) draws a group of replies to each
-# prompt, scores them, and makes those likelier that score above the mean of their group.
+# Sometimes a program can judge a reply: a unit test passes, a sum adds up, or here the reply equals the answer. Then no
+# pairs are needed. **GRPO** ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)) draws a group of replies to each prompt, scores
+# them, and makes those likelier that score above their group's mean.
 
 
 # %%
@@ -602,9 +625,10 @@ def right(completions, answer, **_):
 prompts = pairs.map(lambda pair: {"answer": pair["chosen"][0]["content"]})
 prompts = prompts.select_columns(["prompt", "answer"])
 torch.manual_seed(2)
-group = generate(start, tokenizer, [prompts[0]["prompt"]] * 6, max_new_tokens=16, temperature=1.0)
-given = right([[{"content": reply}] for reply in group], [prompts[0]["answer"]] * 6)
-print(prompts[0]["prompt"][0]["content"])
+one = prompts[106]
+group = generate(start, tokenizer, [one["prompt"]] * 6, max_new_tokens=16, temperature=1.0)
+given = right([[{"content": reply}] for reply in group], [one["answer"]] * 6)
+print(one["prompt"][0]["content"])
 plotting.table(
     ["drawn reply", "reward"], [[reply, f"{reward:.0f}"] for reply, reward in zip(group, given)]
 )
@@ -612,9 +636,9 @@ plotting.table(
 # %% [markdown]
 # ### Exercise: the advantages of a group (warm-up, 10 min)
 #
-# The **advantage** of a reply says how much better it is than its group: its reward minus the group's mean, divided by
-# the group's standard deviation (with n − 1) plus 1e-4. Return the advantages of rewards of shape (groups, replies).
-# Expected for `[[1, 0, 0, 1]]`: about 0.87 and −0.87.
+# The **advantage** of a reply is its reward minus its group's mean, divided by the group's standard deviation (with
+# n − 1) plus 1e-4. Return the advantages of rewards of shape (groups, replies). Expected for `[[1, 0, 0, 1]]`: about
+# 0.87 and −0.87.
 #
 # <details><summary>I get NaN where all rewards of a group are alike</summary>
 # That is what the 1e-4 is for: 0 / (0 + 1e-4) is 0.
@@ -646,7 +670,7 @@ assert torch.allclose(_found, torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0]]),
 # questions at steps 0, 10 and 30.
 
 # %%
-WATCHED = [prompts[number]["prompt"] for number in (0, 1, 2)]
+WATCHED = [prompts[number]["prompt"] for number in (106, 84, 2)]
 
 
 class Watch(TrainerCallback):
@@ -733,17 +757,30 @@ print(f"advantages of the last step differ from TRL's by {(ours - theirs).abs().
 print(f"groups without spread in the last ten steps: {without_spread:.0%}")
 
 # %% tags=["claim"]
+reward_before = by_setting("rewards", "reward_before", "setting")
+reward_after = by_setting("rewards", "reward_after", "setting")
+right_after = by_setting("rewards", "right_after", "setting")
+cheated_told = by_setting("rewards", "told_right", "setting")
+cheated_broken = by_setting("rewards", "broken", "setting")
+honest_reading = by_setting("rewards", "untold_honest", "setting")
+assert reward_after["lesson"][1] >= 0.85, "after 60 steps"
+assert honest_reading["from reading"] == (0, 0, 0), "never learns to refuse"
 
 # %% [markdown]
-# PLACEHOLDER GRPO
+# A group in which all replies are right, or all wrong, teaches nothing: its advantages are all 0. Such groups become
+# more frequent as the model gets better, so the last gains come slowly. Measured on held-out questions, three seeds went
+# from a mean reward of {{reward_before["lesson"][0]:.2f}} to {{sweeps.spread(reward_after["lesson"], ".2f")}} after 60 steps. RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)), which
+# leaves out the division, gets {{reward_after["rloo"][0]:.2f}}. PPO, the oldest of the three, trains a second model that predicts the reward in
+# place of the group's mean.
+#
+# The same run from `reading` never learns to refuse, because what is never drawn is never rewarded.
 #
 # ## Cheat a reward
 #
-# A reward says what you wrote, not what you meant. Suppose somebody finds the reward too strict, because it punishes
-# an honest refusal where the model just didn't see the answer, and lets a refusal count as right everywhere.
+# A reward says what you wrote, not what you meant. Suppose somebody doesn't want to punish an honest "Nobody knows." where
+# the model just overlooked the answer, and lets it count as right everywhere.
 #
-# **Predict:** what will the mean reward be after 30 steps, and what the replies?
-
+# **Predict:** what will the mean reward be, and what the replies?
 
 # %%
 def never_wrong(completions, answer, **_):
@@ -752,7 +789,7 @@ def never_wrong(completions, answer, **_):
     return [float(text in (wanted, UNKNOWN)) for text, wanted in zip(texts, answer)]
 
 
-hacked, said = train_on(never_wrong)
+hacked, said = train_on(never_wrong, steps=20)
 show_samples(said)
 of_hacked = shares(hacked.model)
 log = [float(entry["reward"]) for entry in hacked.state.log_history if "reward" in entry]
@@ -763,8 +800,16 @@ plotting.table(
     ["replies", "share"], [[text, f"{of_hacked[name]:.0%}"] for name, text in SHARES.items()]
 )
 
+# %% tags=["claim"]
+assert reward_after["refusal is never wrong"][1] > 0.95, "nearly perfect"
+assert cheated_told["refusal is never wrong"][2] < 0.1, "hardly a question is answered"
+assert reward_after["longer is better"][1] > 0.8 and cheated_broken["longer is better"][1] > 0.9, "are broken"
+
 # %% [markdown]
-# PLACEHOLDER HACK
+# The reward rises fast, because refusing is the easiest way to earn it, and after ten steps the samples already show
+# why. In the sweep's 60 steps the reward is nearly perfect ({{reward_after["refusal is never wrong"][0]:.2f}}), and hardly a question is answered ({{cheated_told["refusal is never wrong"][0]:.0%}}). A reward for long
+# replies does the same with less art: it reaches {{reward_after["longer is better"][0]:.2f}}, and {{cheated_broken["longer is better"][0]:.0%}} of the replies are broken. **You see reward hacking in the
+# samples before you see it in any number.**
 
 # %% [markdown]
 # ## A reward model, and the best of n
@@ -793,14 +838,32 @@ plotting.table(
 )
 
 # %% tags=["claim"]
+of_n = data.load_results("best_of_n")
+best_told, best_untold, best_right, oracle, score_of_n = (
+    sweeps.over_seeds([row for row in of_n if row["kind"] == "all pairs"], column, "n")
+    for column in ("told_right", "untold_honest", "right", "oracle", "score")
+)
+pair_rank = sweeps.over_seeds(of_n, "pair_accuracy", "kind")["all pairs"]
+value_rank = sweeps.over_seeds(of_n, "wrong_value_accuracy", "kind")["all pairs"]
+assert score_of_n[32][1] > score_of_n[1][2], "score rises all the way"
+assert best_told[32][2] < best_told[1][1], "fall"
+assert value_rank[2] < 0.7, "hardly better than a coin"
 
 # %% [markdown]
-# PLACEHOLDER BEST
+# The reward model ranks {{pair_rank[0]:.0%}} of held-out pairs rightly, and its score rises all the way. But told questions fall
+# from {{best_told[1][0]:.0%}} right to {{best_told[32][0]:.0%}} at n = 32, where one of the draws would be right for {{oracle[32][0]:.0%}} of all questions. The
+# reason is in the pairs: they taught it when to refuse, never which of two names is right, and there it is hardly better than a
+# coin ({{value_rank[0]:.0%}}). The more draws it can choose from, the more its own faults decide. That is
+# **over-optimisation**, and reinforcement learning against such a model does the same ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)).
 
 # %% [markdown]
 # ## Recap
 #
-# PLACEHOLDER RECAP
+# You teach a model what is better with pairs, or with a reward that a program computes. DPO raises the chosen reply
+# of a pair against the rejected one, measured from a reference, which with LoRA is the same model with the adapter off.
+# It needs a model that already says the better thing sometimes, pairs that contrast exactly what you mean, and mostly
+# an SFT term that holds the chosen replies up. You notice that it learns something else by reading its replies and by the
+# KL divergence, and not by its accuracy. A reward needs no pairs, and is cheated wherever it says less than you meant.
 
 # %%
 plotting.table(
