@@ -194,8 +194,9 @@ def test_planted_faults(code, rows, tiny_tokenizer):
 def test_rows_of_pandas(tiny_tokenizer):
     import numpy as np
 
-    rows = [{name: np.array(turns, dtype=object) for name, turns in row.items()} for row in PAIRS]
-    assert check_preference_data(rows, tiny_tokenizer).codes == []
+    for kind in (lambda turns: np.array(turns, dtype=object), tuple):
+        rows = [{name: kind(turns) for name, turns in row.items()} for row in PAIRS]
+        assert check_preference_data(rows, tiny_tokenizer).codes == []
 
 
 def test_a_text_is_shown_as_it_is_written(tiny_tokenizer):

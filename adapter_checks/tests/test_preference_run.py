@@ -510,7 +510,11 @@ def test_an_adapter_that_is_trained_on_online(online, talker):
     ],
 )
 def test_online_runs_with_a_fault(reward, kind, settings, expected, online):
-    assert codes(trained(online(reward, kind, **settings))) == (expected, expected)
+    trainer = trained(online(reward, kind, **settings))
+    assert codes(trainer) == (expected, expected)
+    assert check_preference_run(trainer).ok is (expected == {"replies_cut"}), (
+        "without a reward nothing is learned at all"
+    )
 
 
 def test_replies_as_long_as_the_context(online):

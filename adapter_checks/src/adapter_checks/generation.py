@@ -50,10 +50,10 @@ def generate(
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise ValueError(f"There are {len(prompts)} prompts and {len(adapter_names)} adapter names; give one for each.")
     soft_prompt = active_prompt(model)
-    if adapter_names is not None and soft_prompt is not None:
+    if adapter_names is not None and (method := _method_that_does_not_mix(model)):
         raise InputError(
-            f"A batch can't mix adapters of {soft_prompt.peft_type.value}: the same virtual tokens stand before every row. Call "
-            "generate once for each adapter, after set_adapter."
+            f"A batch can't mix adapters of {method}: PEFT answers every row with the active one, without an error. Call generate "
+            "once for each adapter, after set_adapter."
         )
     conversations: list[Any] = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     encoded: list[list[int]] = []
@@ -91,6 +91,18 @@ def generate(
             for row, answer in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True)):
                 answers[row] = answer.strip()
     return answers
+
+
+def _method_that_does_not_mix(model) -> str | None:
+    """The adapters' method if PEFT has no mixed batches for it; None if it has, or there are no adapters."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    mixes = layers and all(hasattr(layer, "_mixed_batch_forward") for layer in layers)
+    if mixes or not isinstance(model, PeftModel):
+        return None
+    return next((config.peft_type.value for config in cast(Any, model).peft_config.values()), None)
 
 
 def _batches(model, soft_prompt, encoded, batch_size) -> Iterator[list[int]]:

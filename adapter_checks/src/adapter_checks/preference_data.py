@@ -231,10 +231,11 @@ def _read(row) -> tuple[str, str, str]:
 
 
 def _as_python(row):
-    """pandas has arrays in place of lists, and NaN where nothing is."""
+    """Tuples and arrays, as pandas has them, become lists, as they do in a Dataset."""
     if not isinstance(row, Mapping):
         return row
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in row.items()}
 
 
 def _is_empty(value) -> bool:

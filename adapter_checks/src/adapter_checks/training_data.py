@@ -33,7 +33,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "fail",
         "there is no answer: no completion, an empty one, or none with the role assistant",
         "Write the answers or remove these rows; a prompt alone teaches nothing. Name the roles user and assistant. Rows "
-        "with chosen and rejected are for DPOTrainer.",
+        "with chosen and rejected are for DPOTrainer: check_preference_data looks at them.",
     ),
     "content_dropped": (
         "fail",
