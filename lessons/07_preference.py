@@ -425,7 +425,9 @@ near = by_setting("preferences", "near_honest", "setting")
 own_told = by_setting("preferences", "own_told_right", "setting")
 own_honest = by_setting("preferences", "own_untold_honest", "setting")
 assert ranked["dpo"][1] > ranked["lesson"][2], "DPO alone ranks more pairs rightly"
-assert honesty["dpo"][2] < honesty["lesson"][1] and broken["lesson"][2] < 0.01 < broken["dpo"][1], "its replies are worse"
+assert honesty["dpo"][2] < honesty["lesson"][1] and broken["lesson"][2] < 0.01 < broken["dpo"][1], (
+    "its replies are worse"
+)
 assert ranked["dpo, rate 0.01"][1] > 0.8, "still ranks"
 assert told["only untold"] == (0, 0, 0), "refuses everything"
 assert near["dpo"][2] < near["lesson"][1], "hardly learned"
@@ -517,7 +519,9 @@ sweep_table(
 assert near["no near"] == (0, 0, 0), "not one honest reply"
 assert honesty["100 pairs"][2] < honesty["lesson"][1], "100 pairs are too few"
 assert told["half swapped"][2] < 0.85 and honesty["half swapped"][2] < 0.85, "half the labels wrong"
-assert min(told["sft on chosen"][1], honesty["sft on chosen"][1]) > 0.9, "does as well as DPO"
+for share in (told, honesty):
+    assert abs(share["sft on chosen"][0] - share["lesson"][0]) < 0.02, "comes within two points"
+own_number = by_setting("preferences", "pairs", "setting")["own pairs"][0]
 assert told["own pairs"][2] < 0.5, "ruins the model"
 
 # %% [markdown]
@@ -527,10 +531,10 @@ assert told["own pairs"][2] < 0.5, "ruins the model"
 # Look at the third row. Without pairs about a thing of which something *else* is told, not one honest reply comes to such
 # questions. A pair teaches the difference that it shows, and little beyond it.
 #
-# The model's own replies make pairs, too: draw a few, and pair a right one with a wrong one. Such pairs are few here and
-# nearly all of one kind, because where the passage tells, the model is seldom wrong. DPO on them ruins the model.
+# The model's own replies make pairs, too: draw four to a prompt, and pair a right one with a wrong one. About
+# {{own_number:.0f}} of 640 prompts give both here, and DPO alone on so few pairs ruins the model ({{broken["own pairs"][0]:.0%}} broken).
 #
-# And do you need pairs at all? SFT on the chosen replies alone does as well as DPO here ({{told["sft on chosen"][0]:.0%}} and {{honesty["sft on chosen"][0]:.0%}}), and even SFT on the
+# And do you need pairs at all? SFT on the chosen replies alone comes within two points of our run ({{told["sft on chosen"][0]:.0%}} and {{honesty["sft on chosen"][0]:.0%}}), and even SFT on the
 # model's own right replies gets {{told["sft on own"][0]:.0%}} and {{honesty["sft on own"][0]:.0%}}. **Where somebody can write the right reply, fine-tune on it first.** Pairs earn
 # their cost where nobody can, for example with tone, taste, or an essay.
 
@@ -782,6 +786,7 @@ assert honest_reading["from reading"] == (0, 0, 0), "never learns to refuse"
 #
 # **Predict:** what will the mean reward be, and what the replies?
 
+
 # %%
 def never_wrong(completions, answer, **_):
     """A flawed reward: a refusal is never wrong."""
@@ -803,7 +808,9 @@ plotting.table(
 # %% tags=["claim"]
 assert reward_after["refusal is never wrong"][1] > 0.95, "nearly perfect"
 assert cheated_told["refusal is never wrong"][2] < 0.1, "hardly a question is answered"
-assert reward_after["longer is better"][1] > 0.8 and cheated_broken["longer is better"][1] > 0.9, "are broken"
+assert reward_after["longer is better"][1] > 0.8 and cheated_broken["longer is better"][1] > 0.9, (
+    "are broken"
+)
 
 # %% [markdown]
 # The reward rises fast, because refusing is the easiest way to earn it, and after ten steps the samples already show

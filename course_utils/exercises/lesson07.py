@@ -11,6 +11,7 @@ from course_utils.exercises import (
     exercise,
     expect_list,
     expect_number,
+    expect_plain_tensor,
     expect_tensor,
     expect_type,
 )
@@ -210,8 +211,8 @@ def advantages(function):
         )
         rewards[-1] = 1.0 if shape[0] > 1 else rewards[-1]
         given = rewards.clone()
-        returned = call_learner(function, given)
-        if hasattr(returned, "isnan") and bool(returned.isnan().any()):
+        returned = expect_plain_tensor(call_learner(function, given), "the advantages")
+        if bool(returned.isnan().any()):
             raise TryAgain("There is NaN in a group whose rewards are all alike. Add 1e-4 to the standard deviation.")
         found = expect_tensor(returned, shape, "the advantages").double()
         if not torch.equal(given, rewards):
