@@ -25,7 +25,12 @@ def reward_model(seed, pairs):
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id  # the score is read at the last token that is no pad
     settings = preferring.trainer_settings(
-        seed, RATE, STEPS, per_device_train_batch_size=ROWS_A_STEP, max_length=160, logging_steps=10
+        seed,
+        RATE,
+        STEPS,
+        per_device_train_batch_size=ROWS_A_STEP,
+        max_length=preferring.MAX_LENGTH,
+        logging_steps=min(10, STEPS),
     )
     trainer = RewardTrainer(
         model=model.to(runtime.device()),

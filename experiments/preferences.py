@@ -87,7 +87,12 @@ def own_pairs(rows, seed, start, rng):
 def make_trainer(rows, seed, model, tokenizer, loss=WITH_SFT, rate=RATE, beta=BETA, steps=STEPS):
     """DPO with these losses, or fine-tuning on the chosen replies if `loss` is None."""
     settings = preferring.trainer_settings(
-        seed, rate, steps, per_device_train_batch_size=ROWS_A_STEP, max_length=160, logging_steps=min(10, steps)
+        seed,
+        rate,
+        steps,
+        per_device_train_batch_size=ROWS_A_STEP,
+        max_length=preferring.MAX_LENGTH,
+        logging_steps=min(10, steps),
     )
     settings["logging_nan_inf_filter"] = False  # a loss that is no longer a number is a result, too
     common = dict(model=model, processing_class=tokenizer, peft_config=preferring.lora_config())

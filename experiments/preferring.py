@@ -13,6 +13,7 @@ START = "honesty_start"
 TASK = get_task("honesty")
 KL_ROWS = 150  # of the test split, to measure how far the model has moved
 BATCH = 64
+MAX_LENGTH = 160  # tokens of a prompt with its reply; the longest row has fewer
 
 
 def start_model(adapter=START):
