@@ -354,6 +354,8 @@ plotting.show(
 print(f"preference accuracy: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
 
 # %% tags=["claim"]
+from course_utils import data
+from course_utils import sweeps as of_seeds
 from tools.claims import swept as by_setting
 
 told = by_setting("preferences", "told_right", "setting")
@@ -763,17 +765,16 @@ print(f"groups without spread in the last ten steps: {without_spread:.0%}")
 # %% tags=["claim"]
 reward_before = by_setting("rewards", "reward_before", "setting")
 reward_after = by_setting("rewards", "reward_after", "setting")
-right_after = by_setting("rewards", "right_after", "setting")
 cheated_told = by_setting("rewards", "told_right", "setting")
 cheated_broken = by_setting("rewards", "broken", "setting")
 honest_reading = by_setting("rewards", "untold_honest", "setting")
-assert reward_after["lesson"][1] >= 0.85, "after 60 steps"
+assert reward_after["lesson"][1] > reward_before["lesson"][2] + 0.2, "after 60 steps"
 assert honest_reading["from reading"] == (0, 0, 0), "never learns to refuse"
 
 # %% [markdown]
 # A group in which all replies are right, or all wrong, teaches nothing: its advantages are all 0. Such groups become
 # more frequent as the model gets better, so the last gains come slowly. Measured on held-out questions, three seeds went
-# from a mean reward of {{reward_before["lesson"][0]:.2f}} to {{sweeps.spread(reward_after["lesson"], ".2f")}} after 60 steps. RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)), which
+# from a mean reward of {{reward_before["lesson"][0]:.2f}} to {{of_seeds.spread(reward_after["lesson"], ".2f")}} after 60 steps. RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)), which
 # leaves out the division, gets {{reward_after["rloo"][0]:.2f}}. PPO, the oldest of the three, trains a second model that predicts the reward in
 # place of the group's mean.
 #
@@ -806,17 +807,16 @@ plotting.table(
 )
 
 # %% tags=["claim"]
-assert reward_after["refusal is never wrong"][1] > 0.95, "nearly perfect"
-assert cheated_told["refusal is never wrong"][2] < 0.1, "hardly a question is answered"
-assert reward_after["longer is better"][1] > 0.8 and cheated_broken["longer is better"][1] > 0.9, (
+assert cheated_told["refusal is never wrong"] == (0, 0, 0), "no question is answered any more"
+assert min(reward_after["longer is better"][1], cheated_broken["longer is better"][1]) > 0.9, (
     "are broken"
 )
 
 # %% [markdown]
 # The reward rises fast, because refusing is the easiest way to earn it, and after ten steps the samples already show
-# why. In the sweep's 60 steps the reward is nearly perfect ({{reward_after["refusal is never wrong"][0]:.2f}}), and hardly a question is answered ({{cheated_told["refusal is never wrong"][0]:.0%}}). A reward for long
-# replies does the same with less art: it reaches {{reward_after["longer is better"][0]:.2f}}, and {{cheated_broken["longer is better"][0]:.0%}} of the replies are broken. **You see reward hacking in the
-# samples before you see it in any number.**
+# how. In the sweep's 60 steps the reward reaches {{reward_after["refusal is never wrong"][0]:.2f}}, and no question is answered any more. A reward for long replies
+# reaches {{reward_after["longer is better"][0]:.2f}}, too, and {{cheated_broken["longer is better"][0]:.0%}} of the replies are broken. **You see reward hacking in the samples before you see it in
+# any number.**
 
 # %% [markdown]
 # ## A reward model, and the best of n
@@ -825,7 +825,7 @@ assert reward_after["longer is better"][1] > 0.8 and cheated_broken["longer is b
 # score the chosen reply higher (the Bradley-Terry loss, −log σ(score of chosen − score of rejected)). Its simplest use needs no
 # reinforcement learning: draw n replies, and keep the one with the highest score.
 #
-# **Predict:** the reward model ranks nearly all held-out pairs rightly. What happens to the replies as n grows?
+# **Predict:** the reward model ranks most held-out pairs rightly. What happens to the replies as n grows?
 
 # %%
 best = [row for row in data.load_results("best_of_n") if row["kind"] == "all pairs"]
@@ -846,22 +846,23 @@ plotting.table(
 
 # %% tags=["claim"]
 of_n = data.load_results("best_of_n")
-best_told, best_untold, best_right, oracle, score_of_n = (
-    sweeps.over_seeds([row for row in of_n if row["kind"] == "all pairs"], column, "n")
-    for column in ("told_right", "untold_honest", "right", "oracle", "score")
+best_told, best_right, oracle, score_of_n = (
+    of_seeds.over_seeds([row for row in of_n if row["kind"] == "all pairs"], column, "n")
+    for column in ("told_right", "right", "oracle", "score")
 )
-pair_rank = sweeps.over_seeds(of_n, "pair_accuracy", "kind")["all pairs"]
-value_rank = sweeps.over_seeds(of_n, "wrong_value_accuracy", "kind")["all pairs"]
+pair_rank = of_seeds.over_seeds(of_n, "pair_accuracy", "kind")["all pairs"]
+value_rank = of_seeds.over_seeds(of_n, "wrong_value_accuracy", "kind")["all pairs"]
 assert score_of_n[32][1] > score_of_n[1][2], "score rises all the way"
-assert best_told[32][2] < best_told[1][1], "fall"
+most = max(best_right, key=lambda n: best_right[n][0])
+assert 1 < most < 32 and best_told[32][2] < best_told[1][1], "then fall"
 assert value_rank[2] < 0.7, "hardly better than a coin"
 
 # %% [markdown]
-# The reward model ranks {{pair_rank[0]:.0%}} of held-out pairs rightly, and its score rises all the way. But told questions fall
-# from {{best_told[1][0]:.0%}} right to {{best_told[32][0]:.0%}} at n = 32, where one of the draws would be right for {{oracle[32][0]:.0%}} of all questions. The
-# reason is in the pairs: they taught it when to refuse, never which of two names is right, and there it is hardly better than a
-# coin ({{value_rank[0]:.0%}}). The more draws it can choose from, the more its own faults decide. That is
-# **over-optimisation**, and reinforcement learning against such a model does the same ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)).
+# The reward model ranks {{pair_rank[0]:.0%}} of held-out pairs rightly, and its score rises all the way. Right replies rise from {{best_right[1][0]:.0%}} to {{best_right[most][0]:.0%}} at
+# n = {{most}}, then fall to {{best_right[32][0]:.0%}} at 32, where one of the draws would be right for {{oracle[32][0]:.0%}}. The pairs taught the reward model when to
+# refuse, never which of two names is right, and there it is hardly better than a coin ({{value_rank[0]:.0%}}). The more draws it can choose
+# from, the more its own faults decide, and told questions go from {{best_told[1][0]:.0%}} right to {{best_told[32][0]:.0%}}. This is **over-optimisation**, and
+# reinforcement learning against such a model does the same ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)).
 
 # %% [markdown]
 # ## Recap
