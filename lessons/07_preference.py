@@ -348,8 +348,11 @@ figure = plotting.curves(lines, title, "step", "log-probability of a reply (nats
 accuracy = [float(entry["rewards/accuracies"]) for entry in log]
 plotting.show(
     figure,
-    f"{title}. Chosen: {lines['chosen'][1][0]:.1f} at first, {lines['chosen'][1][-1]:.1f} at the end; "
-    f"rejected: {lines['rejected'][1][0]:.1f} and {lines['rejected'][1][-1]:.1f}.",
+    f"{title}. "
+    + "; ".join(
+        f"{side}: {values[0]:.1f} nats at first, {values[-1]:.1f} at the end"
+        for side, (_, values) in lines.items()
+    ),
 )
 print(f"preference accuracy: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
 
@@ -799,9 +802,8 @@ hacked, said = train_on(never_wrong, steps=20)
 show_samples(said)
 of_hacked = shares(hacked.model)
 log = [float(entry["reward"]) for entry in hacked.state.log_history if "reward" in entry]
-print(
-    f"mean reward: {sum(log[:5]) / 5:.2f} in the first five steps, {sum(log[-5:]) / 5:.2f} in the last"
-)
+print(f"mean reward: {sum(log[:5]) / 5:.2f} in the first five steps,")
+print(f"and {sum(log[-5:]) / 5:.2f} in the last five")
 plotting.table(
     ["replies", "share"], [[text, f"{of_hacked[name]:.0%}"] for name, text in SHARES.items()]
 )
@@ -839,20 +841,27 @@ title = "With more draws the reward model's favourite\nis more often a refusal"
 lines = {label: over_seeds(best, column, "n") for column, label in columns.items()}
 figure, alt = sweeps.curves(lines, title, "n", "share of replies", log=2)
 plotting.show(figure, alt)
-scores = over_seeds(best, "score", "n")
+at_1 = {row["seed"]: row["score"] for row in best if row["n"] == 1}
+rises = [{**row, "rise": row["score"] - at_1[row["seed"]]} for row in best]
+rise = over_seeds(rises, "rise", "n")
 plotting.table(
-    ["n", *scores], [["reward model's score", *(spread(group, ".2f") for group in scores.values())]]
+    ["n", *rise],
+    [["score above that of one draw", *(spread(group, ".2f") for group in rise.values())]],
 )
 
 # %% tags=["claim"]
 of_n = data.load_results("best_of_n")
-best_told, best_right, oracle, score_of_n = (
+best_told, best_right, oracle = (
     of_seeds.over_seeds([row for row in of_n if row["kind"] == "all pairs"], column, "n")
-    for column in ("told_right", "right", "oracle", "score")
+    for column in ("told_right", "right", "oracle")
 )
 pair_rank = of_seeds.over_seeds(of_n, "pair_accuracy", "kind")["all pairs"]
 value_rank = of_seeds.over_seeds(of_n, "wrong_value_accuracy", "kind")["all pairs"]
-assert score_of_n[32][1] > score_of_n[1][2], "score rises all the way"
+score_rises = [
+    [row["score"] for row in of_n if (row["kind"], row["seed"]) == ("all pairs", seed)]
+    for seed in (0, 1, 2)
+]
+assert all(scores == sorted(scores) for scores in score_rises), "score rises all the way"
 most = max(best_right, key=lambda n: best_right[n][0])
 assert 1 < most < 32 and best_told[32][2] < best_told[1][1], "then fall"
 assert value_rank[2] < 0.7, "hardly better than a coin"
