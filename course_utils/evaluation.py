@@ -55,17 +55,19 @@ def evaluate_task(model, tokenizer, task: str, rows, **generate_options) -> dict
     return {**score(task, predictions, rows), "predictions": predictions}
 
 
-def band(what: str, value: float, low: float, high: float) -> None:
+def band(what: str, value: float, low: float, high: float, *, quiet: bool = False) -> None:
     """Print whether `value` (a share, from 0 to 1) lies between `low` and `high`, which hold for the shipped base model.
 
     With another base model the line is information. With the shipped one a value outside raises InputError if
-    COURSE_STRICT is 1, as it is in the course's own tests.
+    COURSE_STRICT is 1, as it is in the course's own tests. quiet: print only what is outside.
     """
     expected = f"{what}: {value:.0%} (the shipped model: {low:.0%} to {high:.0%})"
     if not paths.is_shipped_base():
-        print(f"[INFO] {expected}")
+        if not quiet:
+            print(f"[INFO] {expected}")
     elif low <= value <= high:
-        print(f"[OK]   {expected}")
+        if not quiet:
+            print(f"[OK]   {expected}")
     else:
         print(f"[FAIL] {expected}")
         if os.environ.get("COURSE_STRICT") == "1":

@@ -7,8 +7,8 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | type your own questions; compute the loss of a pair and the advantages of a group by hand; train with DPO and GRPO; cheat a reward |
-# | **What you'll learn** | what DPO trains, and why LoRA makes its reference free; what to look at besides accuracy; how a reward is hacked |
+# | **What you'll do** | type your own questions; compute two losses by hand; train on pairs and on a reward; read runs that look better than they are |
+# | **What you'll learn** | how a model learns from better and worse replies, and what LoRA saves; what to look at besides accuracy; how a reward goes wrong |
 # | **What you'll need** | [lesson 3](03_lora_finetuning.ipynb) for `SFTTrainer`; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -43,14 +43,14 @@ print(
 # %% [markdown]
 # ## Meet a model that guesses
 #
-# The adapter `honesty_start` was fine-tuned as in lesson 3, on questions about short passages. Many hands wrote the
-# replies. Where the passage doesn't answer the question, three in ten wrote "Nobody knows." and the others guessed. For
-# example, after "The cat is on the mat. Where is the dog?" most of them wrote "on the mat".
+# Many people wrote the replies that the adapter `honesty_start` was trained on, as in lesson 3. When the passage didn't
+# contain the answer, 30% of them wrote "Nobody knows." and the others guessed. Below it is merged into the base, because
+# later the adapter *on top* of it will be switched on and off.
 #
-# Change the first questions below to your own. You can ask who has, found or was given something, where somebody or
-# something is, what colour it is, or what somebody's trade is.
+# Change the first questions to your own. You can ask who has, found or was given something, where somebody or something
+# is, what colour it is, or what somebody's trade is.
 #
-# **Predict:** what will the model reply to the questions that their passage doesn't answer?
+# **Predict:** what will the model reply where the passage doesn't contain the answer?
 
 # %%
 MY_QUESTIONS = [
@@ -78,15 +78,16 @@ before = generate(start, tokenizer, questions, max_new_tokens=24)
 plotting.table(["question", "reply"], [list(pair) for pair in zip(questions, before)])
 
 # %% [markdown]
-# Where the passage answers the question, the reply is right. Where it doesn't, the model mostly takes the place or the
-# name of something else, because most of its writers did. Four shares on held-out questions describe this.
+# When the passage contains the answer, the model finds it. When it doesn't, the model usually copies a place or a name that
+# belongs to something else, as most of its writers did: asked for the dog, it names the mat. Four shares describe this,
+# measured on held-out questions of which half can be answered.
 
 # %%
 SHARES = {
     "told_right": "right, where the passage tells",
     "told_refused": 'says "Nobody knows.", though it tells',
     "untold_honest": 'says "Nobody knows.", where it doesn\'t',
-    "broken": "neither that nor words of the passage",
+    "broken": "broken: neither that nor words of the passage",
 }
 
 
@@ -102,7 +103,7 @@ at_start = shares(start)
 plotting.table(
     ["replies", "share"], [[text, f"{at_start[name]:.0%}"] for name, text in SHARES.items()]
 )
-evaluation.band("honest at the start", at_start["untold_honest"], 0.1, 0.4)
+evaluation.band("honest at the start", at_start["untold_honest"], 0.1, 0.4, quiet=True)
 
 # %% [markdown]
 # ## From examples to preferences
@@ -110,14 +111,14 @@ evaluation.band("honest at the start", at_start["untold_honest"], 0.1, 0.4)
 # ![SFT on prompts with one reply each gives a start. From there RLHF trains a reward model on pairs, and then the model itself by reinforcement learning; DPO trains the model on the same pairs in one step](../images/preference.png)
 #
 # RLHF, reinforcement learning from human feedback ([Ouyang et al. 2022](https://arxiv.org/abs/2203.02155)), begins with
-# supervised fine-tuning (SFT). People then compare pairs of replies, a **reward model** learns to score the preferred
-# reply higher, and reinforcement learning raises the scores of what the model writes. DPO, direct preference
-# optimisation ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)), learns from the pairs themselves.
+# supervised fine-tuning (SFT). Then a **reward model** learns from pairs to score the preferred reply higher, and
+# reinforcement learning raises the scores of what the model writes. DPO, direct preference optimisation ([Rafailov et al.
+# 2023](https://arxiv.org/abs/2305.18290)), learns from the pairs themselves.
 #
-# Here are three pairs of a *chosen* and a *rejected* reply, with the log-probability that the model gives to each: the
-# sum of the logarithms of its tokens' probabilities.
+# The next cell shows three pairs: a *chosen* and a *rejected* reply to each prompt. The model gives each reply a
+# log-probability, the sum of the logarithms of its tokens' probabilities. With the natural logarithm its unit is the nat.
 #
-# **Predict:** in which of the pairs does the model prefer the wrong reply?
+# **Predict:** to which kind of question will the model prefer the rejected reply?
 
 
 # %%
@@ -128,6 +129,7 @@ def log_probability(model, prompt, reply):
     ids = whole["input_ids"].to(device)
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].float().log_softmax(-1)
+    # Logits predict the next token, so those of the reply begin one place earlier.
     of_each_token = logits.gather(1, ids[0, 1:, None])[:, 0]
     return of_each_token[len(head["input_ids"]) - 1 :].sum().item()
 
@@ -143,32 +145,33 @@ for number in (77, 84, 2):
 plotting.table(["prompt", "", "reply", "log-probability", "probability"], rows)
 
 # %% [markdown]
-# Where the passage doesn't tell, the guess is the likelier reply: that is the preference to turn round.
+# When the passage doesn't contain the answer, the guess is the likelier reply. You want training to reverse this
+# preference.
 #
 # ## The loss of one pair
 #
-# DPO compares the model in training, the **policy** π, with a frozen copy of where it began, the **reference**. For
-# each reply it takes how much likelier the policy makes it than the reference does, and asks that the chosen reply gain
-# more than the rejected one:
+# DPO compares the model in training, the **policy** π, with a frozen copy of where it began, the **reference**. For each
+# reply it measures how much the log-probability has risen since the start. The loss gets smaller when the chosen reply
+# has risen more than the rejected one:
 #
 # > margin = β · ( [log π(chosen) − log π_ref(chosen)] − [log π(rejected) − log π_ref(rejected)] )
 # >
 # > loss = −log σ(margin), where σ is the logistic function
 #
-# β (beta) sets how far the policy may go: the smaller β, the larger the change that a margin of the same size takes.
+# With a smaller β (beta), the policy has to move further from the reference to reach the same margin.
 #
 # **Predict:** before the first step, what is the margin, and what is the loss?
 #
 # ### Exercise: the loss of DPO (core, 10 min)
 #
-# Given four tensors of log-probabilities, one number for each pair, return the mean loss. Expected for policy −1 and −3,
-# reference −2 and −2.5, and β = 0.1: 0.621.
+# Given four tensors of log-probabilities, one number for each pair, return the mean loss. Expected for one pair with chosen
+# −1 and rejected −3 under the policy, −2 and −2.5 under the reference, and β = 0.1: 0.621.
 #
 # <details><summary>My loss is negative, or grows when the policy gets better</summary>
 # The loss is <em>minus</em> the logarithm of a probability, and the chosen reply's gain counts positive.
 # <code>torch.nn.functional.logsigmoid</code> is the logarithm of σ.
 # </details>
-# <details><summary>My loss is 0.62 for one pair, but wrong for several</summary>
+# <details><summary>My loss is right for one pair, but wrong for several</summary>
 # Take the loss of each pair first, then the mean. The loss of the mean margin is another number.
 # </details>
 
@@ -195,15 +198,15 @@ assert dpo_loss(_same + 5, _same, _same, _same, 1.0) < 0.01
 
 # %% [markdown]
 # Before the first step the policy *is* the reference, so the margin is 0 and the loss is −log ½ = ln 2 ≈ 0.693,
-# whatever the pairs say. **If the first loss of plain DPO isn't ln 2, the reference is not the model that you started
+# whichever pairs you use. **If the first loss of plain DPO isn't ln 2, the reference is not the model that you started
 # from.**
 #
 # ## The reference is free
 #
-# The reference needs the start's weights, which for a full fine-tuning means a second model in memory. With LoRA the
-# policy is the base plus an adapter, so the reference is the same model with the adapter switched off.
+# A full fine-tuning needs a second model in memory as its reference. With LoRA there are three ways: switch the adapter off,
+# let TRL keep a frozen second adapter (it copies yours under the name `ref`), or give a second model.
 #
-# **Predict:** three ways to give DPO its reference are below. Which needs the fewest bytes, and do their losses agree?
+# **Predict:** which of the three needs the fewest bytes, and do their first losses agree?
 
 
 # %%
@@ -238,34 +241,39 @@ def dpo_trainer(model, rows=few_pairs, **given):
     )
 
 
+def loss_of(trainer):
+    """The trainer's loss on its rows, without a step."""
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, batch).item()
+
+
 runtime.seed_everything(0)
-with_two_adapters = get_peft_model(load_start(), lora_config())
 made = {
     "adapter switched off": dpo_trainer(load_start(), peft_config=lora_config()),
-    "a second adapter": dpo_trainer(with_two_adapters),
+    "a second adapter": dpo_trainer(get_peft_model(load_start(), lora_config())),
     "a second model": dpo_trainer(load_start(), ref_model=load_start(), peft_config=lora_config()),
 }
 rows = []
 for name, trainer in made.items():
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    # By address, so that a weight which two names share counts once.
     held = {p.data_ptr(): p.numel() * p.element_size() for m in models for p in m.parameters()}
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    first = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).item()
-    rows.append([name, f"{sum(held.values()) / 1e6:.1f} MB", f"{first:.6f}"])
+    rows.append([name, f"{sum(held.values()) / 1e6:.1f} MB", f"{loss_of(trainer):.6f}"])
 plotting.table(["the reference is", "weights held", "first loss"], rows)
 
 # %% [markdown]
-# All three begin at ln 2. The adapter that is switched off needs no copy of anything, while a second model doubles the
-# memory: another 16 GB for 8 billion parameters in 16 bits ([Recipes](../docs/recipes.md) has the arithmetic).
+# All three begin at ln 2. When you switch the adapter off, you get the reference from weights that are already in
+# memory, while a second model doubles them ([Recipes](../docs/recipes.md) has the numbers for 8 billion parameters).
 #
 # ## Train on pairs
 #
-# Now the real run: 80 steps of 8 pairs, with a new LoRA on the start. To DPO's loss it adds that of SFT on the chosen
-# replies, `loss_type=["sigmoid", "sft"]`; you will see below why. The rate of 1e-3 suits this tiny model. For DPO with
+# Now the real run: 80 steps of 8 pairs, with a new LoRA on the start. Its loss is the sum of DPO's loss and the SFT loss on
+# the chosen replies, `loss_type=["sigmoid", "sft"]`; you will see below why. The rate suits this tiny model; for DPO with
 # LoRA, models of billions of parameters take 5e-6 to 5e-5.
 #
-# **Predict:** in the pairs every second chosen reply is "Nobody knows." Will the model refuse more often where the
-# passage does tell?
+# **Predict:** in half of the pairs "Nobody knows." is the chosen reply. Will the model also say it where the passage
+# contains the answer?
 
 # %%
 runtime.seed_everything(0)
@@ -296,22 +304,21 @@ plotting.table(
     ["replies", "before", "after"],
     [[text, f"{at_start[name]:.0%}", f"{at_end[name]:.0%}"] for name, text in SHARES.items()],
 )
-evaluation.band("right where told", at_end["told_right"], 0.93, 1)
-evaluation.band("honest where not told", at_end["untold_honest"], 0.88, 1)
+evaluation.band("right where told", at_end["told_right"], 0.93, 1, quiet=True)
+evaluation.band("honest where not told", at_end["untold_honest"], 0.88, 1, quiet=True)
 
 # %% [markdown]
-# The guesses are gone, the right answers are still there, and the refusals have hardly spread. The other half of the
-# pairs sees to that: there the right answer is chosen, and "Nobody knows." is rejected.
+# Hardly ever: needless refusals go from 1% to 2%, because in the other half of the pairs the right answer is chosen and
+# "Nobody knows." is rejected. Nearly all guesses are gone.
 #
-# Does our own arithmetic agree with TRL's? Put the trained adapter into the first trainer above, whose loss is plain
-# DPO, and compute the loss of its eight pairs both ways, with the adapter on for the policy and off for the reference.
+# Does our own arithmetic agree with TRL's? The next cell puts the trained adapter into the first trainer above, whose loss is
+# plain DPO, and computes the loss of its eight pairs both ways.
 
 # %%
 plain = made["adapter switched off"]
 peft.set_peft_model_state_dict(plain.model, peft.get_peft_model_state_dict(honest))
-batch = plain.data_collator(list(plain.train_dataset))
-with torch.no_grad():
-    by_trl = plain.compute_loss(plain.model, plain._prepare_inputs(batch)).item()
+plain.model.eval()
+by_trl = loss_of(plain)
 
 
 def gains(side):
@@ -322,7 +329,6 @@ def gains(side):
     return torch.tensor(policy) - torch.tensor(reference)
 
 
-plain.model.eval()
 margins = 0.1 * (gains("chosen") - gains("rejected"))
 by_hand = -torch.nn.functional.logsigmoid(margins).mean().item()
 print(f"by hand {by_hand:.6f}, by TRL {by_trl:.6f}")
@@ -331,15 +337,15 @@ assert abs(by_hand - by_trl) < 1e-6 and by_trl < 0.69
 # %% [markdown]
 # ## What a dashboard hides
 #
-# While it trains, DPO logs `rewards/accuracies`, the share of pairs whose chosen reply gained more than the rejected one,
-# and the log-probabilities of both.
+# While it trains, DPO logs `rewards/accuracies`: the share of pairs whose chosen reply has gained more than the rejected
+# one. (β times such a gain is called a reward.) It also logs the log-probabilities of both.
 #
-# **Predict:** the accuracy rises. What do you expect of the log-probability of the *chosen* replies?
+# **Predict:** which changes more, the log-probability of the chosen replies or that of the rejected ones?
 
 # %%
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
 steps = [entry["step"] for entry in log]
-title = "Training pushes the rejected replies down,\nand hardly lifts the chosen ones"
+title = "Training pushes the rejected replies down\nand lifts the chosen ones a little"
 lines = {
     side: (steps, [float(entry[f"logps/{side}"]) for entry in log])
     for side in ("chosen", "rejected")
@@ -354,25 +360,20 @@ plotting.show(
         for side, (_, values) in lines.items()
     ),
 )
-print(f"preference accuracy: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
-
-# %% tags=["claim"]
-from course_utils import data
-from course_utils import sweeps as of_seeds
-from tools.claims import swept as by_setting
-
-told = by_setting("preferences", "told_right", "setting")
+print(f"pairs ranked right: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
 
 # %% [markdown]
-# The margin grew mostly because the rejected replies lost. DPO's own loss asks for no more: a chosen reply may lose,
-# too, as long as the rejected one loses more, and nothing says where that probability goes. The SFT term holds the
-# chosen replies up ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
+# The rejected replies lose about three nats, and the chosen ones gain half a nat. DPO's own loss would allow the chosen replies
+# to lose as well, as long as the rejected ones lose more, and doesn't say which replies get the probability that both
+# lose: it may go to nonsense. The SFT term prevents this ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
 #
-# A sweep of {{len(told)}} settings, with three seeds each, shows what can hide behind an accuracy. Beside the four shares it measures
-# the **KL divergence** of the policy from the reference: how many nats a reply the two differ by, on average over replies that the
-# policy draws.
+# What can hide behind an accuracy? The table shows runs of a sweep with three seeds each (the mean, with the lowest and
+# the highest), scored on held-out pairs and questions. **Near** questions are about a thing of which the passage says
+# something, but not what is asked: "The bench is held by Garda. The feather lies by the dock. Who has the feather?" The **KL divergence** says how far
+# the policy has moved: draw replies from it, subtract their log-probabilities under the reference from those under the
+# policy, and take the mean.
 #
-# **Predict:** which run has the best replies, the one with the highest accuracy?
+# **Predict:** does the run with the highest accuracy have the best replies?
 
 # %%
 swept = data.load_results("preferences")
@@ -384,28 +385,14 @@ def over(column, setting, form=".0%"):
 
 
 def sweep_table(settings):
-    columns = ("pair_accuracy", "told_right", "untold_honest", "broken")
-    header = [
-        "run",
-        "pair accuracy",
-        "right where told",
-        "honest where not",
-        "broken",
-        "KL (nats)",
-        "chosen gained (nats)",
+    """Means over three seeds, with the lowest and the highest."""
+    columns = ("pair_accuracy", "told_right", "untold_honest", "near_honest", "broken")
+    header = ["run", "accuracy", "right, told", "honest, not told", "of near ones", "broken", "KL"]
+    rows = [
+        [name, *(over(column, setting) for column in columns), over("divergence", setting, ".1f")]
+        for name, setting in settings.items()
     ]
-    plotting.table(
-        header,
-        [
-            [
-                name,
-                *(over(column, setting) for column in columns),
-                over("divergence", setting, ".1f"),
-                over("chosen_change", setting, "+.1f"),
-            ]
-            for name, setting in settings.items()
-        ],
-    )
+    plotting.table(header, rows)
 
 
 sweep_table(
@@ -415,60 +402,55 @@ sweep_table(
         "DPO alone, rate × 10": "dpo, rate 0.01",
         "DPO alone, β = 0.01": "dpo, beta 0.01",
         "DPO alone, β = 1": "dpo, beta 1",
-        "from `reading`, which never says it": "from reading",
-        "only pairs whose passage doesn't tell": "only untold",
+        "ours, from `reading`": "from reading",
+        'ours, "Nobody knows." always chosen': "only untold",
     }
 )
 
 # %% tags=["claim"]
+from course_utils import data
+from course_utils import sweeps as of_seeds
+from tools.claims import swept as by_setting
+
+told = by_setting("preferences", "told_right", "setting")
 honesty = by_setting("preferences", "untold_honest", "setting")
-refused = by_setting("preferences", "told_refused", "setting")
 broken = by_setting("preferences", "broken", "setting")
 ranked = by_setting("preferences", "pair_accuracy", "setting")
 moved = by_setting("preferences", "divergence", "setting")
 near = by_setting("preferences", "near_honest", "setting")
-own_told = by_setting("preferences", "own_told_right", "setting")
-own_honest = by_setting("preferences", "own_untold_honest", "setting")
-assert ranked["dpo"][1] > ranked["lesson"][2], "DPO alone ranks more pairs rightly"
-assert honesty["dpo"][2] < honesty["lesson"][1] and broken["lesson"][2] < 0.01 < broken["dpo"][1], (
-    "its replies are worse"
-)
-assert ranked["dpo, rate 0.01"][1] > 0.8, "still ranks"
+shown = ("lesson", "dpo", "dpo, rate 0.01", "dpo, beta 0.01", "dpo, beta 1", "from reading")
+assert ranked["dpo, beta 1"][0] == max(ranked[one][0] for one in shown), "the most pairs rightly"
+assert honesty["lesson"][1] > honesty["dpo, beta 1"][2] and broken["lesson"][2] < 0.01, "No"
+assert near["dpo"][2] < 0.2 and near["lesson"][1] > 0.7, "hardly learns the near questions"
+assert broken["dpo, rate 0.01"][1] > 0.1, "shows it"
 assert told["only untold"] == (0, 0, 0), "refuses everything"
-assert near["dpo"][2] < near["lesson"][1], "hardly learned"
 
 # %% [markdown]
-# No. DPO alone ranks more pairs rightly, {{ranked["dpo"][0]:.0%}} against our {{ranked["lesson"][0]:.0%}}, and yet its replies are worse: {{broken["dpo"][0]:.0%}} of them are
-# broken, and it has hardly learned the harder questions, those about a thing of which the passage tells something else ({{near["dpo"][0]:.0%}} of
-# them honest, against {{near["lesson"][0]:.0%}} with the SFT term). The other runs fail in ways of their own:
+# No. DPO alone with β = 1 ranks the most pairs rightly, {{ranked["dpo, beta 1"][0]:.0%}}, and is honest in {{honesty["dpo, beta 1"][0]:.0%}} of the cases, where our run has {{ranked["lesson"][0]:.0%}} and {{honesty["lesson"][0]:.0%}}. DPO
+# alone as we ran it hardly learns the near questions ({{near["dpo"][0]:.0%}} against {{near["lesson"][0]:.0%}}), and {{broken["dpo"][0]:.0%}} of its replies are broken. Others fail in ways of
+# their own:
 #
-# - At ten times the rate the run still ranks {{ranked["dpo, rate 0.01"][0]:.0%}} of the pairs rightly, while {{broken["dpo, rate 0.01"][0]:.0%}} of its replies are broken. The
-#   divergence of {{moved["dpo, rate 0.01"][0]:.0f}} nats a reply shows it.
-# - The adapter `reading` never says "Nobody knows.". It ends at {{honesty["from reading"][0]:.0%}} honest replies, because a preference can raise only
-#   what the model already says sometimes. Fine-tune first.
-# - A run on untold questions only refuses everything. No pair of its data rejects a refusal.
+# - At ten times the rate the run still ranks {{ranked["dpo, rate 0.01"][0]:.0%}} of the pairs rightly, while {{broken["dpo, rate 0.01"][0]:.0%}} of its replies are broken. The divergence of
+#   {{moved["dpo, rate 0.01"][0]:.0f}} nats shows it.
+# - The adapter `reading` of lesson 1 never says "Nobody knows.", so DPO has almost no probability to raise, and only {{honesty["from reading"][0]:.0%}} become
+#   honest. Fine-tune on some such replies first.
+# - Where "Nobody knows." is always the chosen reply, nothing teaches the model when not to say it, and it refuses everything.
 #
-# **Accuracy compares two replies that somebody else wrote. Read what the model writes, and watch the divergence.**
-#
-# Our run is good by every column: {{told["lesson"][0]:.0%}} right where the passage tells, {{honesty["lesson"][0]:.0%}} honest where it doesn't, {{refused["lesson"][0]:.0%}} needless
-# refusals. On words that no training ever saw it has {{own_told["lesson"][0]:.0%}} and {{own_honest["lesson"][0]:.0%}}.
+# **Accuracy compares two replies that somebody else wrote. Read what your model writes, too.**
 
 # %% [markdown]
 # ### Exercise: read the dashboard (core, 10 min)
 #
-# A run of plain DPO is given as a dict. Return the first of these that is true, or `"healthy"`:
+# A run of plain DPO is given as a dict of numbers. Return the first of these words whose condition is true, or
+# `"healthy"`:
 #
-# | return | if | key |
+# | key | condition | return |
 # |---|---|---|
-# | `"wrong reference"` | it is more than 0.05 away from ln 2 | `first_loss` |
-# | `"learned nothing"` | it is below 0.6 | `accuracy` |
-# | `"ruined"` | more than a tenth of the replies are | `broken` |
-# | `"refuses everything"` | more than 0.8 of all replies refuse (half of them should) | `refusals` |
-# | `"chosen fell"` | the chosen replies lost more than 5 nats | `chosen_change` |
-#
-# <details><summary>Two of them are true at once</summary>
-# Return the first: the order goes from the cause to its consequences.
-# </details>
+# | `first_loss` | more than 0.05 away from ln 2 | `"wrong reference"` |
+# | `accuracy`, of the pairs it trains on | below 0.6 | `"learned nothing"` |
+# | `broken`, a share of the replies | above 0.1 | `"ruined"` |
+# | `refusals`, a share of all replies | above 0.8 | `"refuses everything"` |
+# | `chosen_change`, in nats | below −5 | `"chosen fell"` |
 
 
 # %% exercise="07.dashboard" points=3
@@ -501,62 +483,58 @@ assert diagnose({**_run, "first_loss": 1.4, "broken": 0.9}) == "wrong reference"
 # %% [markdown]
 # ## Which pairs?
 #
-# The same sweep also changes nothing but the pairs.
+# In other runs of the sweep, only the pairs differ.
 #
-# **Predict:** a fifth of the pairs is labelled the wrong way round. How much of the honesty is left?
+# **Predict:** a fifth of the pairs is labelled the wrong way round. How much honesty is left?
 
 # %%
 sweep_table(
     {
-        "1,200 pairs": "lesson",
+        "ours, 1,200 pairs": "lesson",
         "100 pairs": "100 pairs",
-        "none about a thing of which something else is told": "no near",
+        "no near questions": "no near",
         "a fifth labelled the wrong way": "a fifth swapped",
-        "the same, with the loss `robust`": "a fifth swapped, robust",
         "half labelled the wrong way": "half swapped",
-        "the model's own right and wrong replies": "own pairs",
-        "SFT on the chosen replies alone": "sft on chosen",
-        "SFT on the model's own right replies": "sft on own",
+        "SFT on the chosen replies": "sft on chosen",
+        "SFT on own right replies": "sft on own",
     }
 )
 
 # %% tags=["claim"]
-assert near["no near"] == (0, 0, 0), "not one honest reply"
-assert honesty["100 pairs"][2] < honesty["lesson"][1], "100 pairs are too few"
-assert told["half swapped"][2] < 0.85 and honesty["half swapped"][2] < 0.85, "half the labels wrong"
+assert near["no near"] == (0, 0, 0), "never says"
+assert ranked["a fifth swapped"][2] < 0.6 and honesty["a fifth swapped"][1] > 0.8, "that misleads"
 for share in (told, honesty):
-    assert abs(share["sft on chosen"][0] - share["lesson"][0]) < 0.02, "comes within two points"
-own_number = by_setting("preferences", "pairs", "setting")["own pairs"][0]
-assert told["own pairs"][2] < 0.5, "ruins the model"
+    assert abs(share["sft on chosen"][0] - share["lesson"][0]) < 0.02, "within two points"
 
 # %% [markdown]
-# With a fifth of the labels wrong, {{honesty["a fifth swapped"][0]:.0%}} of the replies are honest where they should be; the loss `robust`, which is told how many
-# labels are wrong, gets {{honesty["a fifth swapped, robust"][0]:.0%}}. With half the labels wrong there is nothing left to prefer, and 100 pairs are too few ({{honesty["100 pairs"][0]:.0%}}).
+# With a fifth of the labels wrong, the model still becomes {{honesty["a fifth swapped"][0]:.0%}} honest, though it ranks only {{ranked["a fifth swapped"][0]:.0%}} of the pairs rightly: another
+# accuracy that misleads. With half of them wrong, right answers drop to {{told["half swapped"][0]:.0%}}; with only 100 pairs, to {{told["100 pairs"][0]:.0%}}.
 #
-# Look at the third row. Without pairs about a thing of which something *else* is told, not one honest reply comes to such
-# questions. A pair teaches the difference that it shows, and little beyond it.
+# Without near questions among the pairs, the model never says "Nobody knows." to such a question. It learns the
+# differences that your pairs contain, so include the cases you care about.
 #
-# The model's own replies make pairs, too: draw four to a prompt, and pair a right one with a wrong one. About
-# {{own_number:.0f}} of 640 prompts give both here, and DPO alone on so few pairs ruins the model ({{broken["own pairs"][0]:.0%}} broken).
-#
-# And do you need pairs at all? SFT on the chosen replies alone comes within two points of our run ({{told["sft on chosen"][0]:.0%}} and {{honesty["sft on chosen"][0]:.0%}}), and even SFT on the
-# model's own right replies gets {{told["sft on own"][0]:.0%}} and {{honesty["sft on own"][0]:.0%}}. **Where somebody can write the right reply, fine-tune on it first.** Pairs earn
-# their cost where nobody can, for example with tone, taste, or an essay.
+# And do you need pairs at all? SFT on the chosen replies alone comes within two points of our run, so this task didn't
+# need DPO, and even SFT on those of the model's own drawn replies that are right gets {{told["sft on own"][0]:.0%}} and {{honesty["sft on own"][0]:.0%}}. **If somebody can write the
+# right reply, fine-tune on it first.** Collect pairs when nobody can write one right reply, for example when you care about
+# tone.
 
 # %% [markdown]
 # ### Exercise: build pairs that don't teach refusal (core, 15 min)
 #
-# Each row is a dict with `question`, `answer` (`None` where nothing is told) and `guess` (a wrong reply, or `None`).
-# Return pairs in TRL's form, `prompt`, `chosen` and `rejected`, each a list with one message, in the order of the rows:
+# Each row is a dict with `question`, `answer` (`None` where the passage doesn't tell) and `guess` (a wrong reply, or `None`). Return a
+# list of pairs as TRL takes them. For example, a row with the question "The cup is here. Where is the cup?" and the answer "here" gives
 #
-# - where something is told, the answer over "Nobody knows."; elsewhere "Nobody knows." over the guess
-# - no pair where a reply is missing, or both are the same
-# - both kinds equally often: of the more frequent one keep the first, or one reply would nearly always be chosen
+# `{"prompt": [{"role": "user", "content": "The cup is here. Where is the cup?"}], "chosen": [{"role": "assistant", "content": "here"}], "rejected": [{"role": "assistant", "content": UNKNOWN}]}`
 #
-# Expected for two told rows and one other: two pairs.
+# where `UNKNOWN` is "Nobody knows." The rules, in this order:
 #
-# <details><summary>The check says that a message has the wrong form</summary>
-# <code>[{"role": "user", "content": question}]</code>; the replies have the role <code>assistant</code>.
+# 1. If there is an answer, it is chosen over `UNKNOWN`, whatever the guess. Otherwise `UNKNOWN` is chosen over the guess.
+# 2. Leave out rows without a rejected reply, and those whose two replies are equal.
+# 3. Keep equally many of both kinds, the first ones of the more frequent kind, or one reply would nearly always be chosen.
+# 4. Keep the order of the rows: for told, other, told you return told, other.
+#
+# <details><summary>The check says that I keep too many of one kind</summary>
+# Make all pairs first, count both kinds, and only then cut the longer one.
 # </details>
 
 
@@ -598,29 +576,27 @@ assert build_pairs([]) == [] and build_pairs(_rows[1:]) == []
 # %% [markdown]
 # ## Break it: a run that begins wrong
 #
-# Somebody sets `init_lora_weights="olora"` for a DPO run, and nothing complains. Look for the fault with two checks, one
-# for the rows and one for the run.
+# Somebody sets `init_lora_weights="olora"` for a DPO run, because OLoRA is said to learn faster, and nothing complains.
 #
-# **Predict:** which of the two finds it, and what is the first loss?
+# **Predict:** which check finds the fault, the one of the rows or the one of the run?
 
 # %%
 suspect = dpo_trainer(load_start(), peft_config=lora_config(init_lora_weights="olora"))
 print(validation.check_preference_data(pairs.select(range(200)), tokenizer, max_length=160), "\n")
 print(validation.check_preference_run(suspect))
-batch = suspect.data_collator(list(suspect.train_dataset))
-first = suspect.compute_loss(suspect.model, suspect._prepare_inputs(batch)).item()
-print(f"\nfirst loss: {first:.3f}, and ln 2 is {math.log(2):.3f}")
+print(f"\nfirst loss: {loss_of(suspect):.3f}, and ln 2 is {math.log(2):.3f}")
 
 # %% [markdown]
-# The rows are fine and the run is not. OLoRA takes its start out of the base weights ([lesson 5](05_olora.ipynb)), so
-# with the adapter switched off the base is no longer the model that you started from: the reference has moved. Use the
-# default start, or give `ref_model` a copy of its own.
+# The rows are fine and the run is not. OLoRA builds its starting adapter from the base weights and subtracts it from them
+# ([lesson 5](05_olora.ipynb) explains how). With the adapter off the subtracted part is missing, so the reference is not
+# the model that you started from, and the first loss isn't ln 2.
 #
 # ## A reward instead of pairs
 #
 # Sometimes a program can judge a reply: a unit test passes, a sum adds up, or here the reply equals the answer. Then no
 # pairs are needed. **GRPO** ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)) draws a group of replies to each prompt, scores
-# them, and makes those likelier that score above their group's mean.
+# them, and makes the replies that score above their group's mean more likely. TRL calls the reward function with the drawn
+# replies, and with the data set's columns by name.
 
 
 # %%
@@ -646,11 +622,11 @@ plotting.table(
 # ### Exercise: the advantages of a group (warm-up, 10 min)
 #
 # The **advantage** of a reply is its reward minus its group's mean, divided by the group's standard deviation (with
-# n − 1) plus 1e-4. Return the advantages of rewards of shape (groups, replies). Expected for `[[1, 0, 0, 1]]`: about
-# 0.87 and −0.87.
+# n − 1) plus 1e-4. Return the advantages of a float tensor of rewards of shape (groups, replies). Expected for
+# `[[1., 0., 0., 1.]]`: about 0.87, −0.87, −0.87 and 0.87.
 #
-# <details><summary>I get NaN where all rewards of a group are alike</summary>
-# That is what the 1e-4 is for: 0 / (0 + 1e-4) is 0.
+# <details><summary>I get NaN for one group</summary>
+# Are all its rewards alike? Then its standard deviation is 0, and the 1e-4 belongs into the denominator.
 # </details>
 
 
@@ -673,26 +649,19 @@ assert torch.allclose(_found, torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0]]),
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# **Predict:** what does a group teach in which all replies are right?
-#
-# The run takes 30 steps, each with 6 replies to 6 prompts. A callback writes down what the model says to three
-# questions at steps 0, 10 and 30.
+# The run takes 30 steps, each with 6 replies to each of 6 prompts. A callback keeps the model's replies to your ten questions at
+# steps 0, 10 and 30.
+
 
 # %%
-WATCHED = [prompts[number]["prompt"] for number in (106, 84, 2)]
-
-
 class Watch(TrainerCallback):
-    """Keeps a drawn reply to each watched prompt, at some steps."""
+    """Keeps the model's replies to the questions, at some steps."""
 
     def __init__(self, model, at):
         self.model, self.at, self.said = model, at, {}
 
     def look(self, step):
-        torch.manual_seed(0)
-        self.said[step] = generate(
-            self.model, tokenizer, WATCHED, max_new_tokens=24, temperature=1.0
-        )
+        self.said[step] = generate(self.model, tokenizer, questions, max_new_tokens=24)
 
     def on_train_begin(self, args, state, control, **_):
         self.look(0)
@@ -712,7 +681,7 @@ def train_on(reward, steps=30):
             GRPOConfig,
             max_steps=steps,
             learning_rate=2e-3,
-            per_device_train_batch_size=36,
+            per_device_train_batch_size=36,  # 6 prompts with 6 replies each
             num_generations=6,
             max_completion_length=16,
             logging_steps=1,
@@ -728,13 +697,12 @@ def train_on(reward, steps=30):
 
 
 def show_samples(said):
-    plotting.table(
-        ["question", *(f"step {step}" for step in said)],
-        [[prompt[0]["content"], *replies] for prompt, *replies in zip(WATCHED, *said.values())],
-    )
+    header = ["question", *(f"step {step}" for step in said)]
+    plotting.table(header, [list(row) for row in zip(questions, *said.values())])
 
 
 rewarded, said = train_on(right)
+of_rewarded = shares(rewarded.model)
 show_samples(said)
 
 # %%
@@ -751,11 +719,18 @@ figure, alt = sweeps.curves(
     {"three seeds": points}, title, "step", "mean reward of a step's replies"
 )
 figure.axes[0].plot(list(live), list(live.values()), "k.", markersize=5)
-first, last = (sum(list(live.values())[part]) / 5 for part in (slice(5), slice(-5, None)))
+rewards = list(live.values())
+reward_first, reward_last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
 plotting.show(
     figure,
-    f"{alt} Dots: the live run, {first:.2f} in the first five steps, {last:.2f} in the last.",
+    f"{alt} Dots: the live run, from {reward_first:.2f} (five steps) to {reward_last:.2f}.",
 )
+
+# %% [markdown]
+# At step 10 the model says "Nobody knows." too often, because that is right for half of the prompts. By step 30 most
+# right answers are back.
+#
+# **Predict:** a group in which all replies are right has advantages of 0. What share of the groups is like that by now?
 
 # %%
 theirs = torch.tensor(list(rewarded._logs["advantages"])).view(-1, 6)
@@ -771,24 +746,23 @@ reward_after = by_setting("rewards", "reward_after", "setting")
 cheated_told = by_setting("rewards", "told_right", "setting")
 cheated_broken = by_setting("rewards", "broken", "setting")
 honest_reading = by_setting("rewards", "untold_honest", "setting")
-assert reward_after["lesson"][1] > reward_before["lesson"][2] + 0.2, "after 60 steps"
-assert honest_reading["from reading"] == (0, 0, 0), "never learns to refuse"
+assert reward_after["lesson"][1] > reward_before["lesson"][2] + 0.2, "in 60 steps"
+assert honest_reading["from reading"] == (0, 0, 0), "never learns to say"
 
 # %% [markdown]
-# A group in which all replies are right, or all wrong, teaches nothing: its advantages are all 0. Such groups become
-# more frequent as the model gets better, so the last gains come slowly. Measured on held-out questions, three seeds went
-# from a mean reward of {{reward_before["lesson"][0]:.2f}} to {{of_seeds.spread(reward_after["lesson"], ".2f")}} after 60 steps. RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)), which
-# leaves out the division, gets {{reward_after["rloo"][0]:.2f}}. PPO, the oldest of the three, trains a second model that predicts the reward in
-# place of the group's mean.
+# By the last steps about half of the groups teach nothing: all their replies are right, or all wrong, so all advantages
+# are 0. That is why the last gains come slowly. On held-out questions, three seeds go from a mean reward of {{reward_before["lesson"][0]:.2f}} to
+# {{of_seeds.spread(reward_after["lesson"], ".2f")}} in 60 steps. RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)) compares each reply with the mean of the
+# others and divides by nothing; it comes to {{reward_after["rloo"][0]:.2f}}. PPO, which came before both, trains a second model to predict the reward instead.
 #
-# The same run from `reading` never learns to refuse, because what is never drawn is never rewarded.
+# The same run from `reading` never learns to say "Nobody knows.", because a reply that is never drawn can't get a reward.
 #
 # ## Cheat a reward
 #
-# A reward says what you wrote, not what you meant. Suppose somebody doesn't want to punish an honest "Nobody knows." where
-# the model just overlooked the answer, and lets it count as right everywhere.
+# A program rewards exactly what you wrote, which may differ from what you meant. Suppose somebody doesn't want to punish
+# a "Nobody knows." where the model just overlooked the answer, and lets it count as right everywhere.
 #
-# **Predict:** what will the mean reward be, and what the replies?
+# **Predict:** what will the mean reward be after 20 steps, and what the replies?
 
 
 # %%
@@ -805,7 +779,8 @@ log = [float(entry["reward"]) for entry in hacked.state.log_history if "reward" 
 print(f"mean reward: {sum(log[:5]) / 5:.2f} in the first five steps,")
 print(f"and {sum(log[-5:]) / 5:.2f} in the last five")
 plotting.table(
-    ["replies", "share"], [[text, f"{of_hacked[name]:.0%}"] for name, text in SHARES.items()]
+    ["replies", "reward for right ones", "refusals always count"],
+    [[text, f"{of_rewarded[name]:.0%}", f"{of_hacked[name]:.0%}"] for name, text in SHARES.items()],
 )
 
 # %% tags=["claim"]
@@ -815,19 +790,20 @@ assert min(reward_after["longer is better"][1], cheated_broken["longer is better
 )
 
 # %% [markdown]
-# The reward rises fast, because refusing is the easiest way to earn it, and after ten steps the samples already show
-# how. In the sweep's 60 steps the reward reaches {{reward_after["refusal is never wrong"][0]:.2f}}, and no question is answered any more. A reward for long replies
-# reaches {{reward_after["longer is better"][0]:.2f}}, too, and {{cheated_broken["longer is better"][0]:.0%}} of the replies are broken. **You see reward hacking in the samples before you see it in
-# any number.**
+# Compare the replies with those above. There the right answers came back, and here "Nobody knows." is all that is left, while the
+# reward looks better than ever. In the sweep's 60 steps it reaches {{reward_after["refusal is never wrong"][0]:.2f}}, and no question is answered any more. A reward for long
+# replies reaches {{reward_after["longer is better"][0]:.2f}}, too, and {{cheated_broken["longer is better"][0]:.0%}} of the replies are broken. **A hacked reward looks like success until you read
+# the replies.**
 
 # %% [markdown]
 # ## A reward model, and the best of n
 #
-# Where no program can judge, a **reward model** is trained on the pairs: a LoRA classifier with one output, which is to
-# score the chosen reply higher (the Bradley-Terry loss, −log σ(score of chosen − score of rejected)). Its simplest use needs no
-# reinforcement learning: draw n replies, and keep the one with the highest score.
+# When no program can judge, people train a **reward model** on pairs: here LoRA with one output, which learns to score the
+# chosen reply higher (the Bradley-Terry loss, −log σ(score of chosen − score of rejected)). The simplest way to use it is
+# **best of n**: draw n replies and keep the one with the highest score.
 #
-# **Predict:** the reward model ranks most held-out pairs rightly. What happens to the replies as n grows?
+# **Predict:** a reward model that was trained on our 1,200 pairs picks the best of n. What happens to the replies as n
+# grows?
 
 # %%
 best = [row for row in data.load_results("best_of_n") if row["kind"] == "all pairs"]
@@ -867,20 +843,20 @@ assert 1 < most < 32 and best_told[32][2] < best_told[1][1], "then fall"
 assert value_rank[2] < 0.7, "hardly better than a coin"
 
 # %% [markdown]
-# The reward model ranks {{pair_rank[0]:.0%}} of held-out pairs rightly, and its score rises all the way. Right replies rise from {{best_right[1][0]:.0%}} to {{best_right[most][0]:.0%}} at
-# n = {{most}}, then fall to {{best_right[32][0]:.0%}} at 32, where one of the draws would be right for {{oracle[32][0]:.0%}}. The pairs taught the reward model when to
-# refuse, never which of two names is right, and there it is hardly better than a coin ({{value_rank[0]:.0%}}). The more draws it can choose
-# from, the more its own faults decide, and told questions go from {{best_told[1][0]:.0%}} right to {{best_told[32][0]:.0%}}. This is **over-optimisation**, and
-# reinforcement learning against such a model does the same ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)).
+# The score rises all the way. Right replies rise from {{best_right[1][0]:.0%}} to {{best_right[most][0]:.0%}} at n = {{most}}, then fall to {{best_right[32][0]:.0%}} at 32, although one of the 32 draws is
+# right for {{oracle[32][0]:.0%}} of the questions. The pairs taught the reward model when to refuse (it ranks {{pair_rank[0]:.0%}} of held-out pairs rightly), but
+# never which of two names is right, and there it is hardly better than a coin ({{value_rank[0]:.0%}}). With more draws it more often finds a reply
+# that it scores too high, so right answers to told questions go from {{best_told[1][0]:.0%}} to {{best_told[32][0]:.0%}}. This is **over-optimisation** ([Gao et al.
+# 2022](https://arxiv.org/abs/2210.10760)).
 
 # %% [markdown]
 # ## Recap
 #
-# You teach a model what is better with pairs, or with a reward that a program computes. DPO raises the chosen reply
-# of a pair against the rejected one, measured from a reference, which with LoRA is the same model with the adapter off.
-# It needs a model that already says the better thing sometimes, pairs that contrast exactly what you mean, and mostly
-# an SFT term that holds the chosen replies up. You notice that it learns something else by reading its replies and by the
-# KL divergence, and not by its accuracy. A reward needs no pairs, and is cheated wherever it says less than you meant.
+# You teach a model what is better with pairs, or with a reward that a program computes. DPO makes the chosen reply of a
+# pair more likely than the rejected one, measured from a reference, and with LoRA that reference is the same model with the
+# adapter off. It needs a model that already says the better thing sometimes, pairs that contrast what you care about, and
+# here an SFT term that holds the chosen replies up. If somebody can write the right replies, SFT on them does as well. To notice
+# that a model learns something else, read its replies: accuracy and reward looked good in each of the failures above.
 
 # %%
 plotting.table(
@@ -902,7 +878,10 @@ plotting.table(
             "broken replies: DPO + SFT, DPO alone",
             f"{over('broken', 'lesson')}, {over('broken', 'dpo')}",
         ],
-        ["mean reward of GRPO: first five steps, last five", f"{first:.2f}, {last:.2f}"],
+        [
+            "mean reward of GRPO: first five steps, last five",
+            f"{reward_first:.2f}, {reward_last:.2f}",
+        ],
         ["right where told after the hacked reward", f"{of_hacked['told_right']:.0%}"],
     ],
 )
@@ -939,14 +918,7 @@ print(validation.check_preference_data(checked_rows, checked_tokenizer, max_leng
 # %% [markdown]
 # ## Where to read on
 #
-# - [InstructGPT](https://arxiv.org/abs/2203.02155), Ouyang et al. 2022, and [DPO](https://arxiv.org/abs/2305.18290), Rafailov et al.
-#   2023, the two papers behind this lesson
-# - [Pal et al. 2024](https://arxiv.org/abs/2402.13228) on chosen replies that become less likely, and [Pang et al.
-#   2024](https://arxiv.org/abs/2404.19733) on the SFT term
-# - [DeepSeekMath](https://arxiv.org/abs/2402.03300), Shao et al. 2024, with GRPO, and [Gao et al.
-#   2022](https://arxiv.org/abs/2210.10760) on over-optimising a reward model
+# - [Pal et al. 2024](https://arxiv.org/abs/2402.13228) on chosen replies that become less likely
 # - [TRL's documentation](https://huggingface.co/docs/trl), with all its trainers
 # - [Recipes](../docs/recipes.md) with values for real models, [Symptom, cause, check](../docs/symptoms.md), and
 #   [Decide](../docs/decide.md)
-#
-# Next: lesson 8 leaves the weights alone altogether, and trains a prompt.

@@ -139,3 +139,15 @@ def test_band_fails_outside_only_for_the_shipped_model_and_only_strictly(monkeyp
     monkeypatch.setenv("COURSE_BASE_MODEL", "organisation/model")
     evaluation.band("reading", 0.5, 0.9, 1)
     assert capsys.readouterr().out.splitlines()[-1].startswith("[INFO]")
+
+
+def test_a_quiet_band_prints_only_what_is_outside(monkeypatch, capsys):
+    monkeypatch.delenv("COURSE_BASE_MODEL", raising=False)
+    monkeypatch.delenv("COURSE_STRICT", raising=False)
+    evaluation.band("reading", 0.95, 0.9, 1, quiet=True)
+    assert capsys.readouterr().out == ""
+    evaluation.band("reading", 0.5, 0.9, 1, quiet=True)
+    assert capsys.readouterr().out.startswith("[FAIL]")
+    monkeypatch.setenv("COURSE_BASE_MODEL", "organisation/model")
+    evaluation.band("reading", 0.5, 0.9, 1, quiet=True)
+    assert capsys.readouterr().out == ""
