@@ -1,4 +1,4 @@
-"""The sweeps of lesson 8, on a model made for the test."""
+"""The sweeps on prompt tuning and its relatives, on a model made for the test."""
 
 import pytest
 import torch
