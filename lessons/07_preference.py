@@ -363,9 +363,10 @@ plotting.show(
 print(f"pairs ranked right: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
 
 # %% [markdown]
-# The rejected replies lose about three nats, and the chosen ones gain half a nat. DPO's own loss would allow the chosen replies
+# The rejected replies lose about three nats, and the chosen ones gain half a nat. (Few pairs are ranked right in the
+# first steps, because at the very first one no reply has gained anything yet.) DPO's own loss would allow the chosen replies
 # to lose as well, as long as the rejected ones lose more, and doesn't say which replies get the probability that both
-# lose: it may go to nonsense. The SFT term prevents this ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
+# lose: it may go to nonsense. The SFT term works against this ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
 #
 # What can hide behind an accuracy? The table shows runs of a sweep with three seeds each (the mean, with the lowest and
 # the highest), scored on held-out pairs and questions. **Near** questions are about a thing of which the passage says
@@ -857,8 +858,9 @@ assert value_rank[2] < 0.7, "hardly better than a coin"
 # You teach a model what is better with pairs, or with a reward that a program computes. DPO makes the chosen reply of a
 # pair more likely than the rejected one, measured from a reference, and with LoRA that reference is the same model with the
 # adapter off. It needs a model that already says the better thing sometimes, pairs that contrast what you care about, and
-# here an SFT term that holds the chosen replies up. If somebody can write the right replies, SFT on them does as well. To notice
-# that a model learns something else, read its replies: accuracy and reward looked good in each of the failures above.
+# here an SFT term that holds the chosen replies up. If somebody can write the right replies, SFT on them may do as well. To
+# notice that a model learns something else, read its replies: a ruined model ranked most pairs rightly, and a hacked
+# reward was perfect.
 
 # %%
 plotting.table(
