@@ -3,7 +3,6 @@
 import tempfile
 
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
@@ -37,7 +36,7 @@ def reward_model(seed, pairs):
         args=RewardConfig(**settings),
         train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"),
+        peft_config=preferring.lora_config("SEQ_CLS"),
     )
     return preferring.train(trainer).model, tokenizer
 

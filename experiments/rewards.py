@@ -48,7 +48,7 @@ def prompts():
     return rows.map(lambda row: {"answer": row["chosen"][0]["content"]}).select_columns(["prompt", "answer"])
 
 
-def make_trainer(seed, model, tokenizer, reward=right, rate=RATE, beta=0.0, trainer=GRPOTrainer):
+def make_trainer(seed, model, tokenizer, reward=right, rate=RATE, trainer=GRPOTrainer):
     """GRPO, or RLOO, with PROMPTS groups of GROUP replies a step."""
     config = GRPOConfig if trainer is GRPOTrainer else RLOOConfig
     settings = preferring.trainer_settings(
@@ -58,7 +58,7 @@ def make_trainer(seed, model, tokenizer, reward=right, rate=RATE, beta=0.0, trai
         per_device_train_batch_size=PROMPTS * GROUP,
         num_generations=GROUP,
         max_completion_length=NEW_TOKENS,
-        beta=beta,
+        beta=0.0,  # no pull back to the reference; RLOO has one by default
         logging_steps=EVERY,
     )
     return trainer(

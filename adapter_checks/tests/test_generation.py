@@ -161,6 +161,35 @@ def test_mixed_adapter_batches_equal_one_adapter_at_a_time(tiny_model, tiny_toke
     assert mixed == [alone[name][i] for i, name in enumerate(names)]
 
 
+def test_drawn_answers_follow_the_models_own_distribution(tiny_model, tiny_tokenizer, monkeypatch):
+    import torch
+
+    drawn_from, multinomial = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: drawn_from.append(p) or multinomial(p, *a, **k))
+    ids = tiny_tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    with torch.no_grad():
+        logits = tiny_model(input_ids=torch.tensor([ids])).logits[0, -1]
+    for temperature in (1.0, 0.5):
+        generate(tiny_model, tiny_tokenizer, PROMPTS[:1], max_new_tokens=1, temperature=temperature)
+        torch.testing.assert_close(drawn_from[-1][0], (logits / temperature).softmax(-1))
+    assert (drawn_from[-1] > 0).sum() > 50, "nothing is cut off, as the library's top_k of 50 would"
+
+
+def test_drawn_answers_go_by_the_seed_and_greedy_ones_do_not(tiny_model, tiny_tokenizer):
+    import torch
+
+    def drawn(seed, temperature):
+        torch.manual_seed(seed)
+        return generate(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=8, temperature=temperature)
+
+    assert drawn(0, 1.0) == drawn(0, 1.0) != drawn(1, 1.0)
+    assert drawn(0, 0.0) == drawn(1, 0.0) == drawn(0, 1e-4)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        generate(tiny_model, tiny_tokenizer, PROMPTS, temperature=-1)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
