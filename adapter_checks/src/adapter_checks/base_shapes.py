@@ -54,15 +54,9 @@ def check_fit(
     folder             the adapter's: its tokenizer is compared as well, if it has one
     factors_are_whole  if not, their shapes are known to be wrong and only names are compared
     """
-    try:
-        model, name = meta_base(base, config, pairs)
-    except Exception as error:
-        report.fail(
-            "bad_base",
-            f"The base can't be read: {error}",
-            "Pass the loaded model, its folder with config.json, or a transformers configuration.",
-        )
+    if not (read := meta_base_or_finding(report, base, config, pairs)):
         return
+    model, name = read
     pairs = _as_loaded(pairs, model, config)
     layers = {path: sizes for path, module in model.named_modules() if (sizes := in_out(module))}
     tables = _tables(model)
@@ -359,6 +353,21 @@ def _inside(name: str) -> str:
     while name.startswith("base_model.model."):
         name = name.removeprefix("base_model.model.")
     return name
+
+
+def meta_base_or_finding(
+    report: Report, base: Any, adapter: dict[str, Any], modules: Any = ()
+) -> tuple[torch.nn.Module, str | None] | None:
+    """What `meta_base` gives, or None with a finding that the base can't be read."""
+    try:
+        return meta_base(base, adapter, modules)
+    except Exception as error:
+        report.fail(
+            "bad_base",
+            f"The base can't be read: {error}",
+            "Pass the loaded model, its folder with config.json, or a transformers configuration.",
+        )
+        return None
 
 
 def meta_base(base: Any, adapter: dict[str, Any], modules: Any = ()) -> tuple[torch.nn.Module, str | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks.adapter_config import CONFIG
-from adapter_checks.base_shapes import meta_base
+from adapter_checks.base_shapes import meta_base_or_finding
 from adapter_checks.generation import context_length
 from adapter_checks.names import plain_name, same_base
 from adapter_checks.report import first_few
@@ -115,15 +115,9 @@ def _width(config) -> int:
 
 
 def _check_fit(report, config, shapes, folder, base) -> None:
-    try:
-        model, name = meta_base(base, config)
-    except Exception as error:
-        report.fail(
-            "bad_base",
-            f"The base can't be read: {error}",
-            "Pass the loaded model, its folder with config.json, or a transformers configuration.",
-        )
+    if not (read := meta_base_or_finding(report, base, config)):
         return
+    model, name = read
     base_config: Any = getattr(model, "config", None)
     context = (base_config and context_length(base_config)) or math.inf
     try:
