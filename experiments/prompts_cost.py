@@ -38,9 +38,8 @@ def measure(seed, method, tokens):
     rows = data.load_task("reading", "test").select(range(ROWS))
     encoded = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
     ids, mask = padded(model, tokenizer, encoded, side="right")  # the sums are the same, whichever side
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, eos_token_id=2, pad_token_id=tokenizer.pad_token_id
-    )
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = GenerationConfig(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, **ends)
     seconds = []
     with torch.no_grad():
         for _ in range(CALLS + 1):

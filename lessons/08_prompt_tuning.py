@@ -1,0 +1,857 @@
+# %% [markdown]
+# # Tune prompts instead of weights
+#
+# LoRA adds numbers inside the layers of a model. A soft prompt adds numbers *in front of the text*, and leaves every
+# layer as it is. If that were enough, an adapter would be a few kilobytes, and nobody would have to touch the model at
+# all. **How far do you come without touching the weights, and what do you give up?**
+#
+# | | |
+# |---|---|
+# | **What you'll do** | put trained vectors before a text, by hand and with PEFT; train twenty of them; compare nine methods on four tasks; find out why a good soft prompt fails in a batch |
+# | **What you'll learn** | what a soft prompt can teach and what not; what its relatives train; what virtual tokens cost at every call; which of PEFT's traps are silent |
+# | **What you'll need** | [lesson 1](01_load_lora_adapter.ipynb) for adapters, [lesson 3](03_lora_finetuning.ipynb) for `SFTTrainer`; a laptop, no GPU, no network |
+# | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
+
+# %%
+import warnings
+
+from course_utils import data, evaluation, paths, plotting, runtime, validation
+from course_utils.exercises import lesson08, progress
+from course_utils.sweeps import over_seeds, spread
+
+runtime.quiet_imports()
+
+import peft
+import torch
+import transformers
+import trl
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from course_utils.progress import Progress
+
+runtime.seed_everything(0)
+device = runtime.device()
+print(
+    f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    f" · peft {peft.__version__} · trl {trl.__version__} · on {device}"
+)
+
+# %% [markdown]
+# ## Put vectors before the text
+#
+# A model reads one row of its embedding table for each token. For example, an instruction of five tokens becomes five
+# rows of 256 numbers here. But the rows need not come from the table: any 256 numbers will do. A **soft prompt**
+# ([Lester et al. 2021](https://arxiv.org/abs/2104.08691)) is a few such rows, called
+# [virtual tokens](../docs/decide.md#glossary). They stand before every input and are trained; the model stays frozen.
+#
+# PEFT can start the virtual tokens at the words of a text (`TEXT`). At that moment nothing has been learned, so the soft
+# prompt should act just like the words.
+#
+# **Predict:** with 20 virtual tokens, how many numbers are trained? By how much do the logits differ from those of the
+# base that reads the same 20 tokens as text?
+
+# %%
+base_folder = paths.base_model()
+tokenizer = AutoTokenizer.from_pretrained(base_folder)
+TOLD = (
+    "Read the passage and answer the question with the name, the place, the colour or the thing"
+    " only, or say: not said"
+)
+
+
+def load_base():
+    """A fresh copy of the base model."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype())
+    return model.to(device).eval()
+
+
+def soft_prompt(tokens=20):
+    """New each time: PEFT writes the model's sizes into it."""
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=TOLD,
+        tokenizer_name_or_path=base_folder,
+    )
+
+
+def encode(text):
+    """The token ids of one question, with the chat template's own tokens."""
+    message = [{"role": "user", "content": text}]
+    tokens = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    return torch.tensor([tokens["input_ids"]], device=device)
+
+
+# %%
+base_model = load_base()
+untrained = get_peft_model(load_base(), soft_prompt()).eval()
+untrained.print_trainable_parameters()
+
+question = encode("Tilda keeps the lantern at Greyham. Who keeps the lantern?")
+words = torch.tensor([tokenizer(TOLD)["input_ids"][:20]], device=device)
+with torch.no_grad():
+    as_text = base_model(torch.cat([words, question], dim=1)).logits
+    as_vectors = untrained(question).logits
+print(f"the question has {question.shape[1]} tokens, its logits {as_vectors.shape[1]} positions")
+print(f"logits differ by at most {(as_text - as_vectors).abs().max():.0e}")
+
+# %% [markdown]
+# PEFT trains 20 × 256 = 5,120 numbers, and the logits are those of the words: a soft prompt that starts from a text *is*
+# that text until you train it. There are 20 more positions of logits than tokens, because PEFT also returns the
+# predictions at the virtual tokens. A loss of your own has to leave them out, as the exercise does with the labels.
+#
+# ### Exercise: a soft prompt by hand (core, 15 min)
+#
+# Build what the base has to be given: from the prompt (tokens, width), the embedding layer, and a batch that is padded
+# on the right, return a dict with `inputs_embeds`, `attention_mask` and `labels`. The base then gives the loss that
+# PEFT's model gives. Expected shapes for 4 virtual tokens before a batch of 3 × 6 tokens: (3, 10, width), (3, 10),
+# (3, 10).
+#
+# <details><summary>The check says that a part has the shape of the text</summary>
+# Mask and labels need a place for each virtual token, too: ones in the mask, since the model should look at them, and
+# −100 in the labels, since there is nothing to predict.
+# </details>
+# <details><summary>The check says that no gradient reaches the prompt</summary>
+# <code>torch.cat</code> and <code>expand</code> pass gradients on. <code>torch.tensor(...)</code>,
+# <code>.data</code> and <code>.detach()</code> do not.
+# </details>
+
+
+# %% exercise="08.prepend" points=4
+def prepend(prompt, embedding, input_ids, attention_mask, labels):
+    """Return inputs_embeds, attention_mask and labels with the prompt before each text."""
+    ### BEGIN SOLUTION
+    batch, tokens = len(input_ids), len(prompt)
+    return {
+        "inputs_embeds": torch.cat([prompt.expand(batch, -1, -1), embedding(input_ids)], dim=1),
+        "attention_mask": torch.cat([attention_mask.new_ones(batch, tokens), attention_mask], 1),
+        "labels": torch.cat([labels.new_full((batch, tokens), -100), labels], dim=1),
+    }
+    ### END SOLUTION
+
+
+lesson08.prepend(prepend)
+
+# %%
+### BEGIN HIDDEN TESTS
+assert lesson08.prepend.outcome(prepend).passed
+_embedding, _prompt = torch.nn.Embedding(9, 4), torch.randn(2, 4, requires_grad=True)
+_ids, _mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 0]])
+_found = prepend(_prompt, _embedding, _ids, _mask, torch.tensor([[-100, 2, -100]]))
+assert _found["labels"].tolist() == [[-100, -100, -100, 2, -100]]
+assert _found["attention_mask"].tolist() == [[1, 1, 1, 1, 0]]
+assert torch.equal(_found["inputs_embeds"][0, 2:], _embedding(_ids)[0])
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Train twenty vectors
+#
+# The task is `reading`: a passage, a question, and an answer in as few words as possible. The trainer is `SFTTrainer`,
+# as in lesson 3. What differs is the learning rate. Adam moves each number by about the rate in each step, so the rate
+# times the steps says how far a number can get. Ask the check whether 2e-4, a usual rate of LoRA, is enough here.
+
+# %%
+train_rows = data.load_task("reading", "train")
+test_rows = data.load_task("reading", "test").select(range(100))
+searched = data.load_results("prompts_rate")
+
+
+def best_rate(task, method):
+    """The rate of the search with the most right on validation rows; the lower loss if two tie."""
+    found = [row for row in searched if (row["task"], row["method"]) == (task, method)]
+    return max(found, key=lambda row: (row["validation"], -row["loss_60"]))["learning_rate"]
+
+
+def make_trainer(rate):
+    """Twenty virtual tokens on `reading`, 60 steps of 32 rows, as in the sweep below."""
+    settings = SFTConfig(
+        output_dir=str(paths.runs_dir() / "lesson08" / "trainer"),
+        seed=0,
+        max_steps=60,
+        per_device_train_batch_size=32,
+        learning_rate=rate,
+        warmup_steps=10,
+        max_length=256,
+        train_sampling_strategy="group_by_length",  # fewer pads to compute
+        logging_steps=10,
+        save_strategy="no",
+        **runtime.trainer_settings(),
+    )
+    trainer = SFTTrainer(
+        model=load_base(),
+        args=settings,
+        peft_config=soft_prompt(),
+        train_dataset=train_rows.select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
+    )
+    return Progress().attach(trainer)
+
+
+print(validation.check_training(make_trainer(2e-4)))
+
+# %% [markdown]
+# At 2e-4 the vectors can't leave the words that they started from. The rate below was the best of four in a search on
+# validation rows, and is a hundred times as high and more.
+#
+# **Predict:** of 100 test questions, how many does the base answer in the wanted form? How many if it is told in
+# words? And with 20 trained vectors?
+
+# %%
+trainer = make_trainer(best_rate("reading", "prompt"))
+trainer.train()
+model = trainer.model.eval()  # the trained soft prompt, to the end of this lesson
+
+told_rows = [
+    {**row, "prompt": [{"role": "user", "content": f"{TOLD}. {row['prompt'][0]['content']}"}]}
+    for row in test_rows
+]
+
+
+def right(one, rows=test_rows):
+    """The share of right answers on `reading`."""
+    return evaluation.evaluate_task(one, tokenizer, "reading", rows)["score"]
+
+
+ways = {
+    "the base": right(base_model),
+    "the base, told in words": right(base_model, told_rows),
+    "20 trained virtual tokens": right(model),
+}
+plotting.table(["", "right"], [[way, f"{share:.0%}"] for way, share in ways.items()])
+
+# %% [markdown]
+# The base answers in whole sentences, told or not, because it was hardly trained to follow instructions. Twenty vectors,
+# which started from the same words, change that. Try them on a passage of your own.
+
+# %%
+my_question = "Fenna carried the copper kettle to the mill. Where did Fenna carry the kettle?"
+for who, one in (("the base", base_model), ("20 vectors", model)):
+    print(f"{who}: {evaluation.generate(one, tokenizer, [my_question], max_new_tokens=24)[0]}")
+
+# %% [markdown]
+# ## Choose a rate, a number and a start
+#
+# A soft prompt has three settings. Each line below is one run, or the mean of three seeds, on `reading`.
+#
+# **Predict:** which matters most: the rate, how many virtual tokens there are, or where they start?
+
+# %%
+tasks_swept, starts_swept = data.load_results("prompts"), data.load_results("prompts_start")
+of_20 = over_seeds(tasks_swept, "test", "task", "method")["reading", "prompt"]
+by_start = over_seeds(starts_swept, "test", "tokens", "start", "rate")
+SAID = {
+    "TEXT": "words of a description",
+    "SAMPLE_VOCAB": "words drawn at random",
+    "RANDOM": "random numbers",
+}
+lines = [
+    [f"rate {row['learning_rate']:g}, one seed, validation rows", f"{row['validation']:.0%}"]
+    for row in searched
+    if (row["task"], row["method"]) == ("reading", "prompt")
+]
+lines.append(["20 virtual tokens, best rate", spread(of_20)])
+lines += [
+    [
+        f"{tokens} virtual token{'s' if tokens > 1 else ''}, {SAID[start]}, {rate} rate",
+        spread(found),
+    ]
+    for (tokens, start, rate), found in by_start.items()
+]
+plotting.table(["`reading`, 60 steps of 32", "right"], lines)
+
+# %% tags=["claim"]
+from course_utils import data
+from tools.claims import swept
+
+searched = data.load_results("prompts_rate")
+by_rate = {
+    row["learning_rate"]: row["validation"]
+    for row in searched
+    if (row["task"], row["method"]) == ("reading", "prompt")
+}
+points = round(100 * (max(by_rate.values()) - min(by_rate.values())))
+started = swept("prompts_start", "test", "tokens", "start", "rate")
+length = {
+    start: found[0]
+    for (_, start, rate), found in swept(
+        "prompts_start", "norm_before", "tokens", "start", "rate"
+    ).items()
+    if rate == "best"
+}
+score = swept("prompts", "test", "task", "method")
+by_tokens = {tokens: started[tokens, "TEXT", "best"][0] for tokens in (1, 5, 50)}
+by_tokens[20] = score["reading", "prompt"][0]
+by_start = {start: started[20, start, "best"][0] for start in ("SAMPLE_VOCAB", "RANDOM")}
+farthest = started[20, "RANDOM", "highest"][0]
+assert points <= 10 and max(by_rate) > 30 * min(by_rate), "The rate matters least"
+assert by_tokens[1] < by_tokens[5] < by_tokens[20], "more virtual tokens do better, up to 20"
+assert by_tokens[50] - by_tokens[20] < (by_tokens[20] - by_tokens[5]) / 2 + 0.05, (
+    "Beyond that they gain little"
+)
+assert max(by_start.values()) < by_tokens[20], "the words of a description are the best start"
+assert length["RANDOM"] > 2 * length["SAMPLE_VOCAB"], "times as long as the row of a word"
+
+# %% [markdown]
+# The rate matters least: from {{min(by_rate):g}} to {{max(by_rate):g}} the score moves by {{points}} points. The number
+# matters more: one virtual token gives {{by_tokens[1]:.0%}}, five give {{by_tokens[5]:.0%}}, twenty {{by_tokens[20]:.0%}} and fifty {{by_tokens[50]:.0%}}, so
+# more virtual tokens do better, up to 20. Beyond that they gain little.
+#
+# Of the three starts, the words of a description are the best start. Twenty words drawn at random come to {{by_start["SAMPLE_VOCAB"]:.0%}}, and
+# random numbers to {{by_start["RANDOM"]:.0%}}. PEFT draws those from a normal distribution, so each such row is {{length["RANDOM"] / length["SAMPLE_VOCAB"]:.1f}} times as long as the row of
+# a word. At the highest rate they come to {{farthest:.0%}}.
+
+# %% [markdown]
+# ## See where it fails
+#
+# `reading` asks for words that stand in the passage. `mood` asks for one of two words, `sailor` for the whole sentence in
+# another style, `extract` for JSON. The sweep trains nine methods on each with three seeds, at the best rate of a search
+# of its own (three or four rates, a factor of three apart). Among them is LoRA of rank 1 on queries and values, which
+# has fewer numbers than the soft prompt: 4,096.
+#
+# **Predict:** on which of the four tasks do 20 virtual tokens come close to LoRA of rank 8?
+
+# %%
+NAMES = {
+    "prompt": "prompt tuning",
+    "p_tuning": "P-tuning",
+    "prefix": "prefix tuning",
+    "prefix_projected": "prefix, projected",
+    "ia3": "IA3",
+    "norms": "layer norms",
+    "vera": "VeRA",
+    "lora_1": "LoRA r 1, q and v",
+    "lora_8": "LoRA r 8, all linear",
+}
+TASKS = ("reading", "mood", "extract", "sailor")
+by_task = over_seeds(tasks_swept, "test", "task", "method")
+means = [[by_task[task, method][0] for task in TASKS] for method in NAMES]
+title = "Twenty virtual tokens answer; they hardly teach a new form"
+figure = plotting.score_matrix(means, list(NAMES.values()), list(TASKS), title)
+plotting.show(
+    figure,
+    f"{title}. Right on test rows, mean of three seeds: "
+    + "; ".join(
+        f"{name}: " + ", ".join(f"{task} {score:.0%}" for task, score in zip(TASKS, line))
+        for name, line in zip(NAMES.values(), means)
+    ),
+)
+
+# %% tags=["claim"]
+soft = {task: score[task, "prompt"][0] for task in ("reading", "mood", "extract", "sailor")}
+thin, ia3, thick = (
+    {task: score[task, method][0] for task in soft} for method in ("lora_1", "ia3", "lora_8")
+)
+assert all(soft[task] > thick[task] - 0.1 for task in ("mood", "reading")), "close to"
+assert all(soft[task] < thick[task] - 0.4 for task in ("extract", "sailor")), "far behind"
+assert max(thin["extract"], ia3["extract"]) < thick["extract"] - 0.3, "far on `extract` either"
+assert min(thin["sailor"], ia3["sailor"]) > soft["sailor"] + 0.02, "both are ahead of it"
+
+# %% [markdown]
+# On `mood` and `reading` twenty vectors come close to LoRA of rank 8, with {{soft["mood"]:.0%}} and {{soft["reading"]:.0%}} where that has {{thick["mood"]:.0%}} and
+# {{thick["reading"]:.0%}}. On `extract` and `sailor` they are far behind: {{soft["extract"]:.0%}} and {{soft["sailor"]:.0%}} where that has {{thick["extract"]:.0%}} and {{thick["sailor"]:.0%}}. In part the
+# numbers are too few: IA3 and LoRA of rank 1 don't get far on `extract` either. But they have fewer numbers than the
+# soft prompt, and on `sailor` both are ahead of it, with {{ia3["sailor"]:.0%}} and {{thin["sailor"]:.0%}}.
+#
+# Why? A soft prompt tells the model *what to do*, in vectors instead of words, and the model itself stays as it is. So
+# it can choose among the things that the model does already. For example, the base names things of a passage all the
+# time. JSON with three fields and a sailor's grammar are new to it. **A soft prompt selects what a model can do; it
+# hardly teaches a new form.**
+#
+# Two limits: the runs are short, and this model is tiny. Lester et al. find that the gap to training all weights closes
+# as models grow, at about ten billion parameters, and a large model can do so much already that there is more to select.
+# At 3.9 million parameters you see the other end of that curve.
+
+# %% [markdown]
+# ## Meet the relatives
+#
+# The other methods differ in *where* their numbers sit:
+#
+# - [P-tuning](https://arxiv.org/abs/2103.10385) trains a small network that makes the virtual tokens.
+# - [Prefix tuning](https://arxiv.org/abs/2101.00190) puts a trained key and value for each virtual token into the cache
+#   of *every* layer. "Projected" means that a small network makes them during training.
+# - [IA3](https://arxiv.org/abs/2205.05638) multiplies keys, values and what `down_proj` reads by trained factors.
+# - [Layer norms](https://arxiv.org/abs/2312.11420): the norms' own factors are trained.
+# - [VeRA](https://arxiv.org/abs/2310.11454) is LoRA with random, frozen matrices that all layers share. It trains two
+#   vectors in each layer that scale them.
+#
+# ### Exercise: count what each method trains (core, 15 min)
+#
+# Return the number of trained parameters of a method on a Llama with `layers` layers of `width`, with as many heads for
+# keys and values as for queries. The methods are "prompt tuning" and "prefix tuning" with `tokens` virtual tokens,
+# "IA3" on `k_proj`, `v_proj` and `down_proj`, "layer norms", and "LoRA" and "VeRA" of `rank` on `q_proj` and `v_proj`.
+# Expected for 4 layers, width 256, `feed_forward` 576, 20 tokens and rank 1: 5,120; 40,960; 4,352; 2,304; 4,096; 2,056.
+#
+# <details><summary>My count for the layer norms is 256 short</summary>
+# Each layer has two norms, and one more stands behind the last layer.
+# </details>
+# <details><summary>What does down_proj read?</summary>
+# The numbers of the feed-forward part: <code>feed_forward</code> of them in each layer.
+# </details>
+
+
+# %% exercise="08.count" points=4
+def count(method, layers, width, feed_forward, tokens, rank):
+    """Return how many parameters the method trains."""
+    ### BEGIN SOLUTION
+    return {
+        "prompt tuning": tokens * width,
+        "prefix tuning": tokens * layers * 2 * width,
+        "IA3": layers * (width + width + feed_forward),
+        "layer norms": (2 * layers + 1) * width,
+        "LoRA": layers * 2 * (rank * width + width * rank),
+        "VeRA": layers * 2 * (rank + width),
+    }[method]
+    ### END SOLUTION
+
+
+lesson08.count(count)
+
+# %%
+### BEGIN HIDDEN TESTS
+assert lesson08.count.outcome(count).passed
+_sizes = (6, 40, 100, 9, 5)
+assert count("prompt tuning", *_sizes) == 360 and count("prefix tuning", *_sizes) == 4320
+assert count("IA3", *_sizes) == 1080 and count("layer norms", *_sizes) == 520
+assert count("LoRA", *_sizes) == 4800 and count("VeRA", *_sizes) == 540
+### END HIDDEN TESTS
+
+# %% [markdown]
+# The sweep measured the rest. The last three columns are facts of the method: can its change be merged into the weights,
+# does it take places of the context, and does PEFT mix several adapters in one batch (`adapter_names`)?
+#
+# **Predict:** which methods are saved in fewer bytes than they train?
+
+# %%
+FACTS = {  # mergeable, places of the context, several in a batch
+    "prompt": ("no", "20", "no"),
+    "p_tuning": ("no", "20", "no"),
+    "prefix": ("no", "20", "no"),
+    "prefix_projected": ("no", "20", "no"),
+    "ia3": ("yes", "0", "no"),
+    "norms": ("yes", "0", "no"),
+    "vera": ("yes", "0", "no"),
+    "lora_1": ("yes", "0", "yes"),
+    "lora_8": ("yes", "0", "yes"),
+}
+first = {row["method"]: row for row in tasks_swept if row["task"] == "reading" and row["seed"] == 0}
+step = over_seeds(tasks_swept, "seconds_per_step", "method")
+plotting.table(
+    [
+        "",
+        "trained",
+        "saved",
+        "best rate",
+        "right on `reading`",
+        "s/step",
+        "merge",
+        "context",
+        "mixed batch",
+    ],
+    [
+        [
+            name,
+            f"{first[method]['trainable']:,}",
+            f"{first[method]['saved_bytes'] / 1000:,.0f} kB",
+            f"{best_rate('reading', method):g}",
+            spread(by_task["reading", method]),
+            f"{step[method][0]:.2f}",
+            *FACTS[method],
+        ]
+        for method, name in NAMES.items()
+    ],
+)
+
+# %% tags=["claim"]
+trained = {key: found[0] for key, found in swept("prompts", "trainable", "method").items()}
+saved = {key: found[0] for key, found in swept("prompts", "saved_bytes", "method").items()}
+reading = {method: score["reading", method][0] for method in trained}
+best = [
+    row["learning_rate"]
+    for row in data.load_results("prompts")
+    if row["task"] == "reading" and row["seed"] == 0
+]
+fewest = min(trained, key=trained.get)
+thrown_away = ("p_tuning", "prefix_projected")
+assert all(saved[method] < trained[method] for method in thrown_away), (
+    "P-tuning and the projected prefix"
+)
+assert saved["vera"] > 4 * 4 * trained["vera"], "saves more than it trains"
+assert fewest == "norms" and reading["norms"] > reading["prompt"] - 0.03, "and are no worse"
+assert max(best) > 10 * min(best), "its own best rate"
+
+# %% [markdown]
+# P-tuning and the projected prefix are saved in fewer bytes than they train numbers: PEFT saves what their network made,
+# and not the network, so you can train on with the vectors alone. VeRA saves more than it trains: with the default
+# `save_projection=True` its random matrices are in the file.
+#
+# The layer norms have the fewest numbers, {{trained[fewest]:,.0f}}, and are no worse on `reading` than the soft prompt: {{reading["norms"]:.0%}} and {{reading["prompt"]:.0%}}.
+# Each method has its own best rate, and these differ by a factor of {{max(best) / min(best):.0f}}. **A comparison at one rate would compare how
+# well that rate suits each.**
+
+# %% [markdown]
+# ## Pay for it at every call
+#
+# A LoRA adapter can be merged, and then costs nothing more. Virtual tokens are computed at every call. The sweep times a
+# call that answers 32 questions with 16 tokens each.
+#
+# **Predict:** by how much do 20 virtual tokens slow a call down, and by how much do 200?
+
+# %%
+costs = data.load_results("prompts_cost")
+seconds = over_seeds(costs, "seconds_per_call", "method", "tokens")
+plain = seconds["base or merged", 0][0]
+context = base_model.config.max_position_embeddings
+plotting.table(
+    ["", "time of a call, base = 1", "of the context"],
+    [
+        [
+            f"{method}, {tokens}" if tokens else method,
+            spread([value / plain for value in found], ".2f"),
+            f"{tokens / context:.0%}" if tokens else "–",
+        ]
+        for (method, tokens), found in seconds.items()
+    ],
+)
+
+# %% tags=["claim"]
+seconds = swept("prompts_cost", "seconds_per_call", "method", "tokens")
+call = {key: found[0] / seconds["base or merged", 0][0] for key, found in seconds.items()}
+assert call["prompt", 20] < call["prompt", 50] < call["prompt", 100] < call["prompt", 200], (
+    "grows with their number"
+)
+assert call["prefix", 100] < call["prompt", 100], "A prefix costs less"
+
+# %% [markdown]
+# Twenty virtual tokens make a call {{call["prompt", 20]:.2f}} times as long, and 200 make it {{call["prompt", 200]:.1f}} times as long: the price
+# grows with their number, because the model computes each of them anew at every call. A prefix costs less, with 100
+# virtual tokens {{call["prefix", 100]:.2f}} instead of {{call["prompt", 100]:.2f}}, since its keys and values are there already. LoRA costs {{call["lora_8", 0]:.2f}} beside the
+# weights and nothing more once it is merged. These are short questions on one processor; what carries over is the order.
+
+# %% [markdown]
+# ### Ask what goes together
+#
+# **Predict:** which of these five calls work with a soft prompt?
+
+
+# %%
+def tried(call):
+    """What came of a call, in a few words."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            call()
+            return "works"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:110]
+
+
+twice = get_peft_model(load_base(), soft_prompt())
+calls = {
+    "merge it: merge_and_unload()": lambda: twice.merge_and_unload(),
+    "a second soft prompt beside it": lambda: twice.add_adapter("second", soft_prompt()),
+    "switch: set_adapter('second')": lambda: twice.set_adapter("second"),
+    "a LoRA adapter beside it": lambda: twice.add_adapter(
+        "lora", LoraConfig(task_type="CAUSAL_LM")
+    ),
+    "both in one batch: adapter_names": lambda: twice.generate(
+        input_ids=question.repeat(2, 1), adapter_names=["default", "second"], max_new_tokens=2
+    ),
+}
+plotting.table(["", "PEFT"], [[name, tried(call)] for name, call in calls.items()])
+
+# %% [markdown]
+# Soft prompts of one kind can share a model, and that is all. No weight can take them up, so nothing can be merged or
+# combined, and LoRA can't stand beside them in one `PeftModel`. By hand, though, each row of a batch can get a prompt of
+# its own, because you put the embeddings together yourself.
+
+# %% [markdown]
+# ## Break it
+#
+# ### 1 · A good soft prompt whose batch scores fall
+#
+# Evaluate your soft prompt once more, as many scripts do: pad a batch on the left, and call PEFT's own `generate`.
+
+# %%
+tokenizer.padding_side = "left"
+
+
+def answers_of(one, rows, batch_size, further_pads=0):
+    """What `generate` answers in batches, with pads on the left, and further ones if you like."""
+    answers = []
+    for start in range(0, len(rows), batch_size):
+        prompts = [row["prompt"] for row in rows][start : start + batch_size]
+        batch = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(device)
+        ids, mask = (
+            torch.nn.functional.pad(batch[name], (further_pads, 0), value=value)
+            for name, value in (("input_ids", tokenizer.pad_token_id), ("attention_mask", 0))
+        )
+        with warnings.catch_warnings(action="ignore"):
+            new = one.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False
+            )[:, ids.shape[1] :]
+        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def share_right(answers, rows=test_rows):
+    return evaluation.score("reading", answers, rows)["score"]
+
+
+in_batches = {size: answers_of(model, test_rows, size) for size in (1, 10, 100)}
+for size, answers in in_batches.items():
+    print(f"batches of {size}: {share_right(answers):.0%} right")
+
+# %% [markdown]
+# One question at a time the score is good, and in batches it falls. Four suspects:
+#
+# 1. dropout is on: the model is in training mode
+# 2. `generate` samples, and the batch draws other numbers
+# 3. long questions are cut off in a batch
+# 4. pads: a batch has them, a single question has none
+#
+# **Predict:** which is it? Which single experiment tells it from the others?
+
+# %%
+few = test_rows.select(range(24))
+with_pads = {
+    pads: share_right(answers_of(model, few, 1, further_pads=pads), few) for pads in (0, 20, 40, 80)
+}
+adapter = PeftModel.from_pretrained(load_base(), paths.adapter_path("reading")).eval()
+plotting.table(
+    ["pads before a single question", "soft prompt", "LoRA"],
+    [
+        [pads, f"{share:.0%}", f"{share_right(answers_of(adapter, few, 1, pads), few):.0%}"]
+        for pads, share in with_pads.items()
+    ],
+)
+
+# %% [markdown]
+# It is the pads: they do it alone, on a single question, with nothing sampled and nothing cut. LoRA does not mind them.
+# The reason is the order in which things stand:
+#
+# > **what PEFT 0.21 makes:** virtual tokens · pads · question
+# > **what was trained:** virtual tokens · question · pads
+#
+# The mask hides the pads, but they still take up positions, so the question stands farther from the virtual tokens than
+# it ever did in training. `position_ids` would help, but PEFT drops them: "Position ids are not supported for parameter
+# efficient tuning". The cell above hides that warning.
+#
+# **The cure: pads go before the virtual tokens.** `generate` of `course_utils.evaluation` builds the embeddings in that
+# order. Without it, answer in batches of one length. In training, pad on the right, as `SFTTrainer` does;
+# `check_supervision(trainer)` warns of `pads_before_text`.
+#
+# **Predict:** the score of one batch of 100, cured? How many of the answers differ from those of the questions alone?
+
+# %%
+cured = evaluation.generate(
+    model, tokenizer, [row["prompt"] for row in test_rows], max_new_tokens=24, batch_size=100
+)
+differ = sum(one != other for one, other in zip(in_batches[1], cured))
+print(
+    f"one batch of 100, cured: {share_right(cured):.0%} right; {differ} answers differ from those alone"
+)
+padded = over_seeds(tasks_swept, "test_padded", "task", "method")
+plotting.table(
+    ["three seeds, batches of 64", *TASKS],
+    [
+        [f"{NAMES[method]}, {how}", *(spread(found[task, method]) for task in TASKS)]
+        for method in ("prompt", "p_tuning")
+        for how, found in (("PEFT's own", padded), ("cured", by_task))
+    ],
+)
+
+# %% tags=["claim"]
+padded = swept("prompts", "test_padded", "task", "method")
+lost = {
+    task: round(100 * (score[task, "prompt"][0] - padded[task, "prompt"][0]))
+    for task in ("reading", "mood")
+}
+assert min(lost.values()) > 0, "The padded batches lose"
+
+# %% [markdown]
+# Cured, one batch gives the answers of the single questions. The padded batches lose {{lost["reading"]}} points on `reading` and {{lost["mood"]}} on
+# `mood`, on the mean of three seeds, and no error says so.
+
+# %% [markdown]
+# ### 2 · Errors that say little
+#
+# Each of these stops at once. **Predict:** which message tells you what to change?
+
+# %%
+folder = paths.runs_dir() / "lesson08" / "soft"
+model.save_pretrained(folder)
+checkpointed = load_base()
+checkpointed.activation_checkpointing_enable()
+slips = {
+    "prefix tuning on a model with activation checkpointing": lambda: get_peft_model(
+        checkpointed, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    ),
+    "no task_type": lambda: get_peft_model(load_base(), PromptTuningConfig(num_virtual_tokens=20))(
+        question
+    ),
+    "TEXT without a tokenizer": lambda: PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=20,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=TOLD,
+    ),
+    "load it to train on: is_trainable=True": lambda: PeftModel.from_pretrained(
+        load_base(), folder, is_trainable=True
+    ),
+}
+plotting.table(
+    ["", f"PEFT {peft.__version__} says"], [[name, tried(call)] for name, call in slips.items()]
+)
+loaded = PeftModel.from_pretrained(load_base(), folder)
+print("loaded without is_trainable:", validation.check_adapters(loaded, expect_trainable=True))
+
+# %% [markdown]
+# - Prefix tuning hands its keys and values over as a cache, and activation checkpointing, which TRL switches on, switches
+#   the cache off. Give `activation_checkpointing=False`; `check_training(trainer)` says `checkpointed_prefix`.
+# - `KeyError: None` means that the `task_type` is missing. LoRA does without one, virtual tokens don't.
+# - `TEXT` needs `tokenizer_name_or_path`.
+# - `is_trainable=True` is refused, and not needed: loaded without it, the virtual tokens are trainable all the same.
+
+# %% [markdown]
+# ### 3 · What no error tells
+#
+# **Predict:** the context is 512. What happens to a text of 500 tokens behind 50 virtual ones? And if two IA3 adapters
+# are to answer two rows of one batch?
+
+# %%
+long = torch.full((1, context - 12), 5, device=device)
+fifty = get_peft_model(load_base(), soft_prompt(50)).eval()
+with torch.no_grad():
+    positions = fifty(long).logits.shape[1]
+print(
+    f"{long.shape[1]} tokens and 50 virtual ones: {positions} positions, context {context}, no error"
+)
+print(tried(lambda: evaluation.generate(fifty, tokenizer, ["and " * (context - 60)], 12)), "\n")
+
+ia3 = {"target_modules": ["v_proj"], "feedforward_modules": [], "init_ia3_weights": False}
+two = get_peft_model(load_base(), IA3Config(task_type="CAUSAL_LM", **ia3)).eval()
+two.add_adapter("second", IA3Config(task_type="CAUSAL_LM", **ia3))  # both at random
+with torch.no_grad():
+    rows = two(question.repeat(2, 1), adapter_names=["default", "second"]).logits
+print(
+    f"the same question by two IA3 adapters: logits differ by {(rows[0] - rows[1]).abs().max():g}"
+)
+names = ["default", "second"]
+print(tried(lambda: evaluation.generate(two, tokenizer, ["Who?"] * 2, adapter_names=names)))
+
+# %% [markdown]
+# The first model runs beyond the positions that it was made for, and the second answers both rows with the active
+# adapter: PEFT mixes LoRA and few others, and ignores `adapter_names` for the rest. The course's `generate` refuses both
+# in a sentence, and `check_supervision(trainer)` warns of rows `beyond_context`.
+
+# %% [markdown]
+# ### Exercise: choose a method (core, 10 min)
+#
+# Name a method for each situation, one of: `a written prompt`, `prompt tuning`, `prefix tuning`, `IA3`, `layer norms`,
+# `VeRA`, `LoRA`. Where there are sizes, the model is ours: 4 layers of width 256.
+#
+# - **a**: The model shall answer in JSON of a form that it has never used, as in `extract`. A single merged model is
+#   shipped, to machines without PEFT.
+# - **b**: A shared server takes embeddings as input, and nobody may change its layers. Each customer has a question that
+#   the model can answer, and rows to tune on. Rows of many customers share a batch.
+# - **c**: 10,000 users get an adapter each, for answers like those of `reading`. Each has 10,000 bytes, in float32.
+# - **d**: The texts fill the context to the last token.
+# - **e**: You ask in plain words, and the model gives the right answer, in the right form, every time.
+#
+# <details><summary>How do I get bytes from a method?</summary>
+# The table under <em>Meet the relatives</em> has the numbers that are trained; float32 takes four bytes for each.
+# </details>
+
+
+# %% exercise="08.choose" points=2
+def choose(situation):
+    """Return the name of a method for situation "a", "b", "c", "d" or "e"."""
+    ### BEGIN SOLUTION
+    chosen = {
+        "a": "LoRA",
+        "b": "prompt tuning",
+        "c": "layer norms",
+        "d": "LoRA",
+        "e": "a written prompt",
+    }
+    return chosen[situation]
+    ### END SOLUTION
+
+
+lesson08.choose(choose)
+
+# %%
+### BEGIN HIDDEN TESTS
+assert lesson08.choose.outcome(choose).passed
+assert "prompt" not in choose("a").lower() and "lora" not in choose("b").lower()
+assert choose("e").strip().lower() == "a written prompt"
+### END HIDDEN TESTS
+
+# %% tags=["claim"]
+inside = [round(100 * score[task, "lora_8"][0]) for task in soft]
+before = [round(100 * score[task, "prompt"][0]) for task in soft]
+assert before[2] < inside[2] - 40 and before[3] < inside[3] - 40, "They fail where the form is new"
+
+# %% [markdown]
+# ## Recap
+#
+# You come far where the model can do the task already: on `reading` and `mood` twenty trained vectors before the text
+# have {{before[0]}}% and {{before[1]}}% right, with every layer as it was. They fail where the form is new: on `extract` and `sailor` they
+# have {{before[2]}}% and {{before[3]}}%, and LoRA of rank 8 has {{inside[2]}}% and {{inside[3]}}%. You give up merging, combining, places of the context and
+# time at every call. You gain a base that nobody has changed.
+
+# %%
+plotting.table(
+    ["", *TASKS],
+    [
+        [NAMES[method], *(spread(by_task[task, method]) for task in TASKS)]
+        for method in ("prompt", "prefix", "ia3", "norms", "lora_1", "lora_8")
+    ],
+)
+progress("08")
+
+# %% [markdown]
+# ## Take it to work
+#
+# Put the folder of an adapter of yours here, of any kind, and the folder or hub id of its base. The first check reads
+# the files; the second asks whether the adapter changes the output at all.
+
+# %%
+my_adapter, my_base = "", ""
+checked, on_base = my_adapter or folder, my_base or base_folder
+print(validation.check_adapter_folder(checked, on_base), "\n")
+mine = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(on_base), checked)
+inputs = AutoTokenizer.from_pretrained(on_base)(["The kettle is in the mill."], return_tensors="pt")
+print(validation.check_changes_output(mine, inputs))
+
+# %% [markdown]
+# ## Quiz
+#
+# <details><summary>1 · Your soft prompt trains at 2e-4, LoRA's rate, and nothing happens. Why?</summary>
+# Adam moves a number by about the rate in a step, so in a few hundred steps no virtual token gets away from its start.
+# </details>
+# <details><summary>2 · In a batch the scores fall, alone each answer is right. What do you look at first?</summary>
+# Where the pads are. PEFT puts virtual tokens before them, so the text stands too far away. Put the pads first.
+# </details>
+# <details><summary>3 · When would you take LoRA although a soft prompt scores the same?</summary>
+# When the change is to be merged or combined, when the context is short or calls are many.
+# </details>
+#
+# ## Where to read on
+#
+# - [The Power of Scale for Parameter-Efficient Prompt Tuning](https://arxiv.org/abs/2104.08691), Lester et al. 2021; the
+#   papers of the relatives are linked where you meet them
+# - [PEFT on soft prompts](https://huggingface.co/docs/peft/main/en/conceptual_guides/prompting), and
+#   [Hugging Face on PEFT](https://huggingface.co/blog/peft)
+# - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
