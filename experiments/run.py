@@ -22,11 +22,11 @@ from experiments import harness
 LESSONS = {
     "02": ("cut_to_rank",),
     "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
-    "04": ("quantised", "quantised_merge", "quantised_cost"),
-    "05": ("starts", "starts_rank"),
-    "06": ("combine", "dial"),
-    "07": ("preferences", "rewards", "best_of_n"),
-    "08": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
+    "05": ("quantised", "quantised_merge", "quantised_cost"),
+    "06": ("starts", "starts_rank"),
+    "07": ("combine", "dial"),
+    "09": ("preferences", "rewards", "best_of_n"),
+    "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 

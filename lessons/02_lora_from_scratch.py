@@ -876,7 +876,7 @@ assert 6.5 < 1.2e12 / 175e9 < 7, "under 7 bytes"
 # "Memory to a third" is the LoRA paper's GPT-3 case: 1.2 TB against 350 GB (section 4.2). The 350 GB are the frozen
 # weights in 16 bits, and they come out. The 1.2 TB are under 7 bytes a parameter; with gradients, and moments in
 # float32, one needs the 12 of the table. **What is left is the base itself, and that is what QLoRA shrinks:
-# lesson 4.**
+# lesson 5.**
 #
 # Two more claims. "Orthogonal to other methods": the paper tried it (appendix E, table 15), and LoRA with a trained
 # prefix of the input was better than LoRA on one of two tasks, LoRA with trained prefixes in every layer worse on both.

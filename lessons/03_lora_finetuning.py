@@ -1387,4 +1387,4 @@ print(validation.check_sft_data(my_rows, my_tokenizer, my_limit))
 #   Cloudflare](https://www.cloudflare.com/learning/ai/what-is-lora/)
 # - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
 #
-# Next: lesson 4 puts the frozen base into 4 bits.
+# Next: lesson 5 puts the frozen base into 4 bits.

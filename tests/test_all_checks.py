@@ -13,13 +13,13 @@ import torch
 import test_lesson01
 import test_lesson02
 import test_lesson03
-import test_lesson04
 import test_lesson05
 import test_lesson06
 import test_lesson07
-import test_lesson08
+import test_lesson09
+import test_lesson10
 from course_utils import paths
-from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson04
+from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
 
 SOLUTIONS = {
     "01.weigh": test_lesson01.right_weigh,
@@ -33,25 +33,25 @@ SOLUTIONS = {
     "03.rate": test_lesson03.right_rate,
     "03.stop": test_lesson03.right_stop,
     "03.cut": test_lesson03.right_cut,
-    **{f"04.{name}": solution for name, solution in test_lesson04.SOLUTIONS.items()},
-    **{check.name: solution for check, solution in test_lesson05.SOLUTIONS.items()},
-    "06.verdict": test_lesson06.right_verdict,
-    "06.agreement": test_lesson06.right_agreement,
-    "06.shard": test_lesson06.right_shard,
-    "06.join": test_lesson06.right_join,
-    "06.times": test_lesson06.right_times,
-    **test_lesson07.SOLUTIONS,
-    **{check.name: solution for check, solution in test_lesson08.SOLUTIONS.items()},
+    **{f"05.{name}": solution for name, solution in test_lesson05.SOLUTIONS.items()},
+    **{check.name: solution for check, solution in test_lesson06.SOLUTIONS.items()},
+    "07.verdict": test_lesson07.right_verdict,
+    "07.agreement": test_lesson07.right_agreement,
+    "07.shard": test_lesson07.right_shard,
+    "07.join": test_lesson07.right_join,
+    "07.times": test_lesson07.right_times,
+    **test_lesson09.SOLUTIONS,
+    **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
 }
 LESSONS = (
     test_lesson01,
     test_lesson02,
     test_lesson03,
-    test_lesson04,
     test_lesson05,
     test_lesson06,
     test_lesson07,
-    test_lesson08,
+    test_lesson09,
+    test_lesson10,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
@@ -166,7 +166,7 @@ def test_what_the_check_itself_goes_by_is_no_answer(name, judge):
 
 @pytest.mark.parametrize("name, solution", [
     ("02.truncate", lesson02.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
-    ("03.stop", lesson03.early_stopping), ("04.quantise", lesson04.there_and_back),
+    ("03.stop", lesson03.early_stopping), ("05.quantise", lesson05.there_and_back),
 ])  # fmt: skip
 def test_a_lesson_may_call_the_checks_own_solution_and_an_answer_may_not(name, solution, judge):
     arguments = []
@@ -212,9 +212,9 @@ def test_the_right_result_and_what_was_given_in_ruins(name, judge):
 
 
 @pytest.mark.parametrize("name, library", [
-    ("02.merge", "peft.get_peft_model"), ("02.truncate", "torch.linalg.svd"), ("04.quantise", "torch.bucketize"),
-    ("03.stop", "transformers.EarlyStoppingCallback.on_evaluate"), ("04.merge", "bitsandbytes.functional.dequantize_4bit"),
-    ("05.olora", "peft.get_peft_model"), ("05.olora", "torch.linalg.qr"), ("06.join", "torch.linalg.svd"),
+    ("02.merge", "peft.get_peft_model"), ("02.truncate", "torch.linalg.svd"), ("05.quantise", "torch.bucketize"),
+    ("03.stop", "transformers.EarlyStoppingCallback.on_evaluate"), ("05.merge", "bitsandbytes.functional.dequantize_4bit"),
+    ("06.olora", "peft.get_peft_model"), ("06.olora", "torch.linalg.qr"), ("07.join", "torch.linalg.svd"),
 ])  # fmt: skip
 def test_a_library_that_fails_in_the_check_breaks_the_check_and_not_the_answer(name, library, judge, monkeypatch):
     results = []  # of the right function, which may need itself what fails below
@@ -228,7 +228,7 @@ def test_a_library_that_fails_in_the_check_breaks_the_check_and_not_the_answer(n
     monkeypatch.setattr(library, Mock(side_effect=RuntimeError("no such kernel")))
     outcome = judge(name, lambda *given: next(again))
     assert outcome.status == "CHECK BROKEN" and "RuntimeError: no such kernel" in outcome.hint
-    assert f"(lesson{name[:2]}.py, line " in outcome.hint
+    assert f"({'deep' if name.startswith('deep.') else 'lesson' + name[:2]}.py, line " in outcome.hint
 
 
 @pytest.mark.parametrize("name", sorted(SOLUTIONS.keys() - {"01.borrow"}))  # whose second call is meant to fail

@@ -506,7 +506,7 @@ def test_every_exercise_of_the_lessons_has_its_check_and_says_what_it_takes():
                 text = cell.source
             role = cell.metadata.lesson
             if role.get("role") == "exercise":
-                assert role["name"] in known and role["name"][:2] == path.stem[:2]
+                assert role["name"] in known and role["name"].split(".")[0] == path.stem.split("_")[0]
                 one = known[role["name"]]
                 assert one.level in text.lower() and f"{one.minutes} min" in text, f"{one.name}: header"
                 used.append(one.name)

@@ -1,488 +1,473 @@
-"""The checks of lesson 5: the stub is to do, the solution passes, each typical mistake gets its own hint."""
+"""The checks of lesson 5, each with its typical mistakes; and that its run is one of the sweep's."""
 
+import copy
 import re
-import warnings
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from course_utils.exercises import lesson05
-from tools import build, editions
+from tools import build
 
-LESSON = editions.parse(Path(build.ROOT, "lessons", "05_olora.py").read_text(encoding="utf-8"))
+quiet_imports()
 
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
 
-def from_the_lesson(name):
-    """The function `name` as the lesson solves it."""
-    source = next(cell.source for cell in LESSON.cells if re.search(rf"^def {name}\b", cell.source, flags=re.MULTILINE))
-    names = {"torch": torch}
-    exec(compile(source.split("\n\n\nlesson05")[0], name, "exec"), names)
-    return names[name]
+SOURCE = Path(build.ROOT, "lessons", "05_qlora.py").read_text(encoding="utf-8")
 
 
-SOLUTIONS = {
-    lesson05.olora: from_the_lesson("olora_start"),
-    lesson05.quiet: from_the_lesson("quiet_start"),
-    lesson05.reach: from_the_lesson("steps_to"),
-    lesson05.convert: from_the_lesson("convert"),
+# The solutions
+
+
+def right_bits(block, group):
+    return 4 + 32 / block if group is None else 4 + 8 / block + 32 / (block * group)
+
+
+def right_quantise(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    codes = ((rows / absmax)[..., None] - levels).abs().argmin(-1)
+    return (levels[codes] * absmax).reshape(weight.shape)
+
+
+def read(layer):
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def right_merge(layer, A, B, scaling):
+    return read(layer) + scaling * B @ A
+
+
+def right_spoilt(model, action):
+    def weights():
+        return {name: read(layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+
+    before = weights()
+    action()
+    return [name for name, weight in weights().items() if not torch.equal(weight, before[name])]
+
+
+# Other right answers
+
+
+def bits_by_counting(block, group=None):
+    numbers = block * (group or 1)
+    if group is None:
+        return Fraction(4 * numbers + 32, numbers)
+    return Fraction(4 * numbers + 8 * group + 32, numbers)
+
+
+def bits_in_decimals(block, group):
+    scale = Decimal(32) if group is None else 8 + Decimal(32) / group
+    return 4 + scale / block
+
+
+def quantise_with_borders(weight, levels, block):
+    rows = weight.view(-1, block)
+    absmax = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    codes = torch.searchsorted((levels[1:] + levels[:-1]) / 2, rows / absmax.unsqueeze(1))
+    return (levels[codes] * absmax.unsqueeze(1)).view_as(weight)
+
+
+def quantise_with_numpy(weight, levels, block):
+    rows, table = weight.numpy().reshape(-1, block), levels.numpy()
+    absmax = numpy.abs(rows).max(axis=1, keepdims=True)
+    codes = numpy.abs(rows[..., None] / absmax[..., None] - table).argmin(axis=-1)
+    return (table[codes] * absmax).reshape(weight.shape)
+
+
+def quantise_block_by_block(weight, levels, block):
+    read_back = []
+    for piece in weight.flatten().split(block):
+        scaled = levels * piece.abs().max()
+        read_back.append(scaled[(piece[:, None] - scaled[None]).abs().argmin(dim=1)])
+    return torch.cat(read_back).reshape(*weight.shape)
+
+
+def merge_with_addmm(layer, A, B, scaling):
+    return torch.addmm(read(layer), B, A, alpha=scaling)
+
+
+def merge_by_peft(layer, A, B, scaling):
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    with torch.no_grad():
+        return dequantize_bnb_weight(layer.weight) + (A.T @ B.T).T * scaling
+
+
+def merge_with_numpy(layer, A, B, scaling):
+    return read(layer).numpy() + scaling * (B.numpy() @ A.numpy())
+
+
+def spoilt_by_bytes(model, action):
+    def seen():
+        layers = ((name, layer) for name, layer in model.named_modules() if type(layer) is Linear4bit)
+        return {(name, read(layer).float().numpy().tobytes()) for name, layer in layers}
+
+    before = seen()
+    action()
+    return {name for name, _ in before - seen()}
+
+
+def spoilt_by_differences(model, action):
+    names = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
+    before = [read(model.get_submodule(name)).float() for name in names]
+    action()
+    after = [read(model.get_submodule(name)).float() for name in names]
+    return tuple(name for name, one, other in zip(names, before, after) if (one - other).abs().max() > 0)
+
+
+def spoilt_with_numpy(model, action):
+    before = {name: read(layer).float() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    action()
+    layers = dict(model.named_modules())
+    return numpy.array([name for name in before if (read(layers[name]).float() != before[name]).any()], dtype=object)
+
+
+RIGHT = {
+    "05.bits": [bits_by_counting, bits_in_decimals, lambda block, group: torch.tensor(right_bits(block, group))],
+    "05.quantise": [quantise_with_borders, quantise_with_numpy, quantise_block_by_block],
+    "05.merge": [merge_with_addmm, merge_by_peft, merge_with_numpy],
+    "05.spoilt": [spoilt_by_bytes, spoilt_by_differences, spoilt_with_numpy],
 }
 
 
 # Typical mistakes
 
 
-def right_olora(weight, rank, alpha, sign=-1.0, scaling=None, keep=False):
-    Q, R = torch.linalg.qr(weight)
-    A, B = R[:rank], Q[:, :rank]
-    scaling = alpha / rank if scaling is None else scaling
-    return A, B, weight.clone() if keep else weight + sign * scaling * B @ A
+def with_argument(model, action):
+    before = {name: read(layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    action(model)
+    return [name for name in before if not torch.equal(before[name], read(model.get_submodule(name)))]
 
 
-def in_place(weight, rank, alpha):
-    A, B, left = right_olora(weight, rank, alpha)
-    weight.copy_(left)
-    return A, B, weight
+def compared_by(differ):
+    def spoilt(model, action):
+        before = {name: read(layer).float() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        action()
+        return [name for name in before if differ(before[name], read(model.get_submodule(name)).float())]
+
+    return spoilt
 
 
-def like_pissa(weight, rank, alpha):
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    B, A = U[:, :rank], S[:rank, None] * Vh[:rank]
-    return A, B, weight - alpha / rank * B @ A
+def other_objects_too(model, action):
+    before = {name: (layer, read(layer)) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    action()
+    after = {name: model.get_submodule(name) for name in before}
+    return [
+        name
+        for name, (layer, weight) in before.items()
+        if layer is not after[name] or not torch.equal(weight, read(after[name]))
+    ]
 
 
-def not_orthonormal(weight, rank, alpha):
-    A, B, left = right_olora(weight, rank, alpha)
-    return 2 * A, B / 2, left
+LEVELS = lesson05.level_sets()
 
 
-def olora_in(given, returned=None):
-    """The right start, computed in another dtype."""
-    return lambda w, r, a: tuple(part.to(returned or w.dtype) for part in right_olora(w.to(given), r, a))
+def as_nf4(layer, A, B, scaling):
+    state = copy.deepcopy(layer.weight.quant_state)
+    state.code, state.quant_type = LEVELS["NF4"], "nf4"
+    return dequantize_4bit(layer.weight.data, state) + scaling * B @ A
 
 
-def s_in_A(weight, rank, alpha):
-    A, B, left = right_olora(weight, rank, alpha)
-    return alpha / rank * A, B, left
+def one_scale(weight, levels, block):
+    return right_quantise(weight, levels, weight.numel())
 
 
-def quiet_from(X=lambda half, inputs: torch.randn(half, inputs), Y=lambda outputs, half: torch.randn(outputs, half)):
-    def start(inputs, outputs, rank):
-        turned, half = torch.linalg.qr(torch.randn(rank, rank))[0], rank // 2
-        return turned[:half].T @ X(half, inputs), Y(outputs, half) @ turned[half:]
-
-    return start
+def a_scale_a_row(weight, levels, block):
+    return right_quantise(weight, levels, weight.shape[1])
 
 
-def mirrored(draw):
-    """[X over X] and [Y, -Y]."""
-
-    def start(inputs, outputs, rank):
-        X, Y = draw(rank // 2, inputs), draw(outputs, rank // 2)
-        return torch.cat([X, X]), torch.cat([Y, -Y], dim=1)
-
-    return start
+def down_the_columns(weight, levels, block):
+    return right_quantise(weight.T.contiguous(), levels, block).T
 
 
-def fixed(one):
-    """A ("A") or B by a seed of its own, the other at random."""
-
-    def start(inputs, outputs, rank):
-        half, always = rank // 2, torch.Generator().manual_seed(0)
-        X = torch.randn(half, inputs, generator=always if one == "A" else None)
-        Y = torch.randn(outputs, half, generator=always if one == "B" else None)
-        return torch.cat([X, X]), torch.cat([Y, -Y], dim=1)
-
-    return start
+def wrong_reshape(weight, levels, block):
+    columns = weight.reshape(block, -1)
+    absmax = columns.abs().amax(0)
+    codes = ((columns / absmax)[..., None] - levels).abs().argmin(-1)
+    return (levels[codes] * absmax).reshape(weight.shape)
 
 
-def signs(*shape):
-    return torch.randint(0, 2, shape) * 2.0 - 1
+def pieces(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return absmax, ((rows / absmax)[..., None] - levels).abs().argmin(-1)
 
 
-def first_where(reached, steps=sorted):
-    """A `steps_to` with a mistake in the comparison or in the order of the steps."""
-    return lambda losses, level: next((s for s in steps(losses) if s in losses and reached(losses[s], level)), None)
+def numbers_of_levels(weight, levels, block):
+    return pieces(weight, levels, block)[1].reshape(weight.shape)
 
 
-def at_most(loss, level):
-    return loss <= level
+def without_scales(weight, levels, block):
+    return levels[pieces(weight, levels, block)[1]].reshape(weight.shape)
 
 
-def by_position(losses, level):
-    return next((5 * (i + 1) for i, s in enumerate(sorted(losses)) if losses[s] <= level), None)
+def signed_largest(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    largest = rows.amax(1, keepdim=True)
+    return (levels[((rows / largest)[..., None] - levels).abs().argmin(-1)] * largest).reshape(weight.shape)
 
 
-def nearest_below(losses, level):
-    return max((s for s in losses if losses[s] <= level), key=losses.get, default=None)
+def next_level(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return (levels[torch.bucketize(rows / absmax, levels).clamp(max=len(levels) - 1)] * absmax).reshape(weight.shape)
 
 
-def or_none(losses, level):
-    return min((s for s in losses if losses[s] <= level), default=0) or None
+def level_below(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return (levels[(torch.bucketize(rows / absmax, levels, right=True) - 1).clamp(min=0)] * absmax).reshape(
+        weight.shape
+    )
 
 
-def if_it_stays(losses, level):
-    return None if losses[max(losses)] > level else first_where(at_most)(losses, level)
+def with_absmax(change):
+    def quantise(weight, levels, block):
+        rows = weight.reshape(-1, block)
+        absmax = change(rows.abs().amax(1, keepdim=True))
+        return (levels[((rows / absmax)[..., None] - levels).abs().argmin(-1)] * absmax).reshape(weight.shape)
+
+    return quantise
 
 
-def quiet_with(change):
-    def start(inputs, outputs, rank):
-        return change(*SOLUTIONS[lesson05.quiet](inputs, outputs, rank))
-
-    return start
-
-
-def two_turns(inputs, outputs, rank):
-    """A and B from different orthogonal matrices."""
-    A, _ = SOLUTIONS[lesson05.quiet](inputs, outputs, rank)
-    _, B = SOLUTIONS[lesson05.quiet](inputs, outputs, rank)
-    return A, B
+def equal_steps(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    absmax = rows.abs().amax(1, keepdim=True)
+    return (levels[((rows / absmax + 1) / 2 * (len(levels) - 1)).round().long()] * absmax).reshape(weight.shape)
 
 
-def blocks(inputs, outputs, rank):
-    A, B = torch.randn(rank, inputs), torch.randn(outputs, rank)
-    A[rank // 2 :], B[:, : rank // 2] = 0, 0
-    return A, B
+def in_place(weight, levels, block):
+    return weight.copy_(right_quantise(weight, levels, block))
 
 
-def one_direction(inputs, outputs, rank):
-    turned = torch.linalg.qr(torch.randn(rank, rank))[0]
-    return turned[:1].T @ torch.randn(1, inputs), torch.randn(outputs, 1) @ turned[1:2]
-
-
-def seeded(inputs, outputs, rank):
-    torch.manual_seed(0)
-    return SOLUTIONS[lesson05.quiet](inputs, outputs, rank)
-
-
-def turning_the_given(A0, B0, A, B, alpha):
-    B0 *= -1
-    return torch.cat([A, A0]), torch.cat([B, B0], dim=1), 2 * alpha
-
-
-def convert_with(minus_A0=1, minus_B0=1, B_sign=1, times=2):
-    def convert(A0, B0, A, B, alpha):
-        new_alpha = times(alpha) if callable(times) else times * alpha
-        return torch.cat([A, minus_A0 * A0]), torch.cat([B_sign * B, minus_B0 * B0], dim=1), new_alpha
-
-    return convert
-
-
-def of_the_differences(A0, B0, A, B, alpha):
-    return torch.cat([A - A0, 0 * A]), torch.cat([B - B0, 0 * B], dim=1), 2 * alpha
-
-
-# Other right answers
-
-
-def olora_by_outer_products(weight, rank, alpha):
-    """With NumPy, and all signs turned."""
-    Q, R = numpy.linalg.qr(weight.numpy(), mode="reduced")
-    A, B = -R[:rank], -Q[:, :rank]
-    return A, B, weight.numpy() - (alpha / rank) * sum(numpy.outer(B[:, i], A[i]) for i in range(rank))
-
-
-def olora_by_gram_schmidt(weight, rank, alpha):
-    columns = []
-    for column in weight.T[:rank]:
-        for _ in range(2):  # the second time for what rounding left
-            for other in columns:
-                column = column - (other @ column) * other
-        columns.append(column / column.norm())
-    B = torch.stack(columns, dim=1)
-    A = B.T @ weight
-    return [A, B, torch.addmm(weight, B, A, alpha=-alpha / rank)]
-
-
-def quiet_by_null_space(inputs, outputs, rank):
-    """Whatever A writes, B reads from what is at right angles to it."""
-    A = torch.randn(rank, rank // 2, dtype=torch.float64) @ torch.randn(rank // 2, inputs, dtype=torch.float64)
-    U = torch.linalg.svd(A)[0]
-    B = torch.randn(outputs, rank - rank // 2, dtype=torch.float64) @ U[:, rank // 2 :].T
-    return [A.float(), B.float()]
-
-
-def reach_in_a_loop(losses, level):
-    found = None
-    for step, loss in losses.items():
-        if loss <= level and (found is None or step < found):
-            found = step
+def one_block_wrong(weight, levels, block):
+    found = right_quantise(weight, levels, block)
+    found[3] *= 1.1
     return found
 
 
-def reach_with_numpy(losses, level):
-    steps = numpy.array(sorted(losses))
-    reached = steps[numpy.array([losses[step] for step in steps]) <= level]
-    return reached[0] if len(reached) else None
+def merge_in_place(layer, A, B, scaling):
+    merged = right_merge(layer, A, B, scaling)
+    layer.weight.data, layer.weight.quant_state = quantize_4bit(merged, quant_type="nf4")
+    return merged
 
 
-def reach_by_exception(losses, level):
-    try:
-        return float(min(step for step in losses if losses[step] <= level))
-    except ValueError:
-        return None
+def with_scaling(factor):
+    return lambda layer, A, B, scaling: right_merge(layer, A, B, factor(scaling))
 
 
-def convert_by_blocks(A0, B0, A, B, alpha):
-    return torch.vstack((-A0, A)), torch.hstack((B0, B)), alpha * 2
+def by(look):
+    """`right_spoilt` with another thing looked at."""
+
+    def run(model, action):
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        before = {name: look(layer) for name, layer in layers.items()}
+        action()
+        return {name for name, layer in layers.items() if not torch.equal(look(layer), before[name])}
+
+    return run
 
 
-def convert_and_scale(A0, B0, A, B, alpha):
-    """All of the scaling in B, and an alpha that leaves it there."""
-    rank = A.shape[0]
-    return torch.cat([A, A0]), alpha / rank * torch.cat([B, -B0], dim=1), 2 * rank
+def every_parameter(model, action):
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    action()
+    return [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
 
 
-def convert_with_numpy(A0, B0, A, B, alpha):
-    return numpy.concatenate([A, A0]), numpy.concatenate([B, -B0], axis=1), numpy.float64(2 * alpha)
+def not_called(model, action):
+    return []
 
 
-RIGHT = {
-    "05.olora": [
-        lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a))),
-        olora_by_outer_products,
-        olora_by_gram_schmidt,
-    ],
-    "05.quiet": [
-        quiet_from(),
-        mirrored(torch.randn),
-        mirrored(signs),
-        quiet_with(lambda A, B: (A / 50, B / 50)),
-        quiet_with(lambda A, B: (A.numpy(), B.numpy())),
-        quiet_by_null_space,
-    ],
-    "05.reach": [reach_in_a_loop, reach_with_numpy, reach_by_exception],
-    "05.convert": [convert_with(minus_A0=-1), convert_by_blocks, convert_and_scale, convert_with_numpy],
-}
+def called_twice(model, action):
+    action()
+    return right_spoilt(model, action)
+
+
+def by_identity(model, action):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [name for name, layer in layers.items() if read(layer) is not before[name]]
+
+
+def children_only(model, action):
+    layers = {name: layer for name, layer in model.named_children() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [name for name, layer in layers.items() if not torch.equal(read(layer), before[name])]
+
+
+def layers_from_before(model, action):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    before = {name: read(layer) for name, layer in layers.items()}
+    action()
+    return [
+        name
+        for name, layer in layers.items()
+        if read(layer).dtype != before[name].dtype or not torch.equal(read(layer), before[name])
+    ]
+
+
+def with_head(model, action):
+    return [*right_spoilt(model, action), "head"]
+
+
+SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merge, "spoilt": right_spoilt}
 
 
 @pytest.mark.parametrize(
-    "check, wrong, hint",
+    "name, wrong, hint",
     [
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, keep=True), "would change at step 0"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, sign=1.0), "sign is wrong"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=1.0), "not BA alone"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a), "don't add up"),
-        (lesson05.olora, in_place, "Return a new one"),
-        (lesson05.olora, like_pissa, "aren't the first r directions"),
-        (lesson05.olora, not_orthonormal, "orthonormal"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, a)[:2], "3 things"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r + 1, a), "A has shape"),
-        (lesson05.olora, lambda w, r, a: (right_olora(w, r, a)[1], right_olora(w, r, a)[0], w), "A has shape"),
-        (lesson05.olora, olora_in(torch.float64, torch.float64), "float32, and A in float64: keep the weight's dtype"),
-        (lesson05.olora, olora_in(torch.float32, torch.float32), "float64, and A in float32: keep the weight's dtype"),
-        (lesson05.olora, olora_in(torch.float32), "float32 rounding: keep the weight's dtype"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, a, scaling=a // r), "2 // 4 is 0"),
-        (lesson05.olora, s_in_A, "A has s in it already"),
+        ("bits", lambda block, group: right_bits(block, group) - 4, "the scales' share alone"),
+        ("bits", lambda block, group: right_bits(block, group) / 8, "in bytes"),
+        ("bits", lambda block, group: right_bits(block, group) * block, "a whole block"),
+        ("bits", lambda block, group: 4 + 4 / block, "4 bytes, and 32 bits"),
+        ("bits", lambda block, group: 4 + 32 / block, "has 8 bits, not 32"),
         (
-            lesson05.olora,
-            lambda w, r, a: (a / r * right_olora(w, r, a)[0], *right_olora(w, r, a, scaling=(a / r) ** 2)[1:]),
-            "A has s in it already",
+            "bits",
+            lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block + 32 / (64 * 256),
+            "need not have 64 numbers",
         ),
-        (lesson05.olora, lambda w, r, a: tuple(m * float("nan") for m in right_olora(w, r, a)), "NaN"),
-        (lesson05.quiet, quiet_with(lambda A, B: (A, 0 * B)), "B is zero"),
-        (lesson05.quiet, quiet_with(lambda A, B: (0 * A, B)), "A is zero"),
-        (lesson05.quiet, lambda i, o, r: (torch.randn(r, i), torch.randn(o, r)), "BA is not zero"),
-        (lesson05.quiet, two_turns, "BA is not zero"),
-        (lesson05.quiet, blocks, "Whole rows of A"),
-        (lesson05.quiet, one_direction, "half of them"),
-        (lesson05.quiet, seeded, "Two calls"),
-        (lesson05.quiet, quiet_from(X=torch.eye), "Some columns of A are zero"),
-        (lesson05.quiet, quiet_from(Y=torch.eye), "Some rows of B are zero"),
-        (lesson05.quiet, fixed("A"), "the same A"),
-        (lesson05.quiet, fixed("B"), "the same B"),
+        ("bits", lambda block, group: round(right_bits(block, group), 3), "That is rounded"),
         (
-            lesson05.quiet,
-            quiet_from(X=lambda half, inputs: torch.randn(half, half).repeat(1, inputs)[:, :inputs]),
-            "columns of A are always the same",
+            "bits",
+            lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block,
+            "a float32 of its own",
         ),
         (
-            lesson05.quiet,
-            quiet_from(Y=lambda outputs, half: torch.randn(half, half).repeat(outputs, 1)[:outputs]),
-            "rows of B are always the same",
+            "bits",
+            lambda block, group: right_bits(block, None) if group is None else 4 + 8 / block + 32 / group,
+            "each for a whole block",
         ),
-        (lesson05.quiet, quiet_with(lambda A, B: (1e-20 * A, 1e-20 * B)), "too small"),
-        (lesson05.quiet, quiet_with(lambda A, B: (1e6 * A, B)), "A are of size .* too large"),
-        (lesson05.quiet, quiet_with(lambda A, B: (A, 1e-20 * B)), "B are of size .* too small"),
-        (lesson05.quiet, quiet_with(lambda A, B: (B, A)), "A has shape"),
-        (lesson05.quiet, quiet_with(lambda A, B: A), "the result should be|2 things|The result should be"),
-        (lesson05.reach, lambda losses, level: min(losses.values()), "this is a loss"),
-        (lesson05.reach, lambda losses, level: min(losses, key=losses.get), "lowest loss|None"),
-        (
-            lesson05.reach,
-            lambda losses, level: next((s for s, v in losses.items() if v <= level), None),
-            "order of the dict",
+        ("bits", lambda block, group: right_bits(block, group) + (32 / block if group else 0), "don't come on top"),
+        ("bits", lambda block, group: right_bits(block, group and 256), "need not have 256"),
+        *(
+            ("bits", lambda block, group, digits=digits: round(right_bits(block, group), digits), "That is rounded")
+            for digits in (2, 4, 5)
         ),
+        ("bits", lambda block, group: 5, "too many"),
+        ("quantise", lambda weight, levels, block: right_quantise(weight, LEVELS["NF4"], block), "is off by"),
+        ("quantise", lambda weight, levels, block: right_quantise(weight, levels, 64), "is off by|in blocks of"),
+        ("merge", as_nf4, "The base is in FP4 here"),
+        ("spoilt", with_argument, "takes no arguments, and you gave it 1: call action()"),
+        ("spoilt", other_objects_too, "replaced by an equal one"),
+        ("spoilt", compared_by(lambda one, other: not torch.allclose(one, other, atol=1e-2)), "you found nothing"),
+        ("spoilt", compared_by(lambda one, other: one[-1].ne(other[-1]).any()), "another first number"),
+        ("spoilt", lambda *given: right_spoilt(*given)[:1], "The action spoilt ['blocks.0.key', 'blocks.1.up']"),
+        ("bits", lambda block, group: print(end=""), "Is a return missing"),
+        ("bits", lambda block, group: float("nan"), "is nan"),
+        ("bits", lambda block, group: 32 / group, "TypeError"),
+        ("bits", lambda block, group: "4.5", "should be a number"),
+        ("quantise", lambda weight, levels, block: weight.clone(), "Nothing was rounded"),
+        ("quantise", one_scale, "Each block has its own"),
+        ("quantise", a_scale_a_row, "One absmax for each row"),
+        ("quantise", numbers_of_levels, "numbers of the levels"),
+        ("quantise", without_scales, "levels from -1 to 1"),
+        ("quantise", signed_largest, "take abs() first"),
+        ("quantise", next_level, "goes up to the next level"),
+        ("quantise", equal_steps, "not equally far apart"),
+        ("quantise", wrong_reshape, "reshape(block, -1) puts the blocks into columns"),
+        ("quantise", in_place, "have changed"),
         (
-            lesson05.reach,
-            lambda losses, level: next((s for s in sorted(losses) if losses[s] < level), None),
-            "at or below",
+            "quantise",
+            lambda weight, levels, block: right_quantise(weight, levels, weight.numel() // block),
+            "Pieces of `block` numbers",
         ),
+        ("quantise", level_below, "goes down to the level below"),
+        ("quantise", with_absmax(lambda absmax: absmax + 1e-6), "of its largest number"),
+        ("quantise", with_absmax(lambda absmax: absmax.clamp(min=0.05)), "of its largest number"),
+        ("quantise", one_block_wrong, "row 3 is off by"),
+        ("quantise", lambda *given: right_quantise(*given).reshape(-1), "has shape"),
+        ("quantise", lambda *given: right_quantise(*given).tolist(), "should be of type Tensor"),
+        ("quantise", lambda *given: right_quantise(*given) * float("nan"), "holds NaN"),
+        ("quantise", lambda *given: print(end=""), "Is a return missing"),
+        ("quantise", lambda weight, levels, block: weight.reshape(7, 7), "RuntimeError"),
+        ("merge", lambda layer, A, B, scaling: read(layer), "change is missing"),
+        ("merge", lambda layer, A, B, scaling: scaling * B @ A, "add the base's weight"),
+        ("merge", with_scaling(lambda scaling: 1), "The scaling is missing"),
+        ("merge", with_scaling(lambda scaling: -scaling), "added, not taken away"),
         (
-            lesson05.reach,
-            lambda losses, level: next((s for s in sorted(losses) if losses[s] <= level), max(losses)),
-            "return None",
-        ),
-        (
-            lesson05.reach,
-            lambda losses, level: sorted(losses)[-1] if min(losses.values()) <= level else None,
-            "lowest loss|first step",
-        ),
-        (lesson05.reach, lambda losses, level: "10", "should be a number"),
-        (lesson05.reach, first_where(at_most, lambda losses: sorted(losses)[1:]), "left out the first step"),
-        (lesson05.reach, first_where(at_most, lambda losses: sorted(losses, key=str)), "sorted as text"),
-        (lesson05.reach, first_where(at_most, lambda losses: range(5, max(losses) + 1, 5)), "90 came back"),
-        (lesson05.reach, by_position, "need not be 5 apart"),
-        (lesson05.reach, nearest_below, "nearest to the level"),
-        (lesson05.reach, first_where(lambda loss, level: round(loss, 1) <= level), "losses as they are"),
-        (lesson05.reach, first_where(lambda loss, level: loss <= level + 0.3), "losses as they are"),
-        (lesson05.reach, or_none, "Step 0 is a step"),
-        (lesson05.reach, if_it_stays, "whatever comes after"),
-        (lesson05.convert, convert_with(), "products are added"),
-        (lesson05.convert, convert_with(minus_A0=-1, minus_B0=-1), "products are added"),
-        (lesson05.convert, convert_with(B_sign=-1), "wrong way round"),
-        (lesson05.convert, convert_with(minus_B0=-1, times=1), "alpha / rank has to stay"),
-        (lesson05.convert, convert_with(minus_B0=-1, times=4), "alpha / rank has to stay"),
-        (lesson05.convert, lambda A0, B0, A, B, alpha: (A - A0, B - B0, alpha), "needs 2r"),
-        (lesson05.convert, of_the_differences, "product of the differences"),
-        (lesson05.convert, convert_with(B_sign=-1, times=-2), "stays above 0"),
-        (lesson05.convert, convert_with(minus_B0=-1, times=lambda alpha: int(2 * alpha)), "whole number"),
-        (lesson05.convert, convert_with(minus_B0=-1, times=lambda alpha: 2 * int(alpha)), "whole number"),
-        (
-            lesson05.convert,
-            lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([-B0, B], dim=1), 2 * alpha),
-            "halves stand in different order",
-        ),
-        (
-            lesson05.convert,
-            lambda *given: tuple(
-                part.float() if i < 2 else part for i, part in enumerate(SOLUTIONS[lesson05.convert](*given))
+            "merge",
+            lambda layer, A, B, scaling: (
+                read(layer) + scaling * (B @ A).T
+                if layer.in_features == layer.out_features
+                else right_merge(layer, A, B, scaling)
             ),
-            "Keep their dtype",
-        ),
-        (lesson05.reach, lambda losses, level: first_where(at_most)(losses, min(level, 1.0)), "the level is reached"),
-        (lesson05.reach, lambda losses, level: first_where(at_most)(losses, max(level, 1.0)), "losses as they are"),
-        (lesson05.olora, lambda w, r, a: right_olora(w, r, max(a, 1)), "not BA alone"),
-        (lesson05.convert, turning_the_given, "has changed"),
-        (lesson05.convert, lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1)), "3 things"),
-        (
-            lesson05.convert,
-            lambda A0, B0, A, B, alpha: (torch.cat([A0, A]), torch.cat([B, -B0], dim=1), 2 * alpha),
-            "laid side by side",
+            "lies on its side",
         ),
         (
-            lesson05.convert,
-            lambda A0, B0, A, B, alpha: (torch.cat([A, A0]), torch.cat([B, -B0]), 2 * alpha),
-            "the new B has shape|The new B has shape",
+            "merge",
+            lambda *given: dequantize_4bit(*quantize_4bit(right_merge(*given), quant_type="nf4")),
+            "quantised again",
         ),
+        ("merge", merge_in_place, "The layer has changed"),
+        ("merge", lambda layer, A, B, scaling: read(layer) + B @ A.mul_(scaling), "A or B has changed"),
+        ("merge", lambda *given: right_merge(*given).bfloat16(), "right to 16 bits"),
+        ("merge", lambda layer, A, B, scaling: right_merge(layer, A, B, scaling / len(A)), "Don't divide by r again"),
+        ("merge", lambda layer, A, B, scaling: layer.weight.data + scaling * B @ A, "RuntimeError"),
+        ("merge", lambda layer, A, B, scaling: layer.weight.data, "has shape"),
+        ("merge", lambda *given: right_merge(*given) + 0.1, "is off by 0.1"),
+        ("merge", lambda *given: print(end=""), "Is a return missing"),
+        ("spoilt", not_called, "did not call it"),
+        ("spoilt", called_twice, "more than once"),
+        ("spoilt", by(lambda layer: layer.weight.data.clone()), "Its numbers alone don't tell"),
+        ("spoilt", by(lambda layer: layer.weight.data), "you found nothing"),
+        ("spoilt", every_parameter, "give the layer's name"),
+        ("spoilt", by_identity, "Nothing happened, and you found"),
+        ("spoilt", with_head, "head is no 4-bit layer"),
+        ("spoilt", lambda model, action: [model["head"], action()], "names of the layers"),
+        ("spoilt", lambda *given: [name.rpartition(".")[2] for name in right_spoilt(*given)], "Give whole names"),
+        ("spoilt", children_only, "you found nothing"),
+        ("spoilt", layers_from_before, "go through the model again"),
+        (
+            "spoilt",
+            by(
+                lambda layer: torch.cat(
+                    [layer.weight.data.float().flatten(), layer.weight.quant_state.absmax.float().flatten()]
+                )
+            ),
+            "scales of scales",
+        ),
+        ("spoilt", by(lambda layer: read(layer).float().sum().round(decimals=1)), "compare every number"),
+        ("spoilt", by(lambda layer: read(layer).float()[0]), "compare every number"),
+        ("spoilt", lambda *given: [*right_spoilt(*given), "head"] if right_spoilt(*given) else [], "more than once"),
+        ("spoilt", lambda *given: len(right_spoilt(*given)), "should be of type"),
+        ("spoilt", lambda *given: print(len(right_spoilt(*given))), "Is a return missing"),
+        ("spoilt", lambda model, action: model.missing, "AttributeError"),
     ],
 )
-def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
-    outcome = check.outcome(wrong)
+def test_typical_mistakes_get_their_own_hint(name, wrong, hint):
+    outcome = getattr(lesson05, name).outcome(wrong)
     assert outcome.status == "TRY AGAIN"
-    assert re.search(hint, outcome.hint), outcome.hint
+    assert any(part in outcome.hint for part in hint.split("|")), outcome.hint
 
 
-# What PEFT does, as the lesson shows it
+@pytest.mark.parametrize("kind, name", [("nf4", "NF4")])
+def test_the_reference_of_the_exercise_is_bitsandbytes_kernel(kind, name):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    ours = lesson05.there_and_back(weight, lesson05.level_sets()[name], 64)
+    assert torch.equal(ours, dequantize_4bit(*quantize_4bit(weight, quant_type=kind)))
 
 
-def tiny():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            initializer_range=0.3,
-        )
-    ).eval()
+def test_the_planted_damage_is_what_it_says():
+    for what, (action, right) in lesson05.spoilers(lesson05.small_model()).items():
+        model = lesson05.small_model()
+        action, right = lesson05.spoilers(model)[what]
+        assert set(right_spoilt(model, action)) == right, what
 
 
-def adapted(adapter_name="default", **changes):
-    from peft import LoraConfig, get_peft_model
+def test_the_lessons_run_is_the_sweeps():
+    from experiments import quantised, training
 
-    settings = {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": "all-linear",
-        "init_lora_weights": "olora",
-        "task_type": "CAUSAL_LM",
-    }
-    return get_peft_model(tiny(), LoraConfig(**settings | changes), adapter_name=adapter_name).eval()
-
-
-@pytest.fixture
-def quiet_peft():
-    with warnings.catch_warnings(action="ignore"):
-        yield
-
-
-def test_converting_with_the_adapters_own_name_deletes_it(tmp_path, quiet_peft):
-    model = adapted("sailor")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="should be set to `True`"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "sailor"))
-    assert list(model.peft_config) == []
-
-
-def test_a_slash_at_the_end_is_an_error_and_a_missing_folder_names_the_hub(tmp_path, quiet_peft):
-    model = adapted()
-    model.save_pretrained(tmp_path / "start")
-    with pytest.raises(ValueError, match="Adapter  does not exist"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=f"{tmp_path / 'start'}/")
-    with pytest.raises(Exception, match="Repo id must be|Can't find"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "nowhere"))
-    assert list(model.peft_config) == ["default"]
-
-
-def test_conversion_rewrites_the_configuration_that_it_is_given(tmp_path, quiet_peft):
-    from peft import LoraConfig
-
-    model = adapted()
-    model.save_pretrained(tmp_path / "start")
-    assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights == "olora"
-    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights is True
-
-
-def test_shapes_patterns_and_memory(tmp_path, quiet_peft):
-    from peft import PeftModel
-
-    large = adapted(r=64)
-    layer = large.base_model.model.model.layers[0].self_attn.q_proj
-    assert (
-        layer.lora_A["default"].weight.shape == (32, 32)
-        and layer.r["default"] == 64
-        and layer.scaling["default"] == 8 / 64
+    steps, batch, rate = map(
+        float, re.search(r"^STEPS, BATCH, RATE = (\d+), (\d+), (\S+)$", SOURCE, flags=re.MULTILINE).groups()
     )
-    with pytest.raises(ValueError, match="rank to be even"):
-        adapted(init_lora_weights="orthogonal", r=3)
-    model = adapted(use_rslora=True, rank_pattern={"q_proj": 2})
-    model.save_pretrained(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "start")
-    with pytest.raises(ValueError, match="not supported when using `rank_pattern`"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    with pytest.raises(RuntimeError, match="incompatible tensor type"):
-        PeftModel.from_pretrained(tiny(), tmp_path / "plain", low_cpu_mem_usage=True)
-
-
-@pytest.mark.parametrize("inputs, times", [(256, 3.5), (576, 5.2)])
-def test_gaussian_draws_a_larger_a(inputs, times):
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-
-    sizes = []
-    for start in (True, "gaussian"):
-        torch.manual_seed(0)
-        model = get_peft_model(
-            nn.Sequential(nn.Linear(inputs, 256, bias=False)),
-            LoraConfig(r=8, target_modules=["0"], init_lora_weights=start),
-        )
-        sizes.append(model.base_model.model[0].lora_A["default"].weight.std().item())
-    assert sizes[1] / sizes[0] == pytest.approx(times, rel=0.1)
+    assert (steps, batch, rate) == (quantised.STEPS, training.BATCH, quantised.RATE)

@@ -1,4 +1,4 @@
-"""The sweeps of lesson 7: what they measure, on numbers made for the test, and each script on a model made for the test."""
+"""The sweeps of lesson 9: what they measure, on numbers made for the test, and each script on a model made for the test."""
 
 import dataclasses
 import math

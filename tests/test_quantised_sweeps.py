@@ -1,4 +1,4 @@
-"""The sweeps of lesson 4, on a model made for the test."""
+"""The sweeps of lesson 5, on a model made for the test."""
 
 import json
 

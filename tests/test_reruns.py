@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from tools import build, editions
 
-LESSONS = sorted((build.ROOT / "lessons").glob("[0-9]*.py"))
+LESSONS = sorted((build.ROOT / "lessons").glob("*.py"))
 LONG = 2.0  # seconds; a shorter cell is over before somebody has stopped it
 slow = pytest.mark.skipif("TEST_RERUNS" not in os.environ, reason="takes many minutes; make test-reruns runs it")
 

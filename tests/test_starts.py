@@ -1,4 +1,4 @@
-"""The sweeps of lesson 5, on a model made for the test."""
+"""The sweeps of lesson 6, on a model made for the test."""
 
 import pytest
 import torch

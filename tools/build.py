@@ -157,7 +157,7 @@ def table(root):
         cost = f"{entry['minutes']} min | {entry['peak_gb']:.1f} GB" if entry else "not measured | not measured"
         notebook = f"notebooks/{path.stem}.ipynb"
         target = notebook if Path(root, notebook).exists() else f"lessons/{path.name}"
-        lines.append(f"| [{path.stem[:2]} {editions.title(read_lesson(path))}]({target}) | {cost} |")
+        lines.append(f"| [{editions.label(path.stem)} {editions.title(read_lesson(path))}]({target}) | {cost} |")
     return "\n".join(lines)
 
 

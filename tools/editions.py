@@ -56,6 +56,11 @@ class BuildError(Exception):
     """A lesson's source does not keep the rules, or a lesson failed while it was run."""
 
 
+def label(stem):
+    """Return how lists call the lesson of this file name: its number, or that it is a deep dive."""
+    return "Deep dive:" if stem.startswith("deep_") else stem[:2]
+
+
 def parse(text, where="the lesson"):
     """Return the lesson's cells as a notebook: stable ids, tags, and roles under `metadata.lesson`.
 
@@ -75,7 +80,7 @@ def parse(text, where="the lesson"):
             role = {"role": "exercise", **exercise}
             if any(exercise["name"] == made.metadata.lesson.get("name") for made in cells):
                 raise BuildError(f"{where}: two exercises are called {exercise['name']}.")
-            if not re.fullmatch(r"\d\d\.[a-z0-9_]+", exercise["name"]):
+            if not re.fullmatch(r"(\d\d|deep)\.[a-z0-9_]+", exercise["name"]):
                 raise BuildError(f"{where}: an exercise is named like 01.size_ratio, not {exercise['name']}.")
             split(cell.source, BEGIN_SOLUTION, END_SOLUTION, f"{where}, exercise {exercise['name']}")
             identity = "exercise-" + _slug(exercise["name"])

@@ -55,9 +55,10 @@ def refresh(root=ROOT, update=None):
         record[edition.name] = latest
     (work / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     if newer:
+        shortest = newer[0] if newer[0].startswith("deep_") else newer[0][:2]
         said.append(
             f"There is a newer edition of {', '.join(newer)}. Yours stays as it is; to take the new one and keep yours "
-            f"beside it: make lab UPDATE={newer[0][:2]} (or python -m tools.lab {newer[0][:2]})."
+            f"beside it: make lab UPDATE={shortest} (or python -m tools.lab {shortest})."
         )
     return said
 

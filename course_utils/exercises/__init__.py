@@ -133,7 +133,7 @@ class Exercise:
 def exercise(name, *, title, level, minutes):
     """Turn a function that receives the learner's answer into an `Exercise`.
 
-    `name` is "NN.slug" (lesson, exercise), `level` one of `LEVELS`, `minutes` a whole
+    `name` is "NN.slug" or "deep.slug" (lesson, exercise), `level` one of `LEVELS`, `minutes` a whole
     number. The function raises `TryAgain(hint)` or `Todo`, or returns to say PASS.
     Raises ValueError for an unknown level and for a name that another function has.
     """

@@ -1,4 +1,4 @@
-"""Lesson 8's checks: the stubs, the solutions, other right answers, and typical wrong ones, each with its own hint."""
+"""Lesson 10's checks: the stubs, the solutions, other right answers, and typical wrong ones, each with its own hint."""
 
 import re
 
@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from course_utils.exercises import lesson08
+from course_utils.exercises import lesson10
 
 
 def right_prepend(prompt, embedding, input_ids, attention_mask, labels):
@@ -36,7 +36,7 @@ def right_choose(situation):
     return CHOICES[situation]
 
 
-SOLUTIONS = {lesson08.prepend: right_prepend, lesson08.count: right_count, lesson08.choose: right_choose}
+SOLUTIONS = {lesson10.prepend: right_prepend, lesson10.count: right_count, lesson10.choose: right_choose}
 
 
 def prepend_with(**changes):
@@ -120,9 +120,9 @@ def count_by_shapes(method, layers, width, feed_forward, tokens, rank):
 
 
 RIGHT = {
-    "08.prepend": [prepend_row_by_row, prepend_by_filling, prepend_with_numpy_and_more],
-    "08.count": [count_by_ifs, count_with_numpy, count_by_shapes],
-    "08.choose": [
+    "10.prepend": [prepend_row_by_row, prepend_by_filling, prepend_with_numpy_and_more],
+    "10.count": [count_by_ifs, count_with_numpy, count_by_shapes],
+    "10.choose": [
         choose_with(d="IA3"),
         choose_with(d="VeRA"),
         choose_with(d="layer norms", a="lora", e=" A written prompt "),
@@ -192,7 +192,7 @@ def in_place(prompt, embedding, *given):
     ],
 )  # fmt: skip
 def test_mistakes_with_a_soft_prompt_get_their_own_hint(wrong, hint):
-    outcome = lesson08.prepend.outcome(wrong)
+    outcome = lesson10.prepend.outcome(wrong)
     assert outcome.status == "TRY AGAIN" and re.search(hint, outcome.hint), outcome.hint
 
 
@@ -238,7 +238,7 @@ def test_mistakes_with_a_soft_prompt_get_their_own_hint(wrong, hint):
     ],
 )  # fmt: skip
 def test_mistakes_in_counting_get_their_own_hint(wrong, hint):
-    outcome = lesson08.count.outcome(wrong)
+    outcome = lesson10.count.outcome(wrong)
     assert outcome.status == "TRY AGAIN" and re.search(hint, outcome.hint), outcome.hint
 
 
@@ -266,20 +266,20 @@ def test_mistakes_in_counting_get_their_own_hint(wrong, hint):
     ],
 )
 def test_each_choice_that_does_not_fit_is_told_why(wrong, hint):
-    outcome = lesson08.choose.outcome(wrong)
+    outcome = lesson10.choose.outcome(wrong)
     assert outcome.status == "TRY AGAIN" and re.search(hint, outcome.hint), outcome.hint
 
 
 def test_every_choice_is_right_or_has_a_reason_against_it():
-    for letter, (right, against) in lesson08._CHOICES.items():
-        assert right | set(against) == set(lesson08.METHODS) and not right & set(against), letter
+    for letter, (right, against) in lesson10._CHOICES.items():
+        assert right | set(against) == set(lesson10.METHODS) and not right & set(against), letter
 
 
 def test_what_the_hints_say_of_sizes_is_so():
     sizes = {"layers": 4, "width": 256, "feed_forward": 576, "tokens": 20}
     counts = {method: right_count(method, rank=1, **sizes) for method in ("prompt tuning", "prefix tuning", "IA3", "layer norms", "LoRA")}  # fmt: skip
     counts["VeRA"] = right_count("VeRA", rank=64, **sizes)
-    said = lesson08._CHOICES["c"][1]
+    said = lesson10._CHOICES["c"][1]
     for method, number in counts.items():
         assert method == "layer norms" or f"{number:,}" in said[method], method
     assert 4 * counts["layer norms"] < 10_000 and min(4 * number for method, number in counts.items() if method != "layer norms") > 10_000  # fmt: skip

@@ -21,7 +21,7 @@ import warnings
 
 from adapter_checks.bitsandbytes_workarounds import stop_repacking
 from course_utils import data, evaluation, paths, plotting, runtime, sweeps, validation
-from course_utils.exercises import lesson05, progress
+from course_utils.exercises import lesson06, progress
 from course_utils.sweeps import over_seeds, spread
 
 runtime.quiet_imports()
@@ -229,7 +229,7 @@ plotting.table(["s = α/r", "what is left of W in B's directions", "‖W − s·
 # </details>
 
 
-# %% exercise="05.olora" points=4
+# %% exercise="06.olora" points=4
 def olora_start(weight, rank, alpha):
     """Return A (rank, inputs), B (outputs, rank) and the weight that is left."""
     ### BEGIN SOLUTION
@@ -239,11 +239,11 @@ def olora_start(weight, rank, alpha):
     ### END SOLUTION
 
 
-lesson05.olora(olora_start)
+lesson06.olora(olora_start)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson05.olora.outcome(olora_start).passed
+assert lesson06.olora.outcome(olora_start).passed
 _weight = torch.randn(7, 11, dtype=torch.float64)
 _A, _B, _left = olora_start(_weight, 3, 4)
 assert torch.allclose(_B.T @ _B, torch.eye(3, dtype=torch.float64))
@@ -350,7 +350,7 @@ plotting.table(
 # </details>
 
 
-# %% exercise="05.quiet" points=4
+# %% exercise="06.quiet" points=4
 def quiet_start(inputs, outputs, rank):
     """Return A (rank, inputs) and B (outputs, rank), neither zero, with BA = 0."""
     ### BEGIN SOLUTION
@@ -362,11 +362,11 @@ def quiet_start(inputs, outputs, rank):
     ### END SOLUTION
 
 
-lesson05.quiet(quiet_start)
+lesson06.quiet(quiet_start)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson05.quiet.outcome(quiet_start).passed
+assert lesson06.quiet.outcome(quiet_start).passed
 _A, _B = quiet_start(13, 5, 8)
 assert _A.shape == (8, 13) and _B.shape == (5, 8) and (_B @ _A).abs().max() < 1e-4
 assert _A.norm() > 0.1 and _B.norm() > 0.1
@@ -440,7 +440,7 @@ assert best["default"] != best["olora"], "how well that rate suits each"
 
 # %%
 best = {method: max(rates, key=lambda rate: validated[method, rate][0]) for method in NAMES}
-folder = paths.runs_dir() / "lesson05"
+folder = paths.runs_dir() / "lesson06"
 initial, plain = folder / "olora_initial", folder / "olora_trained"
 shutil.rmtree(folder, ignore_errors=True)
 
@@ -526,7 +526,7 @@ plotting.show(
 # </details>
 
 
-# %% exercise="05.reach" points=2
+# %% exercise="06.reach" points=2
 def steps_to(losses, level):
     """Return the first step with a loss of at most `level`, or None."""
     ### BEGIN SOLUTION
@@ -534,11 +534,11 @@ def steps_to(losses, level):
     ### END SOLUTION
 
 
-lesson05.reach(steps_to)
+lesson06.reach(steps_to)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson05.reach.outcome(steps_to).passed
+assert lesson06.reach.outcome(steps_to).passed
 assert steps_to({30: 0.1, 10: 0.6, 20: 0.3}, 0.3) == 20
 assert steps_to({30: 0.1, 10: 0.6}, 0.05) is None
 ### END HIDDEN TESTS
@@ -946,7 +946,7 @@ evaluation.band("right with the converted adapter", score["score"], 0.75, 1)
 # </details>
 
 
-# %% exercise="05.convert" points=4
+# %% exercise="06.convert" points=4
 def convert(A0, B0, A, B, alpha):
     """Return A (2r, inputs), B (outputs, 2r) and alpha of the plain LoRA."""
     ### BEGIN SOLUTION
@@ -954,11 +954,11 @@ def convert(A0, B0, A, B, alpha):
     ### END SOLUTION
 
 
-lesson05.convert(convert)
+lesson06.convert(convert)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson05.convert.outcome(convert).passed
+assert lesson06.convert.outcome(convert).passed
 _A0, _A = torch.randn(2, 3, 5).double()
 _B0, _B = torch.randn(2, 4, 3).double()
 _newA, _newB, _alpha = convert(_A0, _B0, _A, _B, 9)
@@ -1402,7 +1402,7 @@ plotting.table(
         ],
     ],
 )
-progress("05")
+progress("06")
 
 # %% [markdown]
 # ## Take it to work
@@ -1444,4 +1444,4 @@ print(validation.check_adapters(loaded, original_base=untouched))
 #   [Hugging Face on PEFT](https://huggingface.co/blog/peft)
 # - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
 #
-# Next: lesson 6 merges adapters, and proves that the merged model is the same.
+# Next: lesson 7 merges adapters, and proves that the merged model is the same.

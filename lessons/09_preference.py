@@ -17,7 +17,7 @@ import math
 
 from adapter_checks.generation import generate
 from course_utils import data, evaluation, paths, plotting, runtime, sweeps, validation
-from course_utils.exercises import lesson07, progress
+from course_utils.exercises import lesson09, progress
 from course_utils.sweeps import over_seeds, spread
 from course_utils.tasks import UNKNOWN, honesty_shares
 
@@ -176,7 +176,7 @@ plotting.table(["prompt", "", "reply", "log-probability", "probability"], rows)
 # </details>
 
 
-# %% exercise="07.loss" points=4
+# %% exercise="09.loss" points=4
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
     """Return the mean DPO loss of a batch of pairs."""
     ### BEGIN SOLUTION
@@ -186,11 +186,11 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     ### END SOLUTION
 
 
-lesson07.loss(dpo_loss)
+lesson09.loss(dpo_loss)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson07.loss.outcome(dpo_loss).passed
+assert lesson09.loss.outcome(dpo_loss).passed
 _same = torch.tensor([-3.0, -1.0, -7.5])
 assert abs(dpo_loss(_same, _same, _same, _same, 0.3) - math.log(2)) < 1e-6
 assert dpo_loss(_same + 5, _same, _same, _same, 1.0) < 0.01
@@ -213,7 +213,7 @@ assert dpo_loss(_same + 5, _same, _same, _same, 1.0) < 0.01
 def settings(config=DPOConfig, **changes):
     """What the runs of this lesson share."""
     common = dict(
-        output_dir=str(paths.runs_dir() / "lesson07" / "trainer"),
+        output_dir=str(paths.runs_dir() / "lesson09" / "trainer"),
         seed=0,
         learning_rate=1e-3,
         warmup_steps=5,
@@ -454,7 +454,7 @@ assert told["only untold"] == (0, 0, 0), "refuses everything"
 # | `chosen_change`, in nats | below −5 | `"chosen fell"` |
 
 
-# %% exercise="07.dashboard" points=3
+# %% exercise="09.dashboard" points=3
 def diagnose(run):
     """Return what is wrong with a DPO run, in the words above."""
     ### BEGIN SOLUTION
@@ -470,11 +470,11 @@ def diagnose(run):
     ### END SOLUTION
 
 
-lesson07.dashboard(diagnose)
+lesson09.dashboard(diagnose)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson07.dashboard.outcome(diagnose).passed
+assert lesson09.dashboard.outcome(diagnose).passed
 _run = {"first_loss": 0.69, "accuracy": 0.99, "chosen_change": -2.0, "refusals": 0.5, "broken": 0.0}
 assert diagnose(_run) == "healthy"
 assert diagnose({**_run, "refusals": 0.95, "chosen_change": -9.0}) == "refuses everything"
@@ -539,7 +539,7 @@ for share in (told, honesty):
 # </details>
 
 
-# %% exercise="07.pairs" points=4
+# %% exercise="09.pairs" points=4
 def build_pairs(rows):
     """Return balanced preference pairs made of these rows."""
     ### BEGIN SOLUTION
@@ -559,11 +559,11 @@ def build_pairs(rows):
     ### END SOLUTION
 
 
-lesson07.pairs(build_pairs)
+lesson09.pairs(build_pairs)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson07.pairs.outcome(build_pairs).passed
+assert lesson09.pairs.outcome(build_pairs).passed
 _rows = [
     {"question": "The cup is here. Where is the cup?", "answer": "here", "guess": "there"},
     {"question": "The cup is here. Where is Ann?", "answer": None, "guess": "here"},
@@ -589,7 +589,7 @@ print(f"\nfirst loss: {loss_of(suspect):.3f}, and ln 2 is {math.log(2):.3f}")
 
 # %% [markdown]
 # The rows are fine and the run is not. OLoRA builds its starting adapter from the base weights and subtracts it from them
-# ([lesson 5](05_olora.ipynb) explains how). With the adapter off the subtracted part is missing, so the reference is not
+# ([lesson 6](06_olora.ipynb) explains how). With the adapter off the subtracted part is missing, so the reference is not
 # the model that you started from, and the first loss isn't ln 2.
 #
 # ## A reward instead of pairs
@@ -631,7 +631,7 @@ plotting.table(
 # </details>
 
 
-# %% exercise="07.advantages" points=3
+# %% exercise="09.advantages" points=3
 def advantages(rewards):
     """Return the advantages, a tensor of the shape of `rewards` (groups, replies)."""
     ### BEGIN SOLUTION
@@ -640,11 +640,11 @@ def advantages(rewards):
     ### END SOLUTION
 
 
-lesson07.advantages(advantages)
+lesson09.advantages(advantages)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson07.advantages.outcome(advantages).passed
+assert lesson09.advantages.outcome(advantages).passed
 _found = advantages(torch.tensor([[2.0, 2.0, 2.0], [0.0, 3.0, 6.0]]))
 assert torch.allclose(_found, torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0]]), atol=1e-3)
 ### END HIDDEN TESTS
@@ -889,7 +889,7 @@ plotting.table(
         ["right where told after the hacked reward", f"{of_hacked['told_right']:.0%}"],
     ],
 )
-progress("07")
+progress("09")
 
 # %% [markdown]
 # ## Take it to work

@@ -16,7 +16,7 @@
 import warnings
 
 from course_utils import data, evaluation, paths, plotting, runtime, validation
-from course_utils.exercises import lesson08, progress
+from course_utils.exercises import lesson10, progress
 from course_utils.sweeps import over_seeds, spread
 
 runtime.quiet_imports()
@@ -51,7 +51,7 @@ print(
 # A model reads one row of its embedding table for each token. For example, an instruction of five tokens becomes five
 # rows of 256 numbers here. But the rows need not come from the table: any 256 numbers will do. A **soft prompt**
 # ([Lester et al. 2021](https://arxiv.org/abs/2104.08691)) is a few such rows, called
-# [virtual tokens](../docs/decide.md#glossary). They stand before every input and are trained; the model stays frozen.
+# [virtual tokens](../docs/glossary.md). They stand before every input and are trained; the model stays frozen.
 #
 # PEFT can start the virtual tokens at the words of a text (`TEXT`). At that moment nothing has been learned, so the soft
 # prompt should act just like the words.
@@ -127,7 +127,7 @@ print(f"logits differ by at most {(as_text - as_vectors).abs().max():.0e}")
 # </details>
 
 
-# %% exercise="08.prepend" points=4
+# %% exercise="10.prepend" points=4
 def prepend(prompt, embedding, input_ids, attention_mask, labels):
     """Return inputs_embeds, attention_mask and labels with the prompt before each text."""
     ### BEGIN SOLUTION
@@ -140,11 +140,11 @@ def prepend(prompt, embedding, input_ids, attention_mask, labels):
     ### END SOLUTION
 
 
-lesson08.prepend(prepend)
+lesson10.prepend(prepend)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson08.prepend.outcome(prepend).passed
+assert lesson10.prepend.outcome(prepend).passed
 _embedding, _prompt = torch.nn.Embedding(9, 4), torch.randn(2, 4, requires_grad=True)
 _ids, _mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 0]])
 _found = prepend(_prompt, _embedding, _ids, _mask, torch.tensor([[-100, 2, -100]]))
@@ -175,7 +175,7 @@ def best_rate(task, method):
 def make_trainer(rate):
     """Twenty virtual tokens on `reading`, 60 steps of 32 rows, as in the sweep below."""
     settings = SFTConfig(
-        output_dir=str(paths.runs_dir() / "lesson08" / "trainer"),
+        output_dir=str(paths.runs_dir() / "lesson10" / "trainer"),
         seed=0,
         max_steps=60,
         per_device_train_batch_size=32,
@@ -399,7 +399,7 @@ assert min(thin["sailor"], ia3["sailor"]) > soft["sailor"] + 0.02, "both are ahe
 # </details>
 
 
-# %% exercise="08.count" points=4
+# %% exercise="10.count" points=4
 def count(method, layers, width, feed_forward, tokens, rank):
     """Return how many parameters the method trains."""
     ### BEGIN SOLUTION
@@ -414,11 +414,11 @@ def count(method, layers, width, feed_forward, tokens, rank):
     ### END SOLUTION
 
 
-lesson08.count(count)
+lesson10.count(count)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson08.count.outcome(count).passed
+assert lesson10.count.outcome(count).passed
 _sizes = (6, 40, 100, 9, 5)
 assert count("prompt tuning", *_sizes) == 360 and count("prefix tuning", *_sizes) == 4320
 assert count("IA3", *_sizes) == 1080 and count("layer norms", *_sizes) == 520
@@ -689,7 +689,7 @@ assert min(lost.values()) > 0, "The padded batches lose"
 # Each of these stops at once. **Predict:** which message tells you what to change?
 
 # %%
-folder = paths.runs_dir() / "lesson08" / "soft"
+folder = paths.runs_dir() / "lesson10" / "soft"
 model.save_pretrained(folder)
 checkpointed = load_base()
 checkpointed.activation_checkpointing_enable()
@@ -774,7 +774,7 @@ print(tried(lambda: evaluation.generate(two, tokenizer, ["Who?"] * 2, adapter_na
 # </details>
 
 
-# %% exercise="08.choose" points=2
+# %% exercise="10.choose" points=2
 def choose(situation):
     """Return the name of a method for situation "a", "b", "c", "d" or "e"."""
     ### BEGIN SOLUTION
@@ -789,11 +789,11 @@ def choose(situation):
     ### END SOLUTION
 
 
-lesson08.choose(choose)
+lesson10.choose(choose)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson08.choose.outcome(choose).passed
+assert lesson10.choose.outcome(choose).passed
 assert "prompt" not in choose("a").lower() and "lora" not in choose("b").lower()
 assert choose("e").strip().lower() == "a written prompt"
 ### END HIDDEN TESTS
@@ -819,7 +819,7 @@ plotting.table(
         for method in ("prompt", "prefix", "ia3", "norms", "lora_1", "lora_8")
     ],
 )
-progress("08")
+progress("10")
 
 # %% [markdown]
 # ## Take it to work

@@ -1,4 +1,4 @@
-"""Checks of lesson 8: put a soft prompt before a batch, count what each method trains, choose a method."""
+"""Checks of lesson 10: put a soft prompt before a batch, count what each method trains, choose a method."""
 
 from course_utils.exercises import (
     TryAgain,
@@ -64,7 +64,7 @@ _CHOICES = {
 }  # fmt: skip
 
 
-@exercise("08.prepend", title="A soft prompt by hand", level="core", minutes=15)
+@exercise("10.prepend", title="A soft prompt by hand", level="core", minutes=15)
 def prepend(function):
     """What the learner gives to the base must have the logits and the loss of PEFT's model, and pass a gradient on."""
     import torch
@@ -170,7 +170,7 @@ def _compare(found, expected, base, prompt, given, tokens):
         )
 
 
-@exercise("08.count", title="Count what each method trains", level="core", minutes=15)
+@exercise("10.count", title="Count what each method trains", level="core", minutes=15)
 def count(function):
     """Compare with PEFT on models without weights, of sizes at which each typical mistake gives a number of its own."""
     for layers, width, feed_forward, tokens, rank in ((3, 32, 80, 7, 2), (5, 16, 24, 11, 3)):
@@ -260,7 +260,7 @@ def _by_peft(method, layers, width, feed_forward, tokens, rank):
         return peft.get_peft_model(base, config).get_nb_trainable_parameters()[0]
 
 
-@exercise("08.choose", title="Choose a method", level="core", minutes=10)
+@exercise("10.choose", title="Choose a method", level="core", minutes=10)
 def choose(function):
     """Each of the five situations, in an order that no answer can lean on."""
     for letter in "cadbe":

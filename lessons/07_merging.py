@@ -28,7 +28,7 @@ import warnings
 from adapter_checks import merging
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, plotting, runtime, sweeps, validation
-from course_utils.exercises import lesson06, progress
+from course_utils.exercises import lesson07, progress
 
 runtime.quiet_imports()
 
@@ -42,7 +42,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 runtime.seed_everything(1)
-device, runs = runtime.device(), paths.runs_dir() / "lesson06"
+device, runs = runtime.device(), paths.runs_dir() / "lesson07"
 print(
     f"torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
     f" · peft {peft.__version__} · on {device}"
@@ -164,7 +164,7 @@ print(f"a {type(merged).__name__} says: {ask(merged)}")
 # </details>
 
 
-# %% exercise="06.verdict" points=2
+# %% exercise="07.verdict" points=2
 def verdict(base, adapter, merged, tolerance):
     """Return "no effect", "same" or "differs", from logits of one shape."""
     ### BEGIN SOLUTION
@@ -174,12 +174,12 @@ def verdict(base, adapter, merged, tolerance):
     ### END SOLUTION
 
 
-lesson06.verdict(verdict)
+lesson07.verdict(verdict)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson06.verdict.outcome(verdict).passed
-_base, _adapter, _merged = lesson06.judged_logits(effect=0.3, error=2e-3, seed=31)
+assert lesson07.verdict.outcome(verdict).passed
+_base, _adapter, _merged = lesson07.judged_logits(effect=0.3, error=2e-3, seed=31)
 assert verdict(_base, _adapter, _merged, 1e-3) == "differs"
 assert verdict(_base, _adapter, _merged, 1e-2) == "same"
 assert verdict(_base, _adapter, _merged, 1e-1) == "no effect"
@@ -533,8 +533,8 @@ assert report.ok
 
 # %% [markdown]
 # Logits say *that* something went wrong, weights say *what*: a change that is in them twice, or not at all, or √r
-# times. *Break it* goes through some of it. The check also finds a merge into a base that OLoRA has moved (lesson 5),
-# and one after an evaluation in 4 bits (lesson 4).
+# times. *Break it* goes through some of it. The check also finds a merge into a base that OLoRA has moved (lesson 6),
+# and one after an evaluation in 4 bits (lesson 5).
 #
 # Agreement is more than one number. The **largest difference** finds any fault. **Top-1 agreement** asks at how many
 # tokens both would say the same. **KL** weighs every difference by how likely the token is:
@@ -558,7 +558,7 @@ assert report.ok
 # </details>
 
 
-# %% exercise="06.agreement" points=3
+# %% exercise="07.agreement" points=3
 def agreement(reference, candidate):
     """Return (top-1 agreement from 0 to 1, mean KL in nats) of logits (positions, vocabulary)."""
     ### BEGIN SOLUTION
@@ -568,12 +568,12 @@ def agreement(reference, candidate):
     ### END SOLUTION
 
 
-lesson06.agreement(agreement)
+lesson07.agreement(agreement)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson06.agreement.outcome(agreement).passed
-_reference, _candidate = lesson06.agreement_example(40, 17, seed=23)
+assert lesson07.agreement.outcome(agreement).passed
+_reference, _candidate = lesson07.agreement_example(40, 17, seed=23)
 _share, _kl = agreement(_reference, _candidate)
 _wanted = nn.functional.kl_div(
     _candidate.log_softmax(-1), _reference.softmax(-1), reduction="batchmean"
@@ -991,7 +991,7 @@ print("merged by:", merging.merge_to_folder(base_folder, adapter_folder, runs / 
 # </details>
 
 
-# %% exercise="06.shard" points=4
+# %% exercise="07.shard" points=4
 def merge_shard(tensors, adapter, scaling):
     """Return {name: tensor} of the merged shard, in the dtypes of `tensors`."""
     ### BEGIN SOLUTION
@@ -1006,12 +1006,12 @@ def merge_shard(tensors, adapter, scaling):
     ### END SOLUTION
 
 
-lesson06.shard(merge_shard)
+lesson07.shard(merge_shard)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson06.shard.outcome(merge_shard).passed
-_tensors, _adapter, _scaling, _merged = lesson06.shard_example(torch.float16, seed=41)
+assert lesson07.shard.outcome(merge_shard).passed
+_tensors, _adapter, _scaling, _merged = lesson07.shard_example(torch.float16, seed=41)
 _found = merge_shard(_tensors, _adapter, _scaling)
 assert set(_found) == set(_merged)
 assert all(torch.equal(_found[name], _merged[name]) for name in _merged)
@@ -1092,7 +1092,7 @@ model.delete_adapter("sparse")
 # </details>
 
 
-# %% exercise="06.join" points=3
+# %% exercise="07.join" points=3
 def join(adapters, weights):
     """Return (A, B) of one adapter with scaling 1; `adapters` is a list of (A, B, scaling)."""
     ### BEGIN SOLUTION
@@ -1102,12 +1102,12 @@ def join(adapters, weights):
     ### END SOLUTION
 
 
-lesson06.join(join)
+lesson07.join(join)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson06.join.outcome(join).passed
-_adapters = lesson06.join_example((2, 5), (1.5, 0.25), seed=53)
+assert lesson07.join.outcome(join).passed
+_adapters = lesson07.join_example((2, 5), (1.5, 0.25), seed=53)
 _A, _B = join(_adapters, [-0.5, 2.0])
 _wanted = sum(w * s * (b @ a) for (a, b, s), w in zip(_adapters, [-0.5, 2.0]))
 assert torch.allclose(_B @ _A, _wanted, atol=1e-9)
@@ -1266,7 +1266,7 @@ with torch.no_grad():
 
 # %% [markdown]
 # And an **OLoRA** adapter that is named *first* hands its configuration to the new one, which takes its own start out
-# of the base: the base moves, and with it every other adapter. (Lesson 5 shows why.)
+# of the base: the base moves, and with it every other adapter. (Lesson 6 shows why.)
 
 # %%
 for order in (["plain", "olora"], ["olora", "plain"]):
@@ -1604,7 +1604,7 @@ shutil.rmtree(crowded)
 
 # %%
 def save(model, name, tokenizer=tokenizer):
-    """Save a model with its tokenizer under runs/lesson06, and return the folder."""
+    """Save a model with its tokenizer under runs/lesson07, and return the folder."""
     with saving(runs / name) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -1634,7 +1634,7 @@ print(validation.check_merged_folder(base_folder, adapter_folder, save(twice, "t
 # </details>
 
 
-# %% exercise="06.times" points=4
+# %% exercise="07.times" points=4
 def times_merged(base, merged, changes):
     """Return how many times the changes are in the merged weights; all are {name: tensor}."""
     ### BEGIN SOLUTION
@@ -1643,12 +1643,12 @@ def times_merged(base, merged, changes):
     ### END SOLUTION
 
 
-lesson06.times(times_merged)
+lesson07.times(times_merged)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson06.times.outcome(times_merged).passed
-_base, _merged, _changes = lesson06.times_example(0.5, seed=61)
+assert lesson07.times.outcome(times_merged).passed
+_base, _merged, _changes = lesson07.times_example(0.5, seed=61)
 assert abs(float(times_merged(_base, _merged, _changes)) - 0.5) < 0.02
 ### END HIDDEN TESTS
 
@@ -1787,7 +1787,7 @@ plotting.table(
         ],
     ],
 )
-progress("06")
+progress("07")
 
 # %% [markdown]
 # ## Take it to work

@@ -23,7 +23,7 @@ from adapter_checks.bitsandbytes_workarounds import quiet_int8, stop_repacking
 from adapter_checks.safetensors_header import read_safetensors_header
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, plotting, runtime, validation
-from course_utils.exercises import lesson04, progress
+from course_utils.exercises import lesson05, progress
 from course_utils.sweeps import over_seeds, spread
 
 runtime.quiet_imports()
@@ -341,7 +341,7 @@ for label, where in (
 # </details>
 
 
-# %% exercise="04.quantise" points=4
+# %% exercise="05.quantise" points=4
 def quantise_in_blocks(weight, levels, block):
     """Return `weight` (rows, columns) as it is read back after quantising it in blocks."""
     ### BEGIN SOLUTION
@@ -352,11 +352,11 @@ def quantise_in_blocks(weight, levels, block):
     ### END SOLUTION
 
 
-lesson04.quantise(quantise_in_blocks)
+lesson05.quantise(quantise_in_blocks)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson04.quantise.outcome(quantise_in_blocks).passed
+assert lesson05.quantise.outcome(quantise_in_blocks).passed
 _weight = torch.randn(32, 192, generator=torch.Generator().manual_seed(99))
 _kernel = functional.dequantize_4bit(*functional.quantize_4bit(_weight, quant_type="nf4"))
 assert torch.allclose(quantise_in_blocks(_weight, library, 64), _kernel, atol=1e-6)
@@ -371,7 +371,7 @@ assert torch.allclose(quantise_in_blocks(_weight, library, 64), _kernel, atol=1e
 # **Predict:** over all layers of the model, how many of the numbers will differ?
 
 # %%
-there_and_back = lesson04.there_and_back
+there_and_back = lesson05.there_and_back
 for kind in ("nf4", "fp4"):
     differing = 0
     for weight in weights.values():
@@ -504,7 +504,7 @@ plotting.show(
 # </details>
 
 
-# %% exercise="04.bits" points=2
+# %% exercise="05.bits" points=2
 def bits_per_parameter(block, group=None):
     """Return the bits that one number takes, its share of the scales among them."""
     ### BEGIN SOLUTION
@@ -514,11 +514,11 @@ def bits_per_parameter(block, group=None):
     ### END SOLUTION
 
 
-lesson04.bits(bits_per_parameter)
+lesson05.bits(bits_per_parameter)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson04.bits.outcome(bits_per_parameter).passed
+assert lesson05.bits.outcome(bits_per_parameter).passed
 assert bits_per_parameter(64) == 4.5 and abs(bits_per_parameter(64, 256) - 4.127) < 1e-3
 assert bits_per_parameter(256) == 4.125 and bits_per_parameter(16, 16) == 4 + 0.5 + 0.125
 ### END HIDDEN TESTS
@@ -815,7 +815,7 @@ train_rows, check_rows = (data.load_task("sailor", split) for split in ("train",
 def make_trainer(model, steps=STEPS, batch=BATCH, rows=train_rows, **changes):
     """LoRA on this base, with the adapter in float32."""
     settings = dict(
-        output_dir=str(paths.runs_dir() / "lesson04"),
+        output_dir=str(paths.runs_dir() / "lesson05"),
         seed=0,
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -1125,7 +1125,7 @@ print("\n".join(said))
 # **Predict:** how would you test each of the two?
 
 # %%
-adapter_folder = paths.runs_dir() / "lesson04" / "adapter"
+adapter_folder = paths.runs_dir() / "lesson05" / "adapter"
 with saving(adapter_folder) as temporary:
     trained.save_pretrained(temporary)
 saved = read_safetensors_header(adapter_folder / "adapter_model.safetensors")
@@ -1150,7 +1150,7 @@ assert torch.equal(switched_off, fresh)
 # %% [markdown]
 # ## Merge: into which weights?
 #
-# Lesson 2 merged an adapter into its base, and lesson 6 does it thoroughly. Here are two bases: the original, and the
+# Lesson 2 merged an adapter into its base, and lesson 7 does it thoroughly. Here are two bases: the original, and the
 # one in NF4 that the adapter was trained on. And three routes:
 #
 # 1. into the **original** weights, as many recipes do;
@@ -1303,7 +1303,7 @@ assert max(lost) < min(*others, *rises["original"], *rises["four_bit"]), "the la
 # </details>
 
 
-# %% exercise="04.merge" points=3
+# %% exercise="05.merge" points=3
 def merged_weight(layer, A, B, scaling):
     """Return the weight (outputs, inputs) of a Linear4bit with the adapter's change added."""
     ### BEGIN SOLUTION
@@ -1312,14 +1312,14 @@ def merged_weight(layer, A, B, scaling):
     ### END SOLUTION
 
 
-lesson04.merge(merged_weight)
+lesson05.merge(merged_weight)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson04.merge.outcome(merged_weight).passed
-_layer = lesson04.four_bit_layer(128, 96, seed=31)
-_A, _B = lesson04.change_of(128, 96, 6, seed=32)
-_wanted = lesson04.read(_layer) + 0.25 * _B @ _A
+assert lesson05.merge.outcome(merged_weight).passed
+_layer = lesson05.four_bit_layer(128, 96, seed=31)
+_A, _B = lesson05.change_of(128, 96, 6, seed=32)
+_wanted = lesson05.read(_layer) + 0.25 * _B @ _A
 assert torch.allclose(merged_weight(_layer, _A, _B, 0.25), _wanted, atol=1e-5)
 ### END HIDDEN TESTS
 
@@ -1482,7 +1482,7 @@ assert same_gradients and same_weights
 # </details>
 
 
-# %% exercise="04.spoilt" points=4
+# %% exercise="05.spoilt" points=4
 def spoilt_layers(model, action):
     """Return the names of the 4-bit layers whose weight is another one after action()."""
 
@@ -1501,13 +1501,13 @@ def spoilt_layers(model, action):
     ### END SOLUTION
 
 
-lesson04.spoilt(spoilt_layers)
+lesson05.spoilt(spoilt_layers)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert lesson04.spoilt.outcome(spoilt_layers).passed
+assert lesson05.spoilt.outcome(spoilt_layers).passed
 _model = nn.Sequential(
-    lesson04.four_bit_layer(64, 96), nn.Linear(96, 64), lesson04.four_bit_layer(64, 64)
+    lesson05.four_bit_layer(64, 96), nn.Linear(96, 64), lesson05.four_bit_layer(64, 64)
 )
 assert list(spoilt_layers(_model, lambda: None)) == []
 assert list(spoilt_layers(_model, lambda: repack(_model[2]))) == ["2"]
@@ -1526,7 +1526,7 @@ for form, twice in (("NF4", False), ("NF4, double", True)):
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             repack(layer)
-    folder = paths.runs_dir() / "lesson04" / "saved"
+    folder = paths.runs_dir() / "lesson05" / "saved"
     with saving(folder) as temporary:
         model.save_pretrained(temporary)
     back = stop_repacking(AutoModelForCausalLM.from_pretrained(folder))
@@ -1631,11 +1631,11 @@ odd_config = AutoConfig.for_model(
     num_attention_heads=2,
 )
 odd = AutoModelForCausalLM.from_config(odd_config)
-with saving(paths.runs_dir() / "lesson04" / "odd") as temporary:
+with saving(paths.runs_dir() / "lesson05" / "odd") as temporary:
     odd.save_pretrained(temporary)
 for helped in (False, True):
     odd = AutoModelForCausalLM.from_pretrained(
-        paths.runs_dir() / "lesson04" / "odd", quantization_config=four_bits()
+        paths.runs_dir() / "lesson05" / "odd", quantization_config=four_bits()
     )
     said = {}
     for mode in ("train", "eval"):
@@ -1667,7 +1667,7 @@ try:
     transformers.Trainer(
         load(four_bits()),
         transformers.TrainingArguments(
-            output_dir=str(paths.runs_dir() / "lesson04"), **runtime.trainer_settings()
+            output_dir=str(paths.runs_dir() / "lesson05"), **runtime.trainer_settings()
         ),
     )
 except ValueError as error:
@@ -1720,7 +1720,7 @@ plotting.table(
         ],
     ],
 )
-progress("04")
+progress("05")
 
 # %% [markdown]
 # ## Take it to work
@@ -1780,4 +1780,4 @@ print(validation.check_quantised(my_loaded_model, my_base))
 #   Cloudflare](https://www.cloudflare.com/learning/ai/what-is-lora/)
 # - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
 #
-# Next: lesson 5 asks whether a better start than a random *A* and a zero *B* pays.
+# Next: lesson 6 asks whether a better start than a random *A* and a zero *B* pays.
