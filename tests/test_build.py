@@ -300,12 +300,21 @@ def test_a_lesson_runs_again_when_its_outputs_may_have_changed(course, tmp_path,
     assert ran() and not ran()
     results = tmp_path / "experiments" / "results"
     results.mkdir(parents=True)
-    (results / "rank.csv").write_text("seed\n")
+    (results / "apples.csv").write_text("seed\n")
+    (results / "pears.csv").write_text("seed\n")
+    assert not ran()  # the lesson names neither
+    course.write_text(course.read_text(encoding="utf-8") + '\nresults = "apples"\n', encoding="utf-8")
     assert ran() and not ran()
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "README.md").write_text("A card is read by no lesson.")
+    (results / "pears.csv").write_text("seed\n1\n")
     assert not ran()
-    (tmp_path / "models" / "config.json").write_text("{}")
+    (results / "apples.csv").write_text("seed\n1\n")
+    assert ran() and not ran()
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "base" / "README.md").write_text("A card is read by no lesson.")
+    (tmp_path / "models" / "pears").mkdir()
+    (tmp_path / "models" / "pears" / "config.json").write_text("{}")
+    assert not ran()
+    (tmp_path / "models" / "base" / "config.json").write_text("{}")
     assert ran() and not ran()
     (tmp_path / "requirements.txt").write_text("peft==9  # all lessons\nruff==1  # tests: form\n")
     assert ran() and not ran()
@@ -327,7 +336,9 @@ def test_a_save_that_fails_does_not_pass_old_outputs_for_new_ones(course, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(build, "save_notebook", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
         build.build(course, tmp_path)
-    assert build.read_record(tmp_path)["01_apples"]["inputs"] != build.inputs(tmp_path)
+    assert build.read_record(tmp_path)["01_apples"]["inputs"] != build.inputs(
+        tmp_path, course.read_text(encoding="utf-8")
+    )
 
 
 def test_a_claim_that_does_not_hold_stops_the_build_before_the_lesson_runs(course, tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ and memory of each run are kept in lessons/measured.json, and shown in the lesso
 header and in README.md.
 
 A lesson is not run again when the learner's code cells are those of the stored edition,
-and the models, data, results and libraries are those of its last run: then the
-outputs are kept. So a changed sentence, solution or hidden test takes seconds. A change
+and the models, data, libraries and the results that it names are those of its last run:
+then the outputs are kept. So a changed sentence, solution or hidden test takes seconds. A change
 in `course_utils` is not noticed: FORCE=1 runs the lesson whatever has changed.
 """
 
@@ -33,7 +33,7 @@ from tools.execute import execute
 ROOT = paths.project_root()
 TABLE_BEGIN, TABLE_END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 NOTICEABLE = 0.3  # A measurement is recorded when it moved by more than this fraction.
-INPUTS = ("models", "data", "experiments/results")  # What outputs depend on, beside code and libraries.
+INPUTS = ("models/base", "models/adapters", "data")  # What all outputs depend on, beside code and libraries.
 UNMEASURED = {"minutes": 1, "seconds": 0, "peak_gb": 0, "cores": 0}  # Stands in until a lesson has run once.
 
 
@@ -78,14 +78,18 @@ def filled(path, record):
     return claims.fill(read_lesson(path), values, path.name)
 
 
-def inputs(root):
-    """Return a digest of what outputs depend on, beside the code: files, and the libraries that lessons import."""
+def inputs(root, text):
+    """Return a digest of what the outputs of the lesson with this source depend on, beside the code: files, and libraries.
+
+    Of the sweeps' results and of what stands in models/ beside base and adapters, only that counts which the lesson names.
+    """
     requirements = Path(root, "requirements.txt").read_text(encoding="utf-8")
     libraries = re.findall(r"^(\S+==\S+) +# (?:all )?lessons?\b", requirements, flags=re.MULTILINE)
     digest = hashlib.sha256(" ".join(libraries).encode())
-    for name in INPUTS:
-        path = Path(root, name)
-        for file in sorted(path.rglob("*")):
+    named = [path for path in Path(root, "models").glob("*") if re.search(rf"\b{re.escape(path.stem)}\b", text)]
+    named += [path for path in Path(root, "experiments", "results").glob("*") if f'"{path.stem}"' in text]
+    for path in sorted({*(Path(root, name) for name in INPUTS), *named}):
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and file.suffix != ".md":
                 digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -111,7 +115,7 @@ def with_outputs(notebook, path):
 def build(path, root, force=False):
     """Save both editions of the lesson at `path`, run again if need be; return what is wrong with their form."""
     root = Path(root)
-    record, now = read_record(root), inputs(root)
+    record, now = read_record(root), inputs(root, path.read_text(encoding="utf-8"))
     notebook = editions.learner(filled(path, record))  # A claim that does not hold is found before a long run.
     unchanged = not force and record.get(path.stem, {}).get("inputs") == now
     if stored := unchanged and with_outputs(notebook, root / "notebooks" / f"{path.stem}.ipynb"):
