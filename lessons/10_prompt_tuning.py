@@ -882,3 +882,5 @@ print(validation.check_changes_output(mine, inputs))
 # - [PEFT on soft prompts](https://huggingface.co/docs/peft/main/en/conceptual_guides/prompting), and
 #   [Hugging Face on PEFT](https://huggingface.co/blog/peft)
 # - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
+#
+# Next: [lesson 11](11_scaling.ipynb) asks what changes when one machine, or one model for one customer, is no longer enough.
