@@ -1,6 +1,5 @@
 """The estimate for several devices, against what two processes hold and hand to collectives, to the byte."""
 
-import contextlib
 import json
 
 import pytest
@@ -17,27 +16,6 @@ CASES = {
     "full, odd": (lambda: None, ODD),
 }
 STRATEGIES = ("ddp", "fsdp")
-
-
-@contextlib.contextmanager
-def counted_collectives():
-    """Yield {collective: bytes handed over}: for an all-gather what it returns, for a reduce-scatter what it takes."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    names = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
-    found = {}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "c10d" and (name := names.get(function._opname)):
-                tensors = [one for one in tree_leaves([args, kwargs or {}]) if isinstance(one, torch.Tensor)]
-                found[name] = found.get(name, 0) + max(tensor.nbytes for tensor in tensors)
-            return function(*args, **(kwargs or {}))
-
-    with Count():
-        yield found
 
 
 def one_process(rank, folder):
@@ -57,8 +35,7 @@ def one_process(rank, folder):
         for strategy in STRATEGIES:
             model, buckets = real_model(make_config(**options), make_lora()), {}
             if strategy == "ddp":
-                # No buffer is sent in the forward pass: it is counted nowhere.
-                wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+                wrapped = DistributedDataParallel(model)
 
                 def keep(state, bucket, buckets=buckets):
                     buckets[bucket.index()] = bucket.buffer().nbytes
@@ -73,7 +50,7 @@ def one_process(rank, folder):
             optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
             for _ in range(2):
                 optimizer.zero_grad()
-                with counted_collectives() as collectives:
+                with memory.measure_collectives() as collectives:
                     loss_of(wrapped).backward()
                 optimizer.step()
             if strategy == "fsdp":

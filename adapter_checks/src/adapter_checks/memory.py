@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks import counting
@@ -383,6 +384,32 @@ def measure_training_state(model: torch.nn.Module, optimizer: torch.optim.Optimi
         gradients=_bytes(p.grad for p in parameters),
         optimizer=_bytes(value for state in states for value in state.values()),
     )
+
+
+@contextlib.contextmanager
+def measure_collectives() -> Iterator[dict[str, int]]:
+    """Count what this process hands to collectives of torch.distributed in a `with`: a dict that fills up while they run,
+    {"all_reduce", "all_gather" or "reduce_scatter": bytes}, counted as `MemoryEstimate.collectives` are.
+
+    Seen is what DDP, fully_shard and all_reduce send; the small lists of tensors that a trainer gathers for its log are not.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    names = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+    found: dict[str, int] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = names.get(function._opname) if function.namespace == "c10d" else None
+            if name:
+                tensors = [one for one in tree_leaves([args, kwargs or {}]) if isinstance(one, torch.Tensor)]
+                found[name] = found.get(name, 0) + max(tensor.nbytes for tensor in tensors)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        yield found
 
 
 def _state_tensors(state) -> list:
