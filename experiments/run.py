@@ -27,6 +27,7 @@ LESSONS = {
     "07": ("combine", "dial"),
     "09": ("preferences", "rewards", "best_of_n"),
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
+    "11": ("serving",),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
@@ -35,6 +36,7 @@ TIMED = (
     "throughput",
     "quantised_cost",
     "prompts_cost",
+    "serving",
 )  # their times are the result, so each of their runs has the machine to itself
 # They look for a learning rate at one seed; what trains at that rate has three.
 SEARCHES = ("prompts_rate",)

@@ -18,6 +18,7 @@ import test_lesson06
 import test_lesson07
 import test_lesson09
 import test_lesson10
+import test_lesson11
 from course_utils import paths
 from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
 
@@ -42,6 +43,7 @@ SOLUTIONS = {
     "07.times": test_lesson07.right_times,
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
+    **test_lesson11.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
@@ -52,6 +54,7 @@ LESSONS = (
     test_lesson07,
     test_lesson09,
     test_lesson10,
+    test_lesson11,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()

@@ -537,7 +537,8 @@ def test_committed_results_are_complete_and_of_the_shipped_base(name):
 
 
 def test_no_result_is_committed_without_its_script():
-    assert {path.stem for path in paths.results_dir().glob("*")} <= set(run.ORDER)
+    on_a_gpu = {"real_sizes"}  # run by itself, where there is one
+    assert {path.stem for path in paths.results_dir().glob("*")} <= set(run.ORDER) | on_a_gpu
 
 
 def minutes_of(name):
