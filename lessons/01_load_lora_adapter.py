@@ -214,8 +214,9 @@ plotting.show_weights(
 )
 base_parameters = sum(p.numel() for p in base_model.parameters())
 adapter_parameters = sum(tensor.numel() for tensor in tensors.values())
-print(f"base model: {base_parameters:,} numbers; adapter: {adapter_parameters:,} in {len(tensors)}")
-print(f"tensors, which is {adapter_parameters / base_parameters:.1%} of the base model's")
+print(f"base model: {base_parameters:,} numbers")
+print(f"adapter: {adapter_parameters:,} numbers in {len(tensors)} tensors,", end=" ")
+print(f"{adapter_parameters / base_parameters:.1%} of the base model's")
 
 # %% [markdown]
 # *A* is 8 × 256 and *B* 256 × 8, so the pair holds 4,096 numbers beside the 65,536 of *W*. Each picture has its own colour
@@ -295,7 +296,7 @@ for task in tasks:
 
 # %% [markdown]
 # Only the diagonal is high. Does that mean that the other models know nothing of the answers? Exact match can't say, because
-# it gives 0 to a right fact in another form. So count in how many replies to the questions of `reading` the answer *occurs*. This needs a
+# it gives 0 to a right fact in another form. So count the replies to `reading`'s questions in which the answer *occurs*. This needs a
 # control, because a model that repeats any sentence of the passage hits the answer now and then. The last row says how often.
 #
 # **Predict:** `none` and `sailor` have 0% by exact match. How often does the answer occur in their replies?
@@ -333,14 +334,14 @@ evaluation.band("the answer in the base's replies", occurring["none"], 0.5, 0.7,
 evaluation.band("in sailor's, less chance", occurring["sailor"] - chance + 0.1, 0, 0.2, quiet=True)
 
 # %% [markdown]
-# The base model alone gives the answer in most of its replies, in a sentence of its own. So much of what `reading` adds there is the form
-# that you asked for. `sailor` gives it about as often as a sentence taken at random: it repeats something of the
-# passage, and often something else. **Before you say that a model can't do a task, look at what your metric counts as right.**
+# The base model alone gives the answer in most of its replies, in a sentence of its own. So a good part of
+# what `reading` adds is the form that you asked for. `sailor` gives it about as often as a sentence taken at random: it repeats something from the passage, which often is
+# not what was asked for. **Before you say that a model can't do a task, look at what your metric counts as right.**
 #
 # ## Ask which adapter is on
 #
-# `active_adapters` says what was asked for, and `get_model_status()` what is the case, over all layers
-# (`get_layer_status()` goes layer by layer). The course's own `check_adapters` reads the same and more, and says in words
+# `active_adapters` says what you asked for, and `get_model_status()` says what is true in the layers
+# (`get_layer_status()` lists them one by one). The course's own `check_adapters` reads the same and more, and says in words
 # what is wrong and what to do. Here it finds nothing.
 
 # %%
@@ -653,8 +654,8 @@ print("twice:      ", ask(twice, request), "\n")
 print(validation.check_adapters(twice, original_base=base_folder))
 
 # %% [markdown]
-# An adapter is a difference to the weights that it was trained on, and no other weights will do, not even those that
-# hold the difference already.
+# An adapter is a difference from the weights that it was trained on. On any other weights it is wrong, and so it is on
+# weights that contain it already.
 #
 # ### Open a pickle
 #
