@@ -21,6 +21,27 @@ def over_seeds(rows, column: str, *keys: str) -> dict:
     return {setting: (sum(values) / len(values), min(values), max(values)) for setting, values in groups.items()}
 
 
+def losses(rows) -> dict:
+    """{step: (mean, lowest, highest)} of the columns loss_5, loss_10, … over these rows."""
+    steps = sorted(int(column.removeprefix("loss_")) for column in rows[0] if column.startswith("loss_"))
+    return {
+        step: (sum(values) / len(values), min(values), max(values))
+        for step in steps
+        for values in [[row[f"loss_{step}"] for row in rows]]
+    }
+
+
+def steps_to_loss(rows, level: float) -> tuple:
+    """(mean, lowest, highest) over these rows of the first step whose column loss_… is at most `level`.
+
+    A row that never gets there counts as if it did one step behind its last.
+    """
+    steps = list(losses(rows))
+    behind = 2 * steps[-1] - steps[-2]
+    firsts = [min((step for step in steps if row[f"loss_{step}"] <= level), default=behind) for row in rows]
+    return sum(firsts) / len(firsts), min(firsts), max(firsts)
+
+
 def spread(group, form: str = ".0%") -> str:
     """A mean with its lowest and highest seed, "94% (92% to 95%)"; one number where all three look the same."""
     mean, low, high = (format(value, form) for value in group)

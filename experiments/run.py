@@ -20,6 +20,7 @@ from experiments import harness
 
 # By lesson. Rank, recall, targets, alpha and overfitting train at the learning rate that the first sweep of lesson 3 finds best.
 LESSONS = {
+    "01": ("overhead",),
     "02": ("cut_to_rank",),
     "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
     "05": ("quantised", "quantised_merge", "quantised_cost"),
@@ -32,6 +33,7 @@ LESSONS = {
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
 TIMED = (
+    "overhead",
     "cost",
     "throughput",
     "quantised_cost",

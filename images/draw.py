@@ -286,7 +286,47 @@ def _step(canvas, x, y, data, method, result, color, width=204):
     canvas.text(x + width / 2, y - 38, result)
 
 
-PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix, "preference.png": draw_preference}
+def draw_olora():
+    """What OLoRA does to a layer: a part of the weight goes into the adapter, and what is left of the weight is another one."""
+    canvas = Canvas(900, 330)
+    side, thin, bottom = 150, 26, 118
+    left, middle, right = 40, 352, 640
+    taken, kept = tint(READING, 0.75), FROZEN
+    # Before: the whole weight. The stripe on its left is what OLoRA takes out.
+    canvas.box(left, bottom, side, side, face=kept)
+    canvas.box(left, bottom, thin, side, face=taken, line=0, order=2.1)
+    canvas.text(left + side / 2, bottom + side + 24, "W", size=13, weight="bold")
+    canvas.text(left + side / 2, bottom - 24, "the base model's weight")
+    canvas.arrow((left + side + 22, bottom + side / 2), (middle - 30, bottom + side / 2))
+    canvas.text((left + side + middle) / 2 - 4, bottom + side / 2 + 20, "QR decomposition", size=10.5)
+    # After: two thin matrices, and a weight with a gap.
+    canvas.box(middle, bottom, thin, side, face=taken)
+    canvas.box(middle + 44, bottom + side - thin, side, thin, face=taken)
+    canvas.text(middle + thin / 2, bottom + side + 24, "B", size=13, weight="bold")
+    canvas.text(middle + 44 + side / 2, bottom + side + 24, "A", size=13, weight="bold")
+    canvas.text(middle + 97, bottom - 24, "the adapter, which is trained")
+    canvas.text(right - 50, bottom + side / 2, "+", size=18)
+    canvas.box(right, bottom, side, side, face=kept)
+    canvas.box(right, bottom, thin, side, face="white", order=2.1)
+    canvas.text(right + side / 2, bottom + side + 24, "W − s·BA", size=13, weight="bold")
+    canvas.text(right + side / 2, bottom - 24, "the moved base, which is frozen")
+    canvas.text(
+        24,
+        46,
+        "At first both together compute what W did. With the adapter off, a part of W is missing,",
+        ha="left",
+        size=11,
+    )
+    canvas.text(24, 22, "and an adapter that was trained on W meets another weight.", ha="left", size=11)
+    return canvas
+
+
+PICTURES = {
+    "adapter.png": draw_adapter,
+    "score_matrix.png": draw_score_matrix,
+    "preference.png": draw_preference,
+    "olora.png": draw_olora,
+}
 
 
 def draw_all(folder):

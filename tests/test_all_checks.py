@@ -25,7 +25,7 @@ from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, l
 SOLUTIONS = {
     "01.weigh": test_lesson01.right_weigh,
     "01.borrow": test_lesson01.right_borrow,
-    "01.silent": test_lesson01.right_silent,
+    "01.mend": test_lesson01.right_mend,
     "02.inject": test_lesson02.right_inject,
     "02.count": test_lesson02.right_count,
     "02.truncate": test_lesson02.right_truncate,

@@ -473,6 +473,34 @@ def test_targets_train_as_many_parameters_as_the_docstring_says():
         assert f"{model.get_nb_trainable_parameters()[0]:,}" == promised and promised in targets.__doc__
 
 
+# ---------------------------------------------------------------------------------------------- what an adapter adds
+
+
+def test_the_overhead_is_that_of_the_adapter_and_nothing_stays_behind(monkeypatch):
+    import psutil
+    import torch
+
+    from experiments import overhead
+
+    calls, in_turns = [], overhead.timing.in_turns
+
+    def few_turns(actions, rounds):
+        others = psutil.Process().children()
+        calls.append(
+            (torch.get_num_threads(), len(others), {name: action().logits for name, action in actions.items()})
+        )
+        return in_turns(actions, rounds=3)
+
+    monkeypatch.setattr(overhead.timing, "in_turns", few_turns)
+    before, children = torch.get_num_threads(), len(psutil.Process().children())
+    found = overhead.measure(seed=0, threads=1, busy=1, rows=2, length=3)
+    ((threads, others, logits),) = calls
+    assert (threads, others - children) == (1, 1) and logits["base"].shape[:2] == (2, 3)
+    assert not torch.equal(logits["base"], logits["adapted"]), "the adapter is on"
+    assert found["overhead"] == pytest.approx(found["adapted_ms"] / found["base_ms"] - 1) and found["base_ms"] > 0
+    assert torch.get_num_threads() == before and len(psutil.Process().children()) == children
+
+
 # ---------------------------------------------------------------------------------------------- all of them
 
 

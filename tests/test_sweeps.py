@@ -19,6 +19,22 @@ def test_groups_are_over_the_seeds_alone():
         sweeps.over_seeds(ROWS, "score")
 
 
+CURVES = [
+    {"seed": 0, "loss_100": 0.1, "loss_5": 3.0, "loss_20": 0.4},
+    {"seed": 1, "loss_100": 0.3, "loss_5": 1.0, "loss_20": 0.5},
+]
+
+
+def test_losses_go_by_step_and_not_by_name():
+    assert sweeps.losses(CURVES) == {5: (2.0, 1.0, 3.0), 20: (0.45, 0.4, 0.5), 100: (0.2, 0.1, 0.3)}
+
+
+def test_the_steps_to_a_loss_are_the_first_and_one_behind_the_last_if_never():
+    assert sweeps.steps_to_loss(CURVES, 0.4) == (60.0, 20, 100)
+    assert sweeps.steps_to_loss(CURVES, 1.0) == (12.5, 5, 20)
+    assert sweeps.steps_to_loss(CURVES, 0.2) == (140.0, 100, 180)
+
+
 def test_a_spread_is_shown_unless_it_is_below_the_digits():
     assert sweeps.spread((0.5, 0.25, 0.75)) == "50% (25% to 75%)"
     assert sweeps.spread((0.951, 0.9509, 0.9511)) == "95%"
