@@ -24,7 +24,8 @@ LESSONS = {
     "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
     "05": ("quantised", "quantised_merge", "quantised_cost"),
     "06": ("starts", "starts_rank"),
-    "07": ("combine", "dial"),
+    "07": ("merge_memory",),
+    "08": ("combine", "dial", "dial_control", "both_tasks"),
     "09": ("preferences", "rewards", "best_of_n"),
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
 }
