@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Merge, prove and ship one model
 #
-# An adapter runs only beside its base and with PEFT installed. Much software wants one plain model instead, so you
-# **merge**: you add the adapter's change to the base's weights and save the sum. Most mistakes on the way raise no
-# error. They give you a model that answers, only worse. **How do you know that the merged model is the model you
+# To use an adapter you need its base, and software that knows adapters. Much software wants one plain model instead. So
+# you **merge**: you add the adapter's change to the base's weights and save the sum. Most mistakes on the way raise no
+# error, but give you a model that answers, only worse. **How do you know that the merged model is the model you
 # trained?**
 #
 # | | |
@@ -41,14 +41,14 @@ print(
 # %% [markdown]
 # ## Check first that the adapter does something
 #
-# Suppose somebody merges an adapter that was never trained. Its *B* is zero, so it changes nothing, and the merged model
-# agrees with it perfectly, as it would if the merge had done nothing at all. That is why you measure the adapter before
-# you measure the merge.
+# Suppose somebody merges an adapter that was never trained. Its *B* is zero, so it changes nothing. The merged model then
+# agrees with it perfectly, and would do so even if the merge had failed. That is why you measure the adapter's effect
+# before you judge the merge.
 #
 # The adapter is `sailor` of lesson 1, which says a sentence as the sailors of Skerrow do. We compare
 # [logits](../docs/glossary.md#logits) at every token of 48 [held-out](../docs/glossary.md#held-out) questions with
-# their answers. Type sentences of your own, too. Short ones work best, for example somebody has, finds or carries
-# something, or something is somewhere.
+# their answers. Type sentences of your own, too. Short ones work best: somebody has, finds or carries something, or
+# something is somewhere.
 
 # %%
 MY_SENTENCES = ["Fenna keeps the lantern.", "The map is in the cellar.", "Tom carries a blue bag."]
@@ -90,8 +90,8 @@ base_model = load_base().eval()
 print(validation.check_changes_output(load_adapted(), inputs))
 
 # %% [markdown]
-# The adapter moves a logit by up to 31. A merge will be judged by differences far below that, so from here on "merged
-# and unmerged agree" means something.
+# The adapter moves a logit by up to 31. Any tolerance for the merge will be far below that, so from here on "merged and
+# unmerged agree" says something about the merge.
 #
 # ## Add the change to the weights
 #
@@ -135,10 +135,10 @@ plotting.table(
 plotting.table(["sentence", "merged"], [list(pair) for pair in zip(MY_SENTENCES, ask(merged))])
 
 # %% [markdown]
-# The weights are exact: *W + s·BA* in the adapted layers, and the base's to the bit in all others. The logits are not
-# equal to the bit, because *(W + s·BA)x* and *Wx + s·B(Ax)* add the same numbers in another order, and each addition
-# rounds. The difference is a millionth of what the adapter does. How large it may get is worked out in the
-# [deep dive on rounding](deep_rounding.ipynb); PEFT's own tests allow 1e-4 in float32.
+# The weights are equal to the bit: to *W + s·BA* in the adapted layers, and to the base's in all others. The logits differ
+# by 4e-05, because *(W + s·BA)x* and *Wx + s·B(Ax)* add the same numbers in another order, and each addition rounds. That
+# is a millionth of what the adapter does. PEFT's own tests allow 1e-4 in float32, and the
+# [deep dive on rounding](deep_rounding.ipynb) works out how much to expect.
 #
 # **A real merge leaves a small difference, so zero is a bad sign:** look whether *B* is zero.
 
@@ -184,8 +184,8 @@ assert verdict(_base, _adapter, _merged, 1e-1) == "no effect"
 #
 # ![Four states of a model with an adapter: merge_adapter adds the change to the weights and keeps A and B, unmerge_adapter takes it away again; unload removes A and B and leaves the weights as they are; merge_and_unload adds the change and removes A and B](../images/merging.png)
 #
-# In the upper row PEFT's layers are still there, so you can go back. In the lower row they are gone, and the model is a
-# plain one. The cell below walks through these states and measures each time how far the logits are from those of the
+# In the upper row PEFT's layers are still there, so you can go back. In the lower row they are gone, and what you have is a
+# plain model. The cell below goes through these states. Each time it measures how far the logits are from those of the
 # adapter and from those of the base.
 #
 # **Predict:** you merge, unmerge, and switch the adapter off. Do you get the base's logits back to the bit?
@@ -217,12 +217,12 @@ note("unload(), while merged", model.unload())
 plotting.table(["after", "from the adapter", "from the base"], states)
 
 # %% [markdown]
-# No. Unmerging subtracts what was added, and both steps round, so about 3e-05 is left. Only the base that nobody merged
-# into is exact, with a difference of 0. In 16 bits much more is left ([deep dive](deep_rounding.ipynb)), so keep the
-# base, or load it again.
+# No. Unmerging subtracts what was added, and both steps round, so a difference of about 3e-05 is left. Only a base that
+# nobody has merged into is exact, as the first row shows. In 16 bits much more is left ([deep
+# dive](deep_rounding.ipynb)), so keep the base, or load it again.
 #
-# The last row is easy to get wrong: `unload()` doesn't undo a merge. And `disable_adapter()` on a merged model unmerges
-# it without a word, and leaves it unmerged.
+# The last row shows a trap: `unload()` doesn't undo a merge. Another one is `disable_adapter()` on a merged model. It
+# unmerges the adapter without a word and leaves it unmerged.
 #
 # ## Time it
 #
@@ -254,18 +254,18 @@ plotting.table(
 
 # %% [markdown]
 # The merged model takes as long as the base, up to timing noise: each median lies in or near the other's middle half.
-# The adapter costs far more than that, because each adapted layer does two more small products. Lesson 1 gets another
-# percentage for the same adapter, since the share depends on the batch, the number of tokens and the machine. Compare
-# percentages only within one table. In a large model the two thin products are a smaller part of the work; how small is
-# not measured here.
+# The adapter costs far more than that, because each adapted layer computes two more small products. How much more depends
+# on the number of tokens and on what else the machine does ([lesson 1](01_load_lora_adapter.ipynb) measures it), so
+# compare percentages only within one table. In a large model the two thin products are a smaller part of the work. How
+# small is not measured here.
 #
 # **Merge what is final. Keep adapters unmerged if you want to switch them.**
 #
 # ## Save one folder
 #
-# You ship a folder: the weights, the configuration, **and the tokenizer with its chat template**, which the model's
-# `save_pretrained` doesn't write. Inside `saving`, files go to a temporary folder that takes its name at the end, so
-# that the folder appears whole or not at all.
+# You ship a folder with the weights, the configuration, and the tokenizer with its chat template. The last is easily
+# forgotten, because the model's `save_pretrained` doesn't write it. Inside `saving`, files go to a temporary folder that
+# gets its name at the end, so the folder appears whole or not at all.
 
 # %%
 merged_folder = runs / "merged"
@@ -364,13 +364,12 @@ print(report)
 assert report.ok
 
 # %% [markdown]
-# Once. The logits can only say *that* something is wrong. The weights say *what*: a change that is in them twice, or not
-# at all, or in half of the layers.
+# Once is right. Logits can only show *that* something is wrong, while weights show *what*: a change that is in them twice,
+# or not at all, or in half of the layers.
 #
-# What if you ship 16 bits? Rounding the weights moves the logits far more than merging does, and the unmerged model in
-# 16 bits has the same trouble. So no fixed tolerance fits: 1e-4 would fail every right merge. The check therefore
-# measures what *one* rounding of the right weights does to the logits of your model, and allows four times as much. The
-# next cell checks the folder that was merged in bfloat16.
+# What if you ship 16 bits? Rounding weights to 16 bits moves the logits far more than merging does, so a tolerance of 1e-4
+# would fail every right merge. The check therefore measures what *one* rounding of the right weights does to the logits of
+# your model, and allows four times as much. The next cell checks the folder that was merged in bfloat16.
 
 # %%
 report = validation.check_merged_folder(base_16, adapter_folder, runs / "merged_bfloat16")
@@ -385,8 +384,7 @@ assert report.ok
 #
 # ## Break it: five folders that claim to be merged
 #
-# Five colleagues merged the same adapter into the same base, each in their own way, and each sends a folder. One folder
-# is right.
+# Suppose five people each send you a folder and say that it is `sailor`, merged into our base. One folder is right.
 #
 # **Predict:** from replies and sizes alone, which one is it?
 
@@ -510,12 +508,12 @@ needed = swept("merge_memory", "peak_mb", "way", "blocks")
 # %% [markdown]
 # ## Merge what doesn't fit into memory
 #
-# To merge with PEFT you need the whole base in memory, plus the adapter and one layer's change. For 7 billion parameters
-# in bfloat16 that is 14 GB. With `device_map={"": device}` all of it is on one device; with `"auto"` it is spread over
-# GPUs, main memory and the disk. (If parts are on the disk, PEFT 0.21 writes a copy of the base's file, and *overwrites*
-# a base that you gave by a relative path. Give an absolute one.)
+# To merge with PEFT you need the whole base in memory, plus the adapter and one layer's change. For example, 7 billion
+# parameters in bfloat16 take 14 GB. With `device_map={"": device}` all of it is on one device. With `"auto"` it is spread
+# over GPUs, main memory and the disk. (If parts are on the disk, PEFT 0.21 writes a copy of the base's file, which
+# *overwrites* a base that you gave by a relative path. Give an absolute one.)
 #
-# But a merge needs no model. The weights are stored in files called [shards](../docs/glossary.md#shard), and each tensor
+# But a merge needs no running model. The weights are stored in files called [shards](../docs/glossary.md#shard), and each tensor
 # can be read, changed and written again by itself. `merging.merge_by_shards` does this. The figure shows the memory that
 # each way takes on random models of up to {{max(model_mb.values()):.0f}} MB.
 #

@@ -60,18 +60,12 @@ for task in tasks[1:]:
     model.load_adapter(paths.adapter_path(task), adapter_name=task)
 
 
-def ask(prompts=MY_PROMPTS):
-    """The replies to your prompts and to one of each task's test rows."""
-    held_out = [rows[task][0]["prompt"][0]["content"] for task in ("reading", "extract")]
-    prompts = [*prompts, *held_out]
-    return prompts, evaluation.generate(model, tokenizer, prompts, max_new_tokens=48)
-
-
 pair = ["reading", "extract"]
+prompts = [*MY_PROMPTS, *(rows[task][0]["prompt"][0]["content"] for task in pair)]
 columns = {}
 for active in (["reading"], ["extract"], pair):
     model.base_model.set_adapter(active)
-    prompts, columns[" + ".join(active)] = ask()
+    columns[" + ".join(active)] = evaluation.generate(model, tokenizer, prompts, max_new_tokens=48)
 plotting.table(["prompt", *columns], [list(row) for row in zip(prompts, *columns.values())])
 
 # %% [markdown]
@@ -391,10 +385,9 @@ model.add_weighted_adapter(["reading", "sailor"], [0.4, 0.6], "blend", combinati
 model.set_adapter("blend")
 heard = []
 for task in ("reading", "sailor"):
-    prompts = [row["prompt"] for row in rows[task].select(range(4))]
-    answers = [row["completion"][0]["content"] for row in rows[task].select(range(4))]
-    replies = evaluation.generate(model, tokenizer, prompts, max_new_tokens=40)
-    heard += [[task, *texts] for texts in zip(answers, replies)]
+    few = rows[task].select(range(4))
+    replies = evaluation.generate(model, tokenizer, list(few["prompt"]), max_new_tokens=40)
+    heard += [[task, row["completion"][0]["content"], reply] for row, reply in zip(few, replies)]
 plotting.table(["task", "right answer", "reply of the blend"], heard)
 
 # %% [markdown]
