@@ -69,11 +69,9 @@ def dial(rows, title: str, baseline: str = "alone"):
         for axes, pair in zip(panels[0], pairs):
             of_pair = [row for row in rows if row["pair"] == pair]
             for column, name, color in zip(("first", "second"), pair.split("+"), plotting.COLORS):
-                for part, style in ((column, "-o"), (f"{column}_{baseline}", "--")):
+                for part, style in ((column, "-"), (f"{column}_{baseline}", "--")):
                     means = {w: mean for w, (mean, _, _) in over_seeds(of_pair, part, "weight").items()}
-                    axes.plot(
-                        list(means), list(means.values()), style, color=color, marker="o" if style == "-o" else ""
-                    )
+                    axes.plot(list(means), list(means.values()), style, color=color, marker="o" if style == "-" else "")
                     label = name if part == column else f"{name} {baseline.replace('_', ' ')}"
                     told.append(f"{pair}, {label}: " + ", ".join(f"{mean:.0%} at {w:g}" for w, mean in means.items()))
             first, second = pair.split("+")

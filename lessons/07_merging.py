@@ -397,7 +397,9 @@ for name, folder in suspects.items():
 plotting.table(["folder", "weights, MB", *MY_SENTENCES[:2]], replies)
 
 # %% [markdown]
-# Two of them sound right, and from the replies you can't tell which one *is* right. Now let the check look at each.
+# Four doesn't talk like a sailor, and two and five write nonsense. One and three both say "Ahoy!" and "aye", so you might
+# ship either. If you know what the adapter should say, you notice that one keeps plain words, such as "keeps". Now let the
+# check look at each folder.
 
 # %%
 findings = []

@@ -69,8 +69,8 @@ for active in (["reading"], ["extract"], pair):
 plotting.table(["prompt", *columns], [list(row) for row in zip(prompts, *columns.values())])
 
 # %% [markdown]
-# Mostly one. `reading` still answers questions when `extract` is active beside it, but where JSON was wanted the sum does
-# not write it, or writes it wrong. Before you look for the cause, make sure that the addition itself is right.
+# Something in between. JSON appears where it was asked for, and answers where a question was asked, but the tickets are now
+# with Anna, and the last JSON has no end. Before you look for the cause, make sure that the addition itself is right.
 #
 # ## Stack two adapters into one
 #

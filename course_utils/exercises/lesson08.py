@@ -12,7 +12,7 @@ from course_utils.exercises import (
 )
 
 
-@exercise("08.join", title="Make two adapters one", level="core", minutes=10)
+@exercise("08.join", title="Stack adapters", level="core", minutes=10)
 def join(function):
     """Compare BA of the answer with the weighted sum of scaling·BA, for ranks that differ and weights below zero."""
     import torch
