@@ -100,7 +100,7 @@ print(validation.check_changes_output(load_adapted(), inputs))
 # `transformers` model. Keep what it returns: if you save the old variable instead, the folder holds an adapter with
 # nothing in it.
 #
-# **Predict:** will merged and unmerged logits be equal to the bit? And the weights of layers without an adapter?
+# **Predict:** will merged and unmerged logits be equal to the bit? Will the weights that have no adapter?
 
 
 # %%
@@ -226,9 +226,9 @@ plotting.table(["after", "from the adapter", "from the base"], states)
 #
 # ## Time it
 #
-# The LoRA paper promises no added latency once merged (section 4.1). Base and merged model do the same arithmetic, so
-# their difference shows how much times vary by chance. The three models take turns, because a busy computer is
-# faster at one moment than at another.
+# The LoRA paper promises no added latency once merged (section 4.1). Base and merged model do the same arithmetic, so any
+# difference between their times is timing noise. The three models take turns, because a busy computer is faster at one
+# moment than at another.
 #
 # **Predict:** how much slower is the model with the adapter, and how much slower is the merged one?
 
@@ -263,8 +263,8 @@ plotting.table(
 #
 # ## Save one folder
 #
-# You ship a folder with the weights, the configuration, and the tokenizer with its chat template. The last is easily
-# forgotten, because the model's `save_pretrained` doesn't write it. Inside `saving`, files go to a temporary folder that
+# You ship a folder with the weights, the configuration, and the tokenizer with its chat template. Don't forget the
+# tokenizer: the model's `save_pretrained` doesn't write it. Inside `saving`, files go to a temporary folder that
 # gets its name at the end, so the folder appears whole or not at all.
 
 # %%
@@ -351,7 +351,7 @@ plotting.table(["", "dtype", "weights on disk, MB"], sizes)
 # `check_merged_folder` compares the three folders: base, adapter, merged. It looks at files, weights, logits and answers,
 # and reports what it compared.
 #
-# **Predict:** it will say how many *times* the adapter's change is in the merged weights. What is right?
+# **Predict:** the report says how many *times* the adapter's change is in the merged weights. Which number do you want?
 
 # %%
 report = validation.check_merged_folder(
@@ -364,8 +364,8 @@ print(report)
 assert report.ok
 
 # %% [markdown]
-# Once is right. Logits can only show *that* something is wrong, while weights show *what*: a change that is in them twice,
-# or not at all, or in half of the layers.
+# You want 1. Logits can only show *that* something is wrong, while weights show *what*: a change that is in them twice, or
+# not at all, or only in some layers.
 #
 # What if you ship 16 bits? Rounding weights to 16 bits moves the logits far more than merging does, so a tolerance of 1e-4
 # would fail every right merge. The check therefore measures what *one* rounding of the right weights does to the logits of
@@ -416,9 +416,9 @@ plotting.table(["folder", "wrong with it", "times in the weights"], findings)
 # - **four** has none of it. It was saved after `unload()`, so it is the base.
 # - **five** has it twice, because somebody took a merged model for the base and merged once more.
 # - **two** has it once, and yet it replies as badly as five. The adapter's files lie beside the merged weights, so
-#   `from_pretrained` puts the adapter on top.
+#   `from_pretrained` puts the adapter on top. They also make the folder a little larger.
 #
-# Four of the five could be sent back. You can mend folder two yourself: move the adapter's two files out.
+# You have to send one, four and five back, but you can mend folder two yourself: move the adapter's two files out.
 
 # %%
 for file in suspects["two"].glob("adapter_*"):
