@@ -56,3 +56,25 @@ def test_curves_draw_the_mean_in_a_band_from_lowest_to_highest():
     plain, _ = sweeps.curves(lines, "Rank helps", "rank", "score")
     assert plain.axes[0].get_xscale() == "linear"
     plt.close("all")
+
+
+def test_the_dial_draws_a_panel_for_each_pair_with_the_baseline_dashed():
+    import matplotlib.pyplot as plt
+
+    rows = [
+        {"seed": seed, "pair": pair, "weight": weight, "first": 1 - weight, "second": weight}
+        | {"first_alone": 1.0, "second_alone": 0.5, "first_noisy": 0.25, "second_noisy": 0.25}
+        for seed in (0, 1)
+        for pair in ("a+b", "a+c")
+        for weight in (0.0, 0.5, 1.0)
+    ]
+    figure, text = sweeps.dial(rows, "Two\npairs")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["w: weight of b", "w: weight of c"]
+    drawn = {line.get_linestyle(): list(line.get_ydata()) for line in figure.axes[1].lines[:2]}
+    assert drawn == {"-": [1.0, 0.5, 0.0], "--": [1.0, 1.0, 1.0]}
+    assert text.startswith(
+        "Two pairs. Score by the weight of the second adapter: a+b, a: 100% at 0, 50% at 0.5, 0% at 1; a+b, a alone: "
+    )
+    other, text = sweeps.dial(rows, "Two pairs", "noisy")
+    assert list(other.axes[0].lines[3].get_ydata()) == [0.25] * 3 and "a+c, c noisy: 25% at 0" in text
+    plt.close("all")
