@@ -41,10 +41,11 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): requirements.txt constraints.txt pyproject.toml adapter_checks/pyproject.toml
+$(STAMP): requirements.txt requirements-beyond-text.txt constraints.txt pyproject.toml adapter_checks/pyproject.toml
 	@"$(PYTHON)" tools/check_python.py
 	"$(PYTHON)" -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements-beyond-text.txt
 	@printf '%s' "$(CURDIR)" > $(STAMP)
 
 setup: $(STAMP)

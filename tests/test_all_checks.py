@@ -17,6 +17,7 @@ import test_lesson04
 import test_lesson05
 import test_lesson06
 import test_lesson07
+import test_lesson12
 from course_utils import paths
 from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson04
 
@@ -40,6 +41,7 @@ SOLUTIONS = {
     "06.join": test_lesson06.right_join,
     "06.times": test_lesson06.right_times,
     **test_lesson07.SOLUTIONS,
+    **test_lesson12.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
@@ -49,6 +51,7 @@ LESSONS = (
     test_lesson05,
     test_lesson06,
     test_lesson07,
+    test_lesson12,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()

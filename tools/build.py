@@ -80,7 +80,8 @@ def filled(path, record):
 
 def inputs(root):
     """Return a digest of what outputs depend on, beside the code: files, and the libraries that lessons import."""
-    requirements = Path(root, "requirements.txt").read_text(encoding="utf-8")
+    files = [Path(root, name) for name in ("requirements.txt", "requirements-beyond-text.txt")]
+    requirements = "\n".join(file.read_text(encoding="utf-8") for file in files if file.exists())
     libraries = re.findall(r"^(\S+==\S+) +# (?:all )?lessons?\b", requirements, flags=re.MULTILINE)
     digest = hashlib.sha256(" ".join(libraries).encode())
     for name in INPUTS:
