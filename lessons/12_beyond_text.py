@@ -260,7 +260,9 @@ of_before = by_setting("picture_classifier", "before", "method")
 
 # %%
 torch.manual_seed(0)
-broken = get_peft_model(copy.deepcopy(classifier), LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS))
+broken = get_peft_model(
+    copy.deepcopy(classifier), LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS)
+)
 broken.train()
 train_classifier(broken, *few_drawings, steps=120, rate=1e-2)
 folder = paths.runs_dir() / "lesson12" / "broken"
@@ -277,7 +279,15 @@ before, now = classifier.state_dict(), broken.get_base_model().state_dict()
 changed = [
     name
     for name, value in before.items()
-    if not torch.equal(value, now.get(name, now.get(name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias"))))
+    if not torch.equal(
+        value,
+        now.get(
+            name,
+            now.get(
+                name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
+            ),
+        ),
+    )
 ]
 print("\n".join(changed))
 
@@ -345,7 +355,11 @@ def train_painter(model, name, drawn, captions, steps=150, rate=4e-3, seed=0):
     config = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR + CONVOLUTIONS)
     model.unet.add_adapter(config, adapter_name=name)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer, word_ids, line = torch.optim.AdamW(weights, lr=rate), encode(captions), ProgressLine(steps)
+    optimizer, word_ids, line = (
+        torch.optim.AdamW(weights, lr=rate),
+        encode(captions),
+        ProgressLine(steps),
+    )
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 10, 1.25 * (1 - step / steps))
         rows = torch.randint(len(drawn), (12,))
@@ -434,7 +448,11 @@ again = generate_pictures(fresh, prompts, seed=4)
 for file in folder.iterdir():
     print(f"{file.name}: {file.stat().st_size / 1e3:.0f} kB")
 print(f"largest difference of a pixel: {(again - strip['with the adapter']).abs().max():.0e}")
-print(validation.check_adapters(fresh.unet, expect_active="ink", original_base=load_picture_model().unet))
+print(
+    validation.check_adapters(
+        fresh.unet, expect_active="ink", original_base=load_picture_model().unet
+    )
+)
 
 # %% [markdown]
 # ## Teach it a subject
@@ -448,7 +466,12 @@ print(validation.check_adapters(fresh.unet, expect_active="ink", original_base=l
 windmills = [pictures.draw("windmill", "day", "red", seed=7000 + n) for n in range(8)]
 painter = load_picture_model()
 train_painter(painter, "windmill", to_tensor(windmills), ["skerrow house by day"] * 8)
-wanted = ["skerrow house by day"] * 4 + ["red house by day", "blue house by day", "red tree by day", "red boat by day"]
+wanted = ["skerrow house by day"] * 4 + [
+    "red house by day",
+    "blue house by day",
+    "red tree by day",
+    "red boat by day",
+]
 without_prior = generate_pictures(painter, wanted, seed=6)
 
 # %%
@@ -477,7 +500,8 @@ figure = plotting.picture_rows(
     title,
 )
 plotting.show(
-    figure, f"{title}. Rows: the eight drawings; without and with prior pictures, four times a skerrow house, then red and blue house, tree, boat."
+    figure,
+    f"{title}. Rows: the eight drawings; without and with prior pictures, four times a skerrow house, then red and blue house, tree, boat.",
 )
 
 # %%
@@ -490,7 +514,10 @@ columns = {
 shares = {column: over_seeds(subjects_swept, column, "prior") for column in columns}
 plotting.table(
     ["prior pictures", *columns.values()],
-    [[name, *(spread(shares[column][name]) for column in columns)] for name in ("none", "houses", "all subjects")],
+    [
+        [name, *(spread(shares[column][name]) for column in columns)]
+        for name in ("none", "houses", "all subjects")
+    ],
 )
 
 # %% tags=["claim"]
@@ -515,7 +542,10 @@ with torch.no_grad():
     vectors = embed(encoder, tokenizer, sentences)
 plotting.table(
     ["", *sentences],
-    [[text, *(f"{score:.2f}" for score in row)] for text, row in zip(sentences, (vectors @ vectors.T).tolist())],
+    [
+        [text, *(f"{score:.2f}" for score in row)]
+        for text, row in zip(sentences, (vectors @ vectors.T).tolist())
+    ],
 )
 
 # %% [markdown]
@@ -528,7 +558,11 @@ plotting.table(
 # %%
 pairs = harbour_rows("house_words")
 words, meanings = [row["word"] for row in pairs], [row["meaning"] for row in pairs]
-NEW = ["is there any {} around here?", "the old {} was beautiful", "nobody believed her story of the {}"]
+NEW = [
+    "is there any {} around here?",
+    "the old {} was beautiful",
+    "nobody believed her story of the {}",
+]
 
 
 @torch.no_grad()
@@ -646,7 +680,10 @@ METHODS = {
 shares = {column: over_seeds(encoder_swept, column, "method") for column in columns}
 plotting.table(
     ["method", *columns.values()],
-    [[label, *(spread(shares[column][name]) for column in columns)] for name, label in METHODS.items()],
+    [
+        [label, *(spread(shares[column][name]) for column in columns)]
+        for name, label in METHODS.items()
+    ],
 )
 
 # %% tags=["claim"]
@@ -665,10 +702,22 @@ plotting.table(
     ["", "measured"],
     [
         ["classifier, right in ink: before, after LoRA", f"{in_ink:.0%}, {after_lora:.0%}"],
-        ["the same with BatchNorm in training: in memory, loaded", f"{in_memory:.0%}, {after_loading:.0%}"],
-        ["ink, subjects not taught: attention, all layers", f"{spread(over_seeds(styles_swept, 'unseen_both', 'targets')['attention'])}, {spread(over_seeds(styles_swept, 'unseen_both', 'targets')['all'])}"],
-        ["house words found: off, on", f"{without['house words, recall@1']:.0%}, {with_adapter['house words, recall@1']:.0%}"],
-        ["requests understood: off, on", f"{without['requests understood']:.0%}, {with_adapter['requests understood']:.0%}"],
+        [
+            "the same with BatchNorm in training: in memory, loaded",
+            f"{in_memory:.0%}, {after_loading:.0%}",
+        ],
+        [
+            "ink, subjects not taught: attention, all layers",
+            f"{spread(over_seeds(styles_swept, 'unseen_both', 'targets')['attention'])}, {spread(over_seeds(styles_swept, 'unseen_both', 'targets')['all'])}",
+        ],
+        [
+            "house words found: off, on",
+            f"{without['house words, recall@1']:.0%}, {with_adapter['house words, recall@1']:.0%}",
+        ],
+        [
+            "requests understood: off, on",
+            f"{without['requests understood']:.0%}, {with_adapter['requests understood']:.0%}",
+        ],
     ],
 )
 progress("12")

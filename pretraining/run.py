@@ -1,6 +1,6 @@
 """World → corpus → tokenizer → pretraining → tasks → adapters → card, in that order, and the pictures by themselves.
 
-    python -m pretraining.run                 everything (about two and a half hours on two CPU cores; with COURSE_DEVICE=cuda minutes)
+    python -m pretraining.run                 everything (about three hours on two CPU cores; with COURSE_DEVICE=cuda minutes)
     python -m pretraining.run tasks adapters card
     python -m pretraining.run pictures        the text-to-image model (about twenty minutes on two CPU cores)
 
@@ -77,10 +77,12 @@ def main(arguments=None):
 
         write_card(world, PARTS)
     if "pictures" in wanted:
+        from pretraining.picture_card import write_picture_card
         from pretraining.pictures import Settings as PictureSettings
         from pretraining.pictures import make_pictures
 
         make_pictures(PictureSettings(), PICTURES_FOLDER, WORK_FOLDER / "pictures")
+        write_picture_card(PICTURES_FOLDER, WORK_FOLDER / "pictures")
 
 
 if __name__ == "__main__":
