@@ -6,6 +6,7 @@ It is built as large ones are, three thousand times smaller. Tensors of pictures
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -45,7 +46,13 @@ def _diffusers():
         import diffusers
     except ImportError:
         raise InputError(f"The package diffusers is missing. {INSTALL}") from None
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_has_something_to_keep)
     return diffusers
+
+
+def _has_something_to_keep(record) -> bool:
+    """False for a warning that diffusers 0.42 gives whenever it is asked for a dtype, as `save_lora_adapter` asks, about an empty list."""
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def caption(subject: str, style: str = "day", colour: str | None = None) -> str:

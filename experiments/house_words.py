@@ -31,17 +31,14 @@ METHODS = {
     "none": None,
     "lora": 2e-3,
     "lora, held": 2e-3,
-    "lora and word embeddings": 2e-3,
     "full": 2e-4,
 }
 RUNS = [{"seed": seed, "method": method} for seed in training.SEEDS for method in METHODS]
 
 
 def contrastive_loss(questions, texts):
-    """Each of n questions belongs to the text in its own row, both (n, width) and of length 1; symmetric."""
-    scores = questions @ texts.T / TEMPERATURE
-    wanted = torch.arange(len(scores))
-    return functional.cross_entropy(scores, wanted) + functional.cross_entropy(scores.T, wanted)
+    """Each of n questions belongs to the text in its own row; both have the shape (n, width), in rows of length 1."""
+    return functional.cross_entropy(questions @ texts.T / TEMPERATURE, torch.arange(len(questions)))
 
 
 @torch.no_grad()
@@ -77,8 +74,7 @@ def measure(seed, method):
     model = AutoModel.from_pretrained(encoder_folder())
     before = embed(model.eval(), tokenizer, requests).detach()
     if method.startswith("lora"):
-        targets = LAYERS + ["word_embeddings"] * (method == "lora and word embeddings")
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LAYERS))
     weights = [weight for weight in model.parameters() if weight.requires_grad] if method != "none" else []
     if weights:
         optimizer = torch.optim.AdamW(weights, lr=METHODS[method])

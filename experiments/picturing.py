@@ -12,7 +12,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # "0.proj" and "net.2" are the feed-forward layers; what is left beside these names embeds the time.
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv"]
 LINEAR = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-TARGETS = {"attention": ATTENTION, "linear": LINEAR, "all": [*LINEAR, *CONVOLUTIONS]}
+TARGETS = {"attention": ATTENTION, "all": [*LINEAR, *CONVOLUTIONS]}
 
 
 def base_folder():
