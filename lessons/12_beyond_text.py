@@ -166,10 +166,10 @@ print("all-linear takes:", *found.targeted_module_names)
 #
 # ### Exercise: choose the layers of a network (core, 10 min)
 #
-# Return the names of all `Conv2d` and `Linear` layers, as `named_modules()` gives them, in a list. Leave out the layer called `head`,
-# because for a new task it is trained whole (`modules_to_save`), and convolutions with `groups` above 1, which
-# see one channel each and have few weights anyway. Expected for the classifier above and the head `"head"`:
-# `["features.0", "features.4", "features.8", "hidden"]`.
+# Return the names of all `Conv2d` and `Linear` layers, as `named_modules()` gives them, in a list. Leave out the layer called
+# `head`, because for a new task it is trained whole (`modules_to_save`), and convolutions with `groups` above 1, because PEFT
+# can't merge an adapter into them. Expected for the classifier above and the head `"head"`: `["features.0", "features.4",
+# "features.8", "hidden"]`.
 #
 # <details><summary>How do I tell what kind of layer it is?</summary>
 # <code>isinstance(layer, torch.nn.Conv2d)</code>
