@@ -9,10 +9,10 @@ from course_utils.picture_model import encode, flow_loss, generate_pictures, loa
 
 RATE, BATCH, RANK, ALPHA = 4e-3, 12, 8, 16
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-# "0.proj" and "net.2" are the feed-forward layers; what is left beside these names embeds the time.
+# What is left beside all these names embeds the time.
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv"]
-LINEAR = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-TARGETS = {"attention": ATTENTION, "all": [*LINEAR, *CONVOLUTIONS]}
+BLOCKS = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+TARGETS = {"attention": ATTENTION, "all": [*BLOCKS, *CONVOLUTIONS]}
 
 
 def base_folder():

@@ -65,11 +65,10 @@ plotting.show(figure, f"{title}: {', '.join(SUBJECTS)}, each by day, by night an
 # %% [markdown]
 # ## Classify them
 #
-# The first model is a small convolutional network, a CNN. It reads a picture and names the subject. A convolution moves
-# a small window, here 3 × 3 pixels, over the picture and multiplies what it sees by a weight. **BatchNorm** layers between
-# them keep the numbers in a good range. The network learns from 1,200 drawings by day.
-#
-# **Predict:** how many ink drawings will it name rightly?
+# The first model is a small convolutional network, a CNN, which reads a picture and names the subject. A
+# [convolution](../docs/decide.md#glossary) moves a small window, here 3 × 3 pixels, over the picture and multiplies what it
+# sees by a weight. For example, one such weight may answer to edges. **BatchNorm** layers between the convolutions keep the
+# numbers in a good range. They will matter below.
 
 
 # %%
@@ -99,6 +98,12 @@ def accuracy(model, drawn, classes):
     return (model.eval()(drawn).argmax(1) == classes).float().mean().item()
 
 
+# %% [markdown]
+# The network learns from 1,200 drawings by day.
+#
+# **Predict:** how many ink drawings will it name rightly?
+
+# %%
 classifier = SmallCNN(len(SUBJECTS)).train()
 train_classifier(classifier, *drawings("day", 1200, seed=0), steps=300, rate=3e-3)
 day, ink = drawings("day", 300, seed=50_000), drawings("ink", 300, seed=60_000)
@@ -246,7 +251,8 @@ of_ink = by_setting("picture_classifier", "ink", "method")
 of_before = by_setting("picture_classifier", "before", "method")
 
 # %% [markdown]
-# From {{of_before["all"][0]:.0%}} LoRA gets to {{of_ink["all"][0]:.0%}}, and all weights to {{of_ink["full"][0]:.0%}}. The head alone gets to {{of_ink["head"][0]:.0%}}.
+# From {{of_before["all"][0]:.0%}}, LoRA on all five layers gets to {{of_ink["all"][0]:.0%}} in the mean of three seeds, and all weights to {{of_ink["full"][0]:.0%}}. The head alone gets to {{of_ink["head"][0]:.0%}}, and LoRA on the linear layers to {{of_ink["linear"][0]:.0%}}: what has to
+# change first is how a picture is taken apart, in the convolutions.
 #
 # ## Break it: a number that nobody saved
 #
@@ -324,14 +330,13 @@ plotting.show(figure, f"{title}: a lighthouse at 0, 20, 40, 60, 80 and 100% of n
 # %% [markdown]
 # ## Teach it a style
 #
-# A dozen ink drawings of boats, houses and lanterns are the training set. The loop below is all there is to it: diffusers'
-# own `add_adapter` puts LoRA into the U-Net, and the loss is the one that the model was pretrained with.
-#
-# **Predict:** lighthouses, trees and fish are not among the twelve. Will they come out in ink?
+# A dozen ink drawings of boats, houses and lanterns are the training set. The loop is all there is to it: diffusers'
+# own `add_adapter` puts LoRA into the U-Net, and the loss is the one that the model was pretrained with. The words "in ink"
+# are in the model's table, but it has never seen them used.
 
 
 # %%
-LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+BLOCKS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
 CONVOLUTIONS += ["downsamplers.0.conv", "upsamplers.0.conv"]
 
@@ -339,7 +344,7 @@ CONVOLUTIONS += ["downsamplers.0.conv", "upsamplers.0.conv"]
 def train_painter(model, name, drawn, captions, prior=None):
     """Add a LoRA to the U-Net, and train it on pictures, a tensor, and their captions."""
     torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR + CONVOLUTIONS)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=BLOCKS + CONVOLUTIONS)
     model.unet.add_adapter(config, adapter_name=name)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer, steps, line = torch.optim.AdamW(weights), 120, ProgressLine(120)
@@ -358,6 +363,12 @@ def train_painter(model, name, drawn, captions, prior=None):
     return sum(weight.numel() for weight in weights)
 
 
+# %% [markdown]
+# Now the run, 120 steps of twelve pictures.
+#
+# **Predict:** lighthouses, trees and fish are not among the twelve. Will they come out in ink?
+
+# %%
 taught = [subject for subject in SUBJECTS[:3] for _ in range(4)]
 ink_drawings = [pictures.draw(subject, "ink", seed=5000 + n) for n, subject in enumerate(taught)]
 ink_captions = [caption(subject, "ink") for subject in taught]
@@ -365,8 +376,6 @@ prompts = [caption(subject, "ink") for subject in SUBJECTS]
 before_ink = generate_pictures(painter, prompts, seed=4)
 trained_numbers = train_painter(painter, "ink", to_tensor(ink_drawings), ink_captions)
 print(f"{trained_numbers:,} numbers were trained, {trained_numbers / size:.0%} of the model's")
-
-# %%
 strip = {"before": before_ink, "with the adapter": generate_pictures(painter, prompts, seed=4)}
 painter.unet.set_adapters(["ink"], [0.5])
 strip["at half strength"] = generate_pictures(painter, prompts, seed=4)
@@ -397,7 +406,7 @@ styles_swept = data.load_results("picture_style")
 columns = {"seen_both": "taught subjects", "unseen_both": "other subjects"}
 WHERE = {
     "attention": "attention",
-    "all": "all linear layers and convolutions",
+    "all": "attention blocks and convolutions",
     "full": "no LoRA: all weights",
 }
 counts = over_seeds(styles_swept, "trainable", "targets")
@@ -415,11 +424,14 @@ seen = by_setting("picture_style", "seen_both", "targets")
 unseen = by_setting("picture_style", "unseen_both", "targets")
 
 # %% [markdown]
-# PLACEHOLDER {{unseen["attention"][0]:.0%}} {{unseen["all"][0]:.0%}} {{seen["full"][0]:.0%}}
+# No. LoRA in attention alone gets {{seen["attention"][0]:.0%}} of the taught subjects into ink, and {{unseen["attention"][0]:.0%}} of the others. With the convolutions it is {{seen["all"][0]:.0%}} and {{unseen["all"][0]:.0%}}: paper, ink and the width of a line are
+# made there, while attention reads the caption. All weights, without LoRA, get {{seen["full"][0]:.0%}} and {{unseen["full"][0]:.0%}}.
 #
 # ## Save it, load it
 #
-# diffusers keeps an adapter in one file, with its configuration inside it.
+# diffusers keeps an adapter in one file, with its configuration inside it. `check_adapter_folder`, which expects PEFT's two
+# files, doesn't know this form, so look at the loaded model with `check_adapters` instead. `prefix=None` is needed, because the
+# default, "transformer", matches no name in a U-Net's file, and then nothing is loaded.
 
 # %%
 folder = paths.runs_dir() / "lesson12" / "ink"
@@ -443,7 +455,7 @@ print(
 # %% [markdown]
 # ## Teach it a subject
 #
-# The model has never seen a windmill. **Dreambooth** ([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) gives a new thing a caption of two parts: a word that means nothing
+# A style changes every picture. A **subject** should change only those in which it is asked for. The model has never seen a windmill. **Dreambooth** ([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) gives a new thing a caption of two parts: a word that means nothing
 # yet, here "skerrow", and the kind of thing that it is, here "house".
 #
 # **Predict:** after 150 steps with eight windmills as "skerrow house by day", what comes out for "red house by day"?
@@ -507,7 +519,9 @@ houses = by_setting("picture_subject", "houses_kept", "prior")
 others = by_setting("picture_subject", "others_kept", "prior")
 
 # %% [markdown]
-# PLACEHOLDER {{mills["none"][0]:.0%}} {{houses["none"][0]:.0%}} {{others["none"][0]:.0%}}
+# The new word brings a windmill either way, in {{mills["none"][0]:.0%}} and {{mills["prior"][0]:.0%}} of the pictures. But trained on windmills alone, the model forgets what
+# a house is, because "house" stood below every windmill: only {{houses["none"][0]:.0%}} of the houses are still houses, and with prior pictures {{houses["prior"][0]:.0%}}. **Prior pictures** are what the base itself made before, learned beside the
+# new ones, so that the old words keep their meaning. Other subjects suffer less ({{others["none"][0]:.0%}} against {{others["prior"][0]:.0%}}).
 #
 # ## A real encoder, and forty new words
 #
@@ -595,10 +609,7 @@ assert float(contrastive_loss(torch.eye(4), torch.eye(4), 0.01)) < 1e-3
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Now LoRA on all linear layers, with 40 steps. Questions and texts in training have other wordings than those of the
-# test.
-#
-# **Predict:** an encoder that learns 40 words in 40 steps: does it still know what other sentences mean?
+# Now LoRA on all linear layers, 40 steps. Questions and texts in training have other wordings than those of the test.
 
 # %%
 QUESTIONS = ["where did you put the {}?", "i saw a {} yesterday", "tell me about the {}"]
@@ -635,6 +646,14 @@ def general(model):
     return ((vectors[~known] @ centres.T).argmax(1) == labels[~known]).float().mean().item()
 
 
+# %% [markdown]
+# How much of its old knowledge is left? A second test asks for it: 60 requests to a harbour's office, each of one of ten
+# intents, for example "price" or "lost property". A request counts as understood if the nearest mean of eight examples is that
+# of its intent. Nothing is trained for this.
+#
+# **Predict:** after 40 steps on forty words, how many requests will the encoder still understand?
+
+# %%
 measures = {
     "house words, recall@1": lambda: recall(adapted, words),
     "plain words, recall@1": lambda: recall(adapted, meanings),
@@ -647,6 +666,10 @@ plotting.table(
     ["", "adapter off", "adapter on"],
     [[name, f"{without[name]:.0%}", f"{with_adapter[name]:.0%}"] for name in measures],
 )
+
+# %% [markdown]
+# Is that an accident of one run? Three seeds each, with all weights trained for comparison, and with a cure that is explained
+# below.
 
 # %%
 encoder_swept = data.load_results("house_words")
@@ -669,13 +692,22 @@ plotting.table(
 # %% tags=["claim"]
 learned = by_setting("house_words", "house_words", "method")
 understood = by_setting("house_words", "general", "method")
+standard_error = (understood["none"][0] * (1 - understood["none"][0]) / 60) ** 0.5
 
 # %% [markdown]
-# PLACEHOLDER {{learned["lora"][0]:.0%}} {{understood["none"][0]:.0%}}
+# The encoder finds all house words, and plain words as before. But it understands only {{understood["lora"][0]:.0%}} of the requests, where it was {{understood["none"][0]:.0%}} before: the loss
+# asked for nothing but the forty pairs, so everything else was free to move. (With 60 requests the standard error of such a share is {{100 * standard_error:.0f}} points.) Fine-tuning all weights costs as much ({{understood["full"][0]:.0%}}), and there no switch brings the base back.
+#
+# The cure is the one of the windmills. The fourth row holds the model to its base: in each step it also embeds 16 ordinary requests (not those it is tested on), and
+# the loss grows as their vectors turn away from those that the base gave. House words are found as well ({{learned["lora, held"][0]:.0%}}), and {{understood["lora, held"][0]:.0%}} of the requests are
+# understood.
 #
 # ## Recap
 #
-# LoRA isn't about language. RECAP
+# No: LoRA is about weights that multiply. It fits dense layers and convolutions alike, in a network that classifies, one that draws and one that
+# searches, and in each case a small adapter learned from a few examples and could be switched off. What changes is what you must look after: list the layers yourself, because "all linear" leaves out convolutions;
+# keep BatchNorm in evaluation mode, because its numbers are in no adapter; and test on something that was not taught, because a few examples can
+# take over everything around them. Prior pictures, or the base's own vectors, hold the rest in place.
 
 # %%
 plotting.table(

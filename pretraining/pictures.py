@@ -32,7 +32,7 @@ class Settings:
 
     seed: int = 0
     drawings: int = 12_000
-    steps: int = 3_600
+    steps: int = 2_000
     batch: int = 32
     rate: float = 2e-3
     warmup: int = 100
