@@ -1,6 +1,6 @@
 """The course's text-to-image model: a table of words as its text encoder, diffusers' U-Net, and flow matching.
 
-It is built as large ones are, three thousand times smaller. Tensors of pictures have the shape (n, 3, 32, 32) and go from -1 to 1.
+It is built as large ones are, some hundred times smaller. Tensors of pictures have the shape (n, 3, 32, 32) and go from -1 to 1.
 """
 
 from __future__ import annotations

