@@ -42,7 +42,7 @@ def write_picture_card(folder, work):
     sample_sheet(model, folder / "samples.png")
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     parameters = sum(weight.numel() for weight in model.parameters())
-    minutes = (log["rows"][-1]["seconds"]) / 60
+    minutes = last["seconds"] / 60
     write_text(
         folder / "README.md",
         f"""# The text-to-image model
@@ -58,7 +58,7 @@ It draws {len(pictures.SUBJECTS)} subjects of a coast ({", ".join(pictures.SUBJE
 | text encoder | a table of {len(VOCABULARY) - 1} words; {", ".join(VOCABULARY[-4:])} and `in` are in no caption of the training |
 | parameters | {parameters:,}, stored in 16 bits: {size / 1e6:.1f} MB with the judge |
 | trained by | flow matching, {settings["steps"]:,} steps of {settings["batch"]}, on {settings["drawings"]:,} drawings by day and by night, half of the time mirrored |
-| time | {minutes:.0f} minutes on {log["threads"]} cores of an {log["machine"]} |
+| time | {minutes:.0f} minutes with {log["threads"]} thread{'s' * (log['threads'] > 1)}, on an {log["machine"]} that had other work |
 | loss at the end | {last["loss"]:.3f} |
 | recognised | the judge sees the subject that was asked for in {subjects:.0%} of {count} pictures, and the style in {styles:.0%} |
 
@@ -69,6 +69,7 @@ To repeat the training: `python -m pretraining.run pictures`.
 
 `judge.safetensors` is a small classifier of subjects (with the windmill) and styles (with ink), trained on {settings["judge_drawings"]:,} other drawings
 with noise. Of {settings["judge_tests"]:,} drawings that it never saw it names {log["judge"]["subjects"]:.1%} of the subjects and {log["judge"]["styles"]:.1%} of the styles
-rightly. On pictures that look like nothing it still names something, so look at the pictures as well.
+rightly.
+On pictures that look like nothing it still names something, so look at the pictures as well.
 """,
     )
