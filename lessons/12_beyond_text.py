@@ -533,10 +533,13 @@ plotting.table(
 mills = by_setting("picture_subject", "windmills", "prior")
 houses = by_setting("picture_subject", "houses_kept", "prior")
 others = by_setting("picture_subject", "others_kept", "prior")
+assert mills["prior"][0] > mills["none"][0] - 0.05, "costs nothing here"
+assert houses["none"][2] < houses["prior"][1] - 0.5, "only"
 
 # %% [markdown]
-# Over three seeds, the new word brings a windmill in {{mills["none"][0]:.0%}} of the pictures without prior pictures, and in {{mills["prior"][0]:.0%}} with them. Of the houses
-# {{houses["none"][0]:.0%}} and {{houses["prior"][0]:.0%}} are still houses, and of the other subjects {{others["none"][0]:.0%}} and {{others["prior"][0]:.0%}} are what was asked for.
+# It costs nothing here. Over three seeds, the new word brings a windmill in {{mills["none"][0]:.0%}} of the pictures without prior pictures, and in {{mills["prior"][0]:.0%}} with
+# them. But without them only {{houses["none"][0]:.0%}} of the houses are still houses, and with them {{houses["prior"][0]:.0%}}. Even the other subjects, whose words stood below no windmill, go from {{others["none"][0]:.0%}} to {{others["prior"][0]:.0%}}. **A new
+# thing needs old things beside it, or it takes their place.**
 #
 # ## A real encoder, and forty new words
 #
@@ -713,7 +716,7 @@ standard_error = (understood["none"][0] * (1 - understood["none"][0]) / 60) ** 0
 
 # %% [markdown]
 # The encoder finds all house words, and plain words as before. But it understands only {{understood["lora"][0]:.0%}} of the requests, where it was {{understood["none"][0]:.0%}} before: the loss
-# asked for nothing but the forty pairs, so everything else was free to move. (With 60 requests the standard error of such a share is {{100 * standard_error:.0f}} points.) Fine-tuning all weights costs as much ({{understood["full"][0]:.0%}}), and there no switch brings the base back.
+# asked for nothing but the forty pairs, so everything else was free to move. (With 60 requests the standard error of such a share is {{100 * standard_error:.0f}} points.) Fine-tuning all weights leaves {{understood["full"][0]:.0%}}, and there no switch brings the base back.
 #
 # The cure is the one of the windmills. The fourth row holds the model to its base: in each step it also embeds 16 ordinary requests (not those it is tested on), and
 # the loss grows as their vectors turn away from those that the base gave. House words are found as well ({{learned["lora, held"][0]:.0%}}), and {{understood["lora, held"][0]:.0%}} of the requests are
