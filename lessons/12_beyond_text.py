@@ -437,7 +437,9 @@ unseen = by_setting("picture_style", "unseen_both", "targets")
 ink_alone = by_setting("picture_style", "unseen_style", "targets")["attention"]
 in_style = by_setting("picture_style", "trainable", "targets")
 assert round(in_style["full"][0] / in_style["all"][0]) == 9, "nine times"
-assert min(unseen["all"][0], seen["all"][0]) > max(unseen["attention"][0], seen["attention"][0]), "Not here"
+assert min(unseen["all"][0], seen["all"][0]) > max(unseen["attention"][0], seen["attention"][0]), (
+    "Not here"
+)
 assert abs(unseen["all"][0] - unseen["full"][0]) < 0.15, "not far from"
 
 # %% [markdown]
@@ -732,6 +734,7 @@ standard_error = (understood["none"][0] * (1 - understood["none"][0]) / 60) ** 0
 # vectors, hold the rest in place.
 
 # %%
+other_subjects = over_seeds(styles_swept, "unseen_both", "targets")
 plotting.table(
     ["", "measured"],
     [
@@ -742,7 +745,7 @@ plotting.table(
         ],
         [
             "ink, subjects not taught: attention, all layers",
-            f"{spread(over_seeds(styles_swept, 'unseen_both', 'targets')['attention'])}, {spread(over_seeds(styles_swept, 'unseen_both', 'targets')['all'])}",
+            f"{spread(other_subjects['attention'])}, {spread(other_subjects['all'])}",
         ],
         [
             "house words found: off, on",
