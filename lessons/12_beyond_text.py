@@ -768,7 +768,8 @@ progress("12")
 # %%
 my_folder = None
 drawn, captions = pictures.read_folder(my_folder) if my_folder else (ink_drawings, ink_captions)
-print(f"{len(drawn)} pictures, {encode(captions).shape[1]} words each at most: {captions[0]!r}, …")
+encode(captions)  # tells you if the model doesn't know a word
+print(f"{len(drawn)} pictures, the first of them {captions[0]!r}")
 if my_folder:
     mine = load_picture_model()
     train_painter(mine, "mine", to_tensor(drawn), captions)
