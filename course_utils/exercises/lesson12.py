@@ -35,7 +35,7 @@ def convolution(function):
         weight = layer.base_layer.weight.detach()
         a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
         scaling, given = alpha / rank, (weight.clone(), a.clone(), b.clone())
-        found = expect_tensor(call_learner(function, *given, scaling), weight.shape, "the merged weight")
+        found = expect_tensor(call_learner(function, *given, scaling), weight.shape, "the merged weight").float()
         if not all(torch.equal(before, after) for before, after in zip((weight, a, b), given)):
             raise TryAgain("A tensor that you were given has changed. Make a new one.")
         change = layer.get_delta_weight("default").detach()
