@@ -376,8 +376,6 @@ def train_painter(model, name, drawn, captions, prior=None):
 
 # %% [markdown]
 # Now the run, 120 steps of twelve pictures.
-#
-# **Predict:** lighthouses, trees and fish are not among the twelve. Will they come out in ink?
 
 # %%
 taught = [subject for subject in SUBJECTS[:3] for _ in range(4)]
@@ -387,6 +385,13 @@ prompts = [caption(subject, "ink") for subject in SUBJECTS]
 before_ink = generate_pictures(painter, prompts, seed=4)
 trained_numbers = train_painter(painter, "ink", to_tensor(ink_drawings), ink_captions)
 print(f"{trained_numbers:,} numbers were trained, {trained_numbers / size:.0%} of the model's")
+
+# %% [markdown]
+# The next cell asks for all six subjects in ink, always from the same noise.
+#
+# **Predict:** lighthouses, trees and fish are not among the twelve. Will they come out in ink?
+
+# %%
 strip = {"before": before_ink, "with the adapter": generate_pictures(painter, prompts, seed=4)}
 painter.unet.set_adapters(["ink"], [0.5])
 strip["at half strength"] = generate_pictures(painter, prompts, seed=4)
@@ -497,8 +502,6 @@ plotting.show(figure, f"{title}. Rows: the eight drawings; then {told}.")
 # %% [markdown]
 # The word "house" stood below every windmill, and nothing told the model that other houses stay what they were.
 # Dreambooth's cure are **prior pictures**: let the base draw the old things, and train on these beside the new ones.
-#
-# **Predict:** will that cost the windmill?
 
 # %%
 kept = [
@@ -507,6 +510,14 @@ kept = [
     for subject in SUBJECTS
 ]
 prior_pictures = generate_pictures(load_picture_model(), kept, seed=50)
+title = "Some of the 24 prior pictures"
+figure = plotting.picture_rows({"prior": to_arrays(prior_pictures)[::5]}, title)
+plotting.show(figure, f"{title}, which the base drew: {', '.join(kept[::5])}.")
+
+# %% [markdown]
+# **Predict:** will they cost the windmill?
+
+# %%
 prior = prior_pictures, encode(kept)
 painter = load_picture_model()
 train_painter(painter, "windmill", to_tensor(windmills), ["skerrow house by day"] * 8, prior)
