@@ -31,7 +31,7 @@ def adapted(targets):
 
 
 def train(model, weights, drawn, captions, steps, seed, rate=RATE, prior=None):
-    """Train on pictures (n, 3, 32, 32) and their captions; prior: further (pictures, captions), half as many in each step."""
+    """Train on pictures (n, 3, 32, 32) and their captions; prior: further (pictures, captions), as many in each step."""
     torch.manual_seed(seed)
     word_ids = encode(captions)
     if prior:
