@@ -28,6 +28,7 @@ HANDED_OUT = (
     "Makefile",
     "pyproject.toml",
     "requirements.txt",
+    "requirements-beyond-text.txt",
     "constraints.txt",
     "LICENSE",
 )

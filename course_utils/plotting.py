@@ -250,6 +250,29 @@ def _as_array(matrix):
     return numpy.asarray(matrix, dtype=float)
 
 
+def picture_rows(rows, title, columns=()):
+    """Small pictures in rows, {label: arrays of shape (height, width, 3)}; columns: what stands above each, if anything."""
+    import matplotlib.pyplot as plt
+
+    across = max(len(pictures) for pictures in rows.values())
+    with plt.style.context(STYLE_FILE):
+        # 7 inches are as wide as the other figures; a label takes a sixth of them.
+        side = 5.6 / across
+        fig, panels = plt.subplots(
+            len(rows), across, squeeze=False, figsize=(7, side * len(rows) + (0.75 if columns else 0.55))
+        )
+        for axes_row, (label, pictures) in zip(panels, rows.items()):
+            for axes in axes_row:
+                axes.set_axis_off()
+            for axes, picture in zip(axes_row, pictures):
+                axes.imshow(picture, interpolation="nearest")
+            axes_row[0].text(-0.12, 0.5, label, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=9)
+        for axes, name in zip(panels[0], columns):
+            axes.set_title(name, fontsize=8, fontweight="normal", loc="center", pad=3)
+        _title(fig, title)
+    return fig
+
+
 def _title(fig, title):
     """A sentence may be wider than the axes, so it stands at the left edge of the figure."""
     fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")

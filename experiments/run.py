@@ -30,6 +30,7 @@ LESSONS = {
     "09": ("preferences", "rewards", "best_of_n"),
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
     "11": ("serving",),
+    "12": ("picture_classifier", "picture_style", "picture_subject", "house_words"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 

@@ -21,6 +21,7 @@ import test_lesson08
 import test_lesson09
 import test_lesson10
 import test_lesson11
+import test_lesson12
 from course_utils import paths
 from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
 
@@ -47,6 +48,10 @@ SOLUTIONS = {
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
     **test_lesson11.SOLUTIONS,
+    **{f"04.{name}": solution for name, solution in test_lesson04.SOLUTIONS.items()},
+    "06.agreement": test_lesson06.right_agreement,
+    "06.join": test_lesson06.right_join,
+    **test_lesson12.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
@@ -60,6 +65,7 @@ LESSONS = (
     test_lesson10,
     test_deep,
     test_lesson11,
+    test_lesson12,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()

@@ -508,7 +508,9 @@ def test_run_does_what_was_named_in_its_own_order(monkeypatch, capsys):
     ran = []
     together = {}
     monkeypatch.setattr(
-        harness, "sweep", lambda name, runs, measure, at_once: ran.append(name) or together.update({name: at_once})
+        harness,
+        "sweep",
+        lambda name, runs, measure, at_once, base: ran.append(name) or together.update({name: at_once}),
     )
     run.main([])
     assert ran == list(run.ORDER) and run.LESSONS["03"][0] == "learning_rate", (
@@ -561,7 +563,7 @@ def committed(name):
 
 @pytest.mark.parametrize("name", run.ORDER)
 def test_committed_results_are_complete_and_of_the_shipped_base(name):
-    assert complaints(committed(name), script(name).RUNS, harness.base_fingerprint()) == []
+    assert complaints(committed(name), script(name).RUNS, run.fingerprint(script(name))) == []
 
 
 def test_no_result_is_committed_without_its_script():

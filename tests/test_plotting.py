@@ -262,3 +262,13 @@ def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = sorted(math.log(text.xy[1]) for text in axes.texts)
     assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)
+
+
+def test_pictures_stand_in_rows_under_their_columns():
+    red, blue = (numpy.full((4, 4, 3), colour, numpy.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    figure = plotting.picture_rows({"first": [red, blue, red], "second": [blue]}, "Reds and blues", ("a", "b", "c"))
+    shown = [[image.get_array()[0, 0].tolist() for image in axes.images] for axes in figure.axes]
+    assert shown == [[[255, 0, 0]], [[0, 0, 255]], [[255, 0, 0]], [[0, 0, 255]], [], []]
+    labels = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert labels == ["first", "second"] and figure.axes[1].get_title() == "b"
+    assert figure.get_suptitle() == "Reds and blues" and not figure.axes[4].axison

@@ -11,7 +11,7 @@ ROOT = paths.project_root()
 PAGE = (ROOT / "docs" / "symptoms.md").read_text(encoding="utf-8")
 STAGES = [
     "Configure", "Prepare the data", "Prepare pairs for DPO or a reward model", "Train", "Train on preferences (DPO, reward models, GRPO)", "Train on several devices", "Save", "Load and switch", "Generate and serve", "In 4 and 8 bits",
-    "Start from the base's weights (OLoRA, PiSSA)", "Merge and combine",
+    "Start from the base's weights (OLoRA, PiSSA)", "Merge and combine", "Pictures and encoders",
 ]  # fmt: skip
 # What stands among the findings in the column of checks, and is none.
 OTHERS = {
