@@ -48,9 +48,6 @@ SOLUTIONS = {
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
     **test_lesson11.SOLUTIONS,
-    **{f"04.{name}": solution for name, solution in test_lesson04.SOLUTIONS.items()},
-    "06.agreement": test_lesson06.right_agreement,
-    "06.join": test_lesson06.right_join,
     **test_lesson12.SOLUTIONS,
 }
 LESSONS = (
