@@ -294,7 +294,8 @@ plotting.show_matrix(
         label: {f"{rate:g}": validated[method, rate][0] for rate in rates}
         for method, label in NAMES.items()
     },
-    "Which start looks best depends on the learning rate\n(right on validation rows, mean of three seeds)",
+    "Which start looks best depends on the learning rate\n"
+    "(right on validation rows, mean of three seeds)",
     "learning rate",
     "method",
 )
@@ -601,7 +602,7 @@ reading_rows = data.load_task("reading", "test").select(range(64))
 
 
 def beside(other=None):
-    """Score of `reading` with another adapter loaded beside it, what PEFT warns of, and the check."""
+    """Score of `reading` with another adapter beside it, what PEFT warns of, and the check."""
     both = PeftModel.from_pretrained(
         load_base(), paths.adapter_path("reading"), adapter_name="reading"
     )
@@ -732,7 +733,7 @@ assert torch.allclose(_alpha / 6 * _newB @ _newA, 9 / 3 * (_B @ _A - _B0 @ _A0))
 
 # %% exercise="06.ship" points=4
 def ship(model, initial, out):
-    """Save a plain LoRA of an OLoRA adapter to `out`; leave the model and the folder `initial` as they are."""
+    """Save a plain LoRA of an OLoRA adapter to `out`; change neither model nor `initial`."""
     ### BEGIN SOLUTION
     with tempfile.TemporaryDirectory() as own:
         start = shutil.copytree(initial, Path(own) / "start_of_conversion")
