@@ -96,8 +96,9 @@ def dial(rows, title: str, baseline: str = "alone"):
                     label = name if part == column else f"{name} {baseline.replace('_', ' ')}"
                     told.append(f"{pair}, {label}: " + ", ".join(f"{mean:.0%} at {w:g}" for w, mean in means.items()))
             first, second = pair.split("+")
-            axes.annotate(first, (0, 1.04), color=plotting.COLORS[0])
-            axes.annotate(second, (1, 1.04), color=plotting.COLORS[1], ha="right")
+            corner = axes.get_yaxis_transform()  # x as a share of the panel, whatever weights there are
+            axes.text(0.03, 1.04, first, transform=corner, color=plotting.COLORS[0])
+            axes.text(0.97, 1.04, second, transform=corner, color=plotting.COLORS[1], ha="right")
             axes.set(xlabel=f"w: weight of {second}", ylim=(-0.03, 1.12))
         panels[0][0].set_ylabel("score, from 0 to 1")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")

@@ -411,7 +411,7 @@ plotting.table(["folder", "wrong with it", "times in the weights"], findings)
 # %% [markdown]
 # Read the last column first:
 #
-# - **three** is right: the change is there once. It is smaller because it was saved in bfloat16.
+# - **three** is right: the change is there once. The folder is smaller because it was saved in bfloat16.
 # - **one** has half of the change. Somebody merged by hand and forgot the scaling, which is α/r = 2 here.
 # - **four** has none of it. It was saved after `unload()`, so it is the base.
 # - **five** has it twice, because somebody took a merged model for the base and merged once more.

@@ -420,7 +420,7 @@ lines = {
     "sailor, exact": sweeps.over_seeds(of_blend, "second", "weight"),
     "sailor, word F1": sweeps.over_seeds(of_blend, "second_words", "weight"),
 }
-title = "Exact match falls off a cliff where word F1 falls slowly"
+title = "Word F1 of the sailor rises before whole sentences are exact"
 figure, alt = sweeps.curves(lines, title, "w: weight of sailor", "score, from 0 to 1")
 plotting.show(figure, alt)
 

@@ -213,7 +213,7 @@ assert abs(float(_share) - (_reference.argmax(-1) == _candidate.argmax(-1)).doub
 # ## Merge in 16 bits
 #
 # Few models are served in float32. The next cells merge the adapter `sailor` in each dtype and compare everything with one
-# reference: the adapter, unmerged, in float32. Perplexity is that of 48 held-out questions with their answers.
+# reference: the adapter, unmerged, in float32. [Perplexity](../docs/glossary.md#perplexity) is that of 48 held-out questions with their answers.
 #
 # The comparison needs a control. If a merge in bfloat16 differs from the reference, is it the merging or the bfloat16? So the
 # *unmerged* model is measured in 16 bits, too.
@@ -379,7 +379,7 @@ plotting.show(
 #
 # A difference is small enough if rounding can explain it. For one layer you can work out how much rounding explains: the number of roundings,
 # times *u*, times the size of the terms. For a whole model you measure it: what does one rounding of the right weights do?
-# In float32 that is about a millionth of the adapter's effect, so a real mistake stands out. In 16 bits it is ten thousand times
+# In float32 that is about a millionth of the adapter's effect, so a real mistake stands out. In bfloat16 it is ten thousand times
 # as much, whether you merge or not; small changes suffer most, and unmerging no longer gives the base back.
 
 # %%
