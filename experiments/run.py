@@ -52,6 +52,13 @@ def processes():
     return 1 if runtime.device().type != "cpu" else min(os.cpu_count() or 1, MOST_PROCESSES)
 
 
+def fingerprint(script):
+    """That of the model which the script's runs begin with: the course's language model, unless it has a `base_folder`."""
+    return (
+        harness.base_fingerprint(script.base_folder()) if hasattr(script, "base_folder") else harness.base_fingerprint()
+    )
+
+
 def main(arguments=None):
     """Run the sweeps that were named, or all of them, in the order of ORDER."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +70,9 @@ def main(arguments=None):
     for name in ORDER:
         if name in wanted:
             script = importlib.import_module(f"experiments.{name}")
-            harness.sweep(name, script.RUNS, script.measure, at_once=1 if name in TIMED else processes())
+            harness.sweep(
+                name, script.RUNS, script.measure, at_once=1 if name in TIMED else processes(), base=fingerprint(script)
+            )
 
 
 if __name__ == "__main__":
