@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 
+from adapter_checks.bitsandbytes_workarounds import stop_repacking
 from adapter_checks.errors import InputError
 from course_utils import paths, runtime
 from experiments import harness
@@ -55,8 +56,10 @@ def load(config, method, device):
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, quantization_config=settings, dtype=torch.bfloat16, device_map={"": device}
+            model = stop_repacking(
+                AutoModelForCausalLM.from_pretrained(
+                    folder, quantization_config=settings, dtype=torch.bfloat16, device_map={"": device}
+                )
             )
     model.activation_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
