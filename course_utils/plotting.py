@@ -166,6 +166,86 @@ def curves(series, title, xlabel, ylabel, log_y=False):
     return fig
 
 
+def described(series) -> str:
+    """Alt text for what `curves` draws: each line's values in words, at most about ten of them."""
+    return "; ".join(
+        f"{label}: " + ", ".join(f"{y:.2g} at {x:g}" for x, y in list(zip(*line))[:: max(1, len(line[0]) // 10)])
+        for label, line in series.items()
+    )
+
+
+def stacked_bars(bars, title, xlabel):
+    """(figure, its text): a horizontal bar for each of `bars`, {name: {part: size}}, the first on top, its parts side by side.
+
+    All have the same parts in the same order. A part is labelled where it is wide enough, and each bar with its sum.
+    Raises ValueError if the parts differ.
+    """
+    import matplotlib.pyplot as plt
+
+    parts = list(next(iter(bars.values())))
+    if any(list(sizes) != parts for sizes in bars.values()):
+        raise ValueError("Every bar needs the same parts, in the same order.")
+    sums = {name: sum(sizes.values()) for name, sizes in bars.items()}
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots(figsize=(8, 1.5 + 0.55 * len(bars)))
+        for place, sizes in enumerate(bars.values()):
+            left = 0.0
+            for part, color, hatch in zip(parts, COLORS, ("", "//", "..", "xx")):
+                # White lines between the parts, and a pattern for each, so that they differ without colours.
+                axes.barh(place, sizes[part], left=left, color=color, hatch=hatch, edgecolor="white", height=0.62,
+                          label=part if place == 0 else None)  # fmt: skip
+                if sizes[part] > 0.05 * max(sums.values()):
+                    axes.text(left + sizes[part] / 2, place, f"{sizes[part]:.3g}", ha="center", va="center",
+                              color="black", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2})  # fmt: skip
+                left += sizes[part]
+            axes.text(left, place, f"  {left:.3g}", ha="left", va="center", fontweight="bold")
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, 1.08 * max(sums.values()))
+        axes.set_xlabel(xlabel)
+        fig.legend(loc="outside lower right", ncols=len(parts), fontsize=10)
+        _title(fig, title)
+    told = "; ".join(
+        f"{name}: {', '.join(f'{part} {size:.2g}' for part, size in sizes.items())}, in all {sums[name]:.3g}"
+        for name, sizes in bars.items()
+    )
+    return fig, f"{title}. {xlabel}. {told}."
+
+
+def spectra(panels, title):
+    """(figure, its text): singular values as lines, each divided by its first; a panel for each of {kind: {label: [values]}}.
+
+    The values of a matrix come in descending order. A label has one colour and line style in all panels.
+    """
+    import matplotlib.pyplot as plt
+
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    looks = dict(zip(labels, itertools.product(("-", "--"), COLORS)))
+    columns = 4
+    rows = -(-len(panels) // columns)
+    with plt.style.context(STYLE_FILE):
+        fig, grid = plt.subplots(rows, columns, figsize=(9, 0.6 + 2 * rows), sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        shown = set()
+        for axes, (kind, lines) in zip(grid.flat, panels.items()):
+            for label, spectrum in lines.items():
+                style, color = looks[label]
+                for number, values in enumerate(spectrum):
+                    once = label if number == 0 and label not in shown else None
+                    axes.plot(values / values[0], style, color=color, marker="", linewidth=1.2, label=once)
+            axes.set_title(kind, fontsize=11)
+            if new := set(lines) - shown:
+                shown |= new
+                axes.legend(fontsize=9)
+        fig.supxlabel("direction, strongest first", fontsize=11)
+        fig.supylabel("strength, the strongest = 1", fontsize=11)
+        _title(fig, title)
+    text = f"{title}. Singular values, a panel for each of {', '.join(panels)}; lines are {', '.join(labels)}."
+    return fig, text.replace("\n", " ")
+
+
 def _spread(heights, gap):
     """Move sorted heights apart to at least `gap`, around the middle of each crowd."""
     crowds = []  # each: [mean, number of members]

@@ -20,13 +20,13 @@ from experiments import harness
 
 # By lesson. Rank, recall, targets, alpha and overfitting train at the learning rate that the first sweep of lesson 3 finds best.
 LESSONS = {
-    "02": ("cut_to_rank",),
     "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
     "05": ("quantised", "quantised_merge", "quantised_cost"),
     "06": ("starts", "starts_rank"),
     "07": ("combine", "dial"),
     "09": ("preferences", "rewards", "best_of_n"),
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
+    "deep": ("cut_to_rank",),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 

@@ -286,7 +286,92 @@ def _step(canvas, x, y, data, method, result, color, width=204):
     canvas.text(x + width / 2, y - 38, result)
 
 
-PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix, "preference.png": draw_preference}
+def draw_low_rank():
+    """A change of rank 1 with its numbers: a frozen matrix, plus a column times a row."""
+    column, row = (2, 0, -1, 1, 3, -2), (1, 0, 2, -1, 0, 1, 3, 0)
+    canvas = Canvas(900, 330)
+    cell, top = 30, 236
+    canvas.text(24, 305, "A change of rank 1", size=14, weight="bold", ha="left")
+    canvas.text(
+        24,
+        282,
+        "each of its rows is a multiple of the row A: 14 numbers stand for 48",
+        size=10.5,
+        color=QUIET,
+        ha="left",
+    )
+
+    def grid(left, bottom, columns, rows, numbers=None, face=FROZEN, edge="white"):
+        for y in range(rows):
+            for x in range(columns):
+                place = left + x * cell, bottom + (rows - 1 - y) * cell
+                value = numbers(y, x) if numbers else None
+                shade = face if value is None else "white" if value == 0 else tint(READING, 0.1 + 0.07 * abs(value))
+                canvas.axes.add_patch(
+                    Polygon(
+                        [(place[0] + a, place[1] + b) for a, b in ((0, 0), (cell, 0), (cell, cell), (0, cell))],
+                        facecolor=shade,
+                        edgecolor=edge,
+                        linewidth=1,
+                        zorder=2,
+                    )
+                )
+                if value is not None:
+                    canvas.text(place[0] + cell / 2, place[1] + cell / 2, f"{value}".replace("-", "\u2212"), zorder=3)
+
+    bottom = top - 6 * cell
+    grid(24, bottom, 8, 6)
+    canvas.text(24 + 4 * cell, bottom + 3 * cell + 10, "W", size=22, weight="bold", zorder=3)
+    canvas.lock(24 + 4 * cell - 28, bottom + 3 * cell - 20)
+    canvas.text(24 + 4 * cell - 12, bottom + 3 * cell - 22, "frozen", size=11, color=QUIET, ha="left", zorder=3)
+    canvas.text(24 + 4 * cell, bottom - 20, "6 × 8 = 48 numbers", color=QUIET)
+    canvas.text(294, bottom + 3 * cell, "+", size=20, weight="bold")
+    grid(324, bottom, 8, 6, lambda y, x: column[y] * row[x], edge="#BBBBBB")
+    canvas.text(324 + 4 * cell, bottom - 20, "the change BA: 6 × 8 = 48 numbers", color=QUIET)
+    canvas.text(586, bottom + 3 * cell, "=", size=20, weight="bold")
+    grid(602, bottom, 1, 6, lambda y, x: column[y], edge=READING)
+    canvas.text(617, bottom - 20, "B: 6", color=DARK_READING, weight="bold")
+    grid(644, bottom + 5 * cell, 8, 1, lambda y, x: row[x], edge=READING)
+    canvas.text(644 + 4 * cell, bottom + 5 * cell - 20, "A: 8", color=DARK_READING, weight="bold")
+    canvas.text(644 + 4 * cell, bottom + 2 * cell, "trained: 6 + 8 = 14 numbers", size=11, color=DARK_READING)
+    return canvas
+
+
+RUNGS = (  # what to do, what it shrinks, what it costs
+    ("LoRA, not all weights", "gradients, optimizer", "many new facts may not fit"),
+    ("fewer rows at once, accumulated", "activations", "time: less is done at once"),
+    ("gradient checkpointing", "activations", "a second forward pass"),
+    ("the base in 4 bits (QLoRA)", "weights", "rounded weights; often time"),
+    ("shorter rows", "activations", "the text that is cut"),
+    ("a smaller model, or another GPU", "everything", "quality, or money"),
+)
+
+
+def draw_memory_ladder():
+    """Six things to do when memory runs out, in order, as the rungs of a ladder."""
+    canvas = Canvas(900, 400)
+    canvas.text(24, 372, "When memory runs out, go up one rung at a time", size=14, weight="bold", ha="left")
+    for x, head in ((100, "do this"), (448, "it shrinks"), (644, "it costs")):
+        canvas.text(x, 340, head, size=10.5, color=QUIET, ha="left")
+    for x in (34, 70):
+        canvas.box(x - 4, 14, 8, 312, face=EDGE, edge=EDGE, corner=3, line=0, order=1)
+    for number, (name, shrinks, costs) in enumerate(RUNGS):
+        y = 20 + 51 * number
+        canvas.box(26, y + 14, 52, 10, face=QUIET, edge=QUIET, corner=3, line=0)
+        canvas.panel(88, y, 790, 40, face=tint(FLOW, 0.08 + 0.03 * number), edge="#CFCFCF")
+        canvas.text(100, y + 20, f"{number + 1}   {name}", size=11.5, weight="bold", ha="left")
+        canvas.text(448, y + 20, shrinks, size=11.5, ha="left")
+        canvas.text(644, y + 20, costs, size=11.5, color=QUIET, ha="left")
+    return canvas
+
+
+PICTURES = {
+    "adapter.png": draw_adapter,
+    "score_matrix.png": draw_score_matrix,
+    "preference.png": draw_preference,
+    "low_rank.png": draw_low_rank,
+    "memory_ladder.png": draw_memory_ladder,
+}
 
 
 def draw_all(folder):

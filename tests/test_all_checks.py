@@ -10,29 +10,32 @@ import numpy
 import pytest
 import torch
 
+import test_deep
 import test_lesson01
 import test_lesson02
 import test_lesson03
+import test_lesson04
 import test_lesson05
 import test_lesson06
 import test_lesson07
 import test_lesson09
 import test_lesson10
 from course_utils import paths
-from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
+from course_utils.exercises import Outcome, all_exercises, deep, lesson03, lesson05
 
 SOLUTIONS = {
     "01.weigh": test_lesson01.right_weigh,
     "01.borrow": test_lesson01.right_borrow,
     "01.silent": test_lesson01.right_silent,
     "02.inject": test_lesson02.right_inject,
-    "02.count": test_lesson02.right_count,
-    "02.truncate": test_lesson02.right_truncate,
-    "02.merge": test_lesson02.right_merge,
+    "02.optimizer": test_lesson02.right_optimizer,
     "03.labels": test_lesson03.right_labels,
     "03.rate": test_lesson03.right_rate,
     "03.stop": test_lesson03.right_stop,
     "03.cut": test_lesson03.right_cut,
+    "04.targets": test_lesson04.right_targets,
+    "04.count": test_lesson04.right_count,
+    "04.budget": test_lesson04.right_budget,
     **{f"05.{name}": solution for name, solution in test_lesson05.SOLUTIONS.items()},
     **{check.name: solution for check, solution in test_lesson06.SOLUTIONS.items()},
     "07.verdict": test_lesson07.right_verdict,
@@ -42,16 +45,19 @@ SOLUTIONS = {
     "07.times": test_lesson07.right_times,
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
+    **test_deep.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
     test_lesson02,
     test_lesson03,
+    test_lesson04,
     test_lesson05,
     test_lesson06,
     test_lesson07,
     test_lesson09,
     test_lesson10,
+    test_deep,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
@@ -165,7 +171,7 @@ def test_what_the_check_itself_goes_by_is_no_answer(name, judge):
 
 
 @pytest.mark.parametrize("name, solution", [
-    ("02.truncate", lesson02.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
+    ("deep.truncate", deep.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
     ("03.stop", lesson03.early_stopping), ("05.quantise", lesson05.there_and_back),
 ])  # fmt: skip
 def test_a_lesson_may_call_the_checks_own_solution_and_an_answer_may_not(name, solution, judge):
@@ -212,7 +218,7 @@ def test_the_right_result_and_what_was_given_in_ruins(name, judge):
 
 
 @pytest.mark.parametrize("name, library", [
-    ("02.merge", "peft.get_peft_model"), ("02.truncate", "torch.linalg.svd"), ("05.quantise", "torch.bucketize"),
+    ("04.targets", "adapter_checks.counting.adapted_layers"), ("deep.truncate", "torch.linalg.svd"), ("05.quantise", "torch.bucketize"),
     ("03.stop", "transformers.EarlyStoppingCallback.on_evaluate"), ("05.merge", "bitsandbytes.functional.dequantize_4bit"),
     ("06.olora", "peft.get_peft_model"), ("06.olora", "torch.linalg.qr"), ("07.join", "torch.linalg.svd"),
 ])  # fmt: skip

@@ -246,3 +246,44 @@ def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = sorted(math.log(text.xy[1]) for text in axes.texts)
     assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)
+
+
+# ---------------------------------------------------------------------------------------- stacked_bars and spectra
+
+
+def test_stacked_bars_put_parts_side_by_side_and_say_them():
+    bars = {"all": {"weights": 16.0, "optimizer": 32.0}, "LoRA": {"weights": 16.2, "optimizer": 0.3}}
+    figure, alt = plotting.stacked_bars(bars, "LoRA needs less", "GB")
+    axes = figure.axes[0]
+    boxes = sorted((round(bar.get_y()), round(bar.get_x(), 9), round(bar.get_width(), 9)) for bar in axes.patches)
+    assert boxes == [(0, 0, 16), (0, 16, 32), (1, 0, 16.2), (1, 16.2, 0.3)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "LoRA"] and axes.yaxis_inverted()
+    written = {text.get_text().strip() for text in axes.texts}
+    assert written == {"16", "32", "48", "16.2", "16.5"}, "a part too narrow for its number has none"
+    assert (
+        alt
+        == "LoRA needs less. GB. all: weights 16, optimizer 32, in all 48; LoRA: weights 16, optimizer 0.3, in all 16.5."
+    )
+
+
+def test_stacked_bars_refuse_bars_of_other_parts():
+    with pytest.raises(ValueError, match="the same parts, in the same order"):
+        plotting.stacked_bars({"a": {"x": 1, "y": 2}, "b": {"y": 2, "x": 1}}, "t", "GB")
+
+
+def test_what_curves_draw_is_described_in_few_words():
+    told = plotting.described({"a": ([1, 2], [0.5, 0.25]), "b": (range(100), range(100))})
+    assert told.startswith("a: 0.5 at 1, 0.25 at 2; b: 0 at 0, 10 at 10, ") and told.count(" at ") == 12
+
+
+def test_spectra_are_relative_and_a_label_looks_alike_in_all_panels():
+    values = numpy.array([4.0, 2.0, 1.0])
+    panels = {"q_proj": {"reading": [values, 2 * values], "sailor": [values]}, "v_proj": {"sailor": [values]}}
+    figure, alt = plotting.spectra(panels, "They fall\nsteeply")
+    first, second = figure.axes[:2]
+    assert all(line.get_ydata().tolist() == [1, 0.5, 0.25] for line in [*first.lines, *second.lines])
+    assert len(first.lines) == 3 and [axes.get_visible() for axes in figure.axes] == [True, True, False, False]
+    assert second.lines[0].get_color() == first.lines[2].get_color() != first.lines[0].get_color()
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["reading", "sailor"]
+    assert second.get_legend() is None
+    assert alt == "They fall steeply. Singular values, a panel for each of q_proj, v_proj; lines are reading, sailor."
