@@ -50,10 +50,10 @@ print(
 # %% [markdown]
 # ## Write the layer
 #
-# A linear layer multiplies its input *x* by a weight matrix *W*. Fine-tuning adds a change *ΔW* to that matrix, and a change of
-# every entry is as large as the matrix itself. LoRA ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) saves numbers by
-# restricting the change: it must be the product of two thin matrices. The picture shows an example. Each row of this change is a
-# multiple of the same row *A*, so 14 numbers describe all 48 entries.
+# A linear layer multiplies its input *x* by a weight matrix *W*. Fine-tuning adds a change *ΔW* to that matrix, and if every
+# entry may change on its own, *ΔW* needs as many numbers as *W*. LoRA ([Hu et al. 2021](https://arxiv.org/abs/2106.09685))
+# saves numbers by restricting the change: it must be the product of two thin matrices. The picture shows an example. Each row
+# of this change is a multiple of the same row *A*, so 14 numbers describe all 48 entries.
 #
 # ![A frozen weight matrix of 6 × 8 numbers, plus a change that is the product of a column B of 6 numbers and a row A of 8 numbers: 14 trained numbers instead of 48](../images/low_rank.png)
 #
@@ -95,11 +95,11 @@ for name, parameter in layer.named_parameters():
 # ## Compare it with PEFT's layer
 #
 # PEFT's layer is the reference, so the next cell puts both around the same weights, with the same *A* and *B*. It works in
-# float64, because there rounding is too small to hide a mistake. To see what such a comparison can find, it also plants two mistakes in our layer: a
-# scaling that was forgotten, and alpha used as the scaling.
+# float64, because there rounding is too small to hide a mistake. To see what such a comparison can find, it also plants two
+# mistakes in our layer: a scaling that was forgotten, and alpha used as the scaling.
 #
-# **Predict:** the comparison is made twice, with *B* = 0, where every new adapter starts, and with a random *B*. Which of the two
-# finds the mistakes?
+# **Predict:** the comparison is made twice, with *B* = 0, where every new adapter starts, and with a random *B*. Which of the
+# two finds the mistakes?
 
 
 # %%
@@ -164,13 +164,14 @@ for what, error in zip(("output", "gradient of x", "gradient of A", "gradient of
 assert max(worst) < 1e-10
 
 # %% [markdown]
-# Here they agree to the last bit, because both do the same operations in the same order. So your twenty lines do what PEFT's layer does. PEFT adds the administration: several adapters on one layer, their names, dropout,
+# Here they agree to the last bit, because both do the same operations in the same order. So these twenty lines do
+# what PEFT's layer does. PEFT adds the administration: several adapters on one layer, their names, dropout,
 # saving and loading.
 #
 # ## Start where the base model is
 #
-# An adapter should begin as no change at all, because training then starts from what the model can already do. There is more than one way to get
-# there. The table below tries four starts on one layer.
+# An adapter should begin as no change at all, because training then starts from what the model can already do. There is more
+# than one way to get there. The table below tries four starts on one layer.
 #
 # **Predict:** with which starts is the output at step 0 that of the base layer? With which can the adapter learn?
 
@@ -190,9 +191,9 @@ for start in ("A random, B zero", "A zero, B random", "both random", "both zero"
 plotting.table(["start", "output equals the base's", "gradient of A", "gradient of B"], rows)
 
 # %% [markdown]
-# Every start with a zero matrix gives the base's output, to the bit. Of these, "both zero" can't learn: the gradient of *A* is a
-# product with *B*, and the gradient of *B* is a product with *A*, so both stay zero forever. With one zero matrix, that matrix moves in the first step,
-# and from the second step on both do. LoRA starts with a random *A* and sets *B* to zero.
+# Every start with a zero matrix gives the base's output, to the bit. Of these, "both zero" can't learn: the gradient of *A* is
+# a product with *B*, and the gradient of *B* is a product with *A*, so both stay zero forever. With one zero matrix, that
+# matrix moves in the first step, and from the second step on both do. LoRA starts with a random *A* and sets *B* to zero.
 #
 # ## Put LoRA into a model
 #
@@ -258,7 +259,8 @@ assert add_lora(lesson02.tiny_model(), ["self_attn"], 2, 4) == 0
 # ## Train in four steps
 #
 # Now the whole road once by hand, with PEFT's layers: **1** load the base model, **2** write a configuration, **3** call
-# `get_peft_model`, **4** train. The task is `sailor`: the model is given a sentence, and says it in the speech of Skerrow's sailors.
+# `get_peft_model`, **4** train. The task is `sailor`: the model is given a sentence, and says it in the speech of Skerrow's
+# sailors.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -296,8 +298,8 @@ with torch.no_grad():
 # What held for one layer holds for the whole model: before the first step, its output is the base model's.
 #
 # A model of this kind learns to predict the next token. For the loss it takes `input_ids` and
-# [`labels`](../docs/glossary.md#label), which are the same ids once more. A label of −100 means that this token is left out of the
-# loss. We put −100 on the prompt, because the model should learn to write the answer and not the question. Rows of
+# [`labels`](../docs/glossary.md#label), which are the same ids once more. A label of −100 means that this token is left out of
+# the loss. We put −100 on the prompt, because the model should learn to write the answer and not the question. Rows of
 # different lengths are filled up with [pad tokens](../docs/glossary.md#pad-token), and these get −100 as well.
 
 
@@ -328,7 +330,8 @@ print({key: tuple(value.shape) for key, value in batch.items()})
 plotting.token_strip(tokenizer, batch["input_ids"][0], batch["labels"][0])
 
 # %% [markdown]
-# Step 4 is a plain PyTorch loop. It hands the optimizer everything that has `requires_grad`, and after `get_peft_model` only *A* and *B* have it.
+# Step 4 is a plain PyTorch loop. It hands the optimizer everything that has `requires_grad`, and after `get_peft_model` only
+# *A* and *B* have it.
 
 
 # %%
@@ -381,14 +384,14 @@ print("after: ", say_it(model))
 print("right: ", right)
 
 # %% [markdown]
-# After twenty steps the style is there: the answer greets and ends as a sailor's does, and the loss has fallen far. The words in between
-# take more steps, because each sentence asks for other ones. Only steps 2 and 3 are about LoRA. The loop is
-# the one that you would write for any model.
+# After twenty steps the style is there: the answer greets and ends as a sailor's does, and the loss has fallen far. The words
+# in between take more steps, because each sentence asks for other ones. Only steps 2 and 3 are about LoRA. The loop is the one
+# that you would write for any model.
 #
 # ### Train with your own layer
 #
-# Nothing in the loop is specific to PEFT, so your own layers can take the place of PEFT's. If your `add_lora` passes its check, the next cell
-# uses it for step 3. Until then it calls `get_peft_model` once more.
+# Nothing in the loop is specific to PEFT, so your own layers can take the place of PEFT's. If your `add_lora` passes its check,
+# the next cell uses it for step 3. Until then it calls `get_peft_model` once more.
 #
 # **Predict:** both begin with the same *A*, and see the same rows in the same order. How far apart will the twenty losses be?
 
@@ -408,8 +411,8 @@ print(f"losses differ by at most {max(abs(a - b) for a, b in zip(losses, again))
 print("after: ", say_it(model))
 
 # %% [markdown]
-# With our `add_lora` they differ by about 1e-6 in losses of about 1, because float32 keeps seven digits and rounds the rest. So the model learns the
-# same with your layer as with PEFT's.
+# With our `add_lora` they differ by about 1e-6 in losses of about 1, because float32 keeps seven digits and rounds the rest. So
+# the model learns the same with your layer as with PEFT's.
 #
 # ## Find the fault in a run that learns nothing
 #
@@ -445,15 +448,15 @@ print(f"norm of the gradient of B: {gradient_norm:.2f}; largest number in B: {la
 print(validation.check_training(broken))
 
 # %% [markdown]
-# The gradients arrive, so labels, loss and layers are in order. But *B* is still zero after eight steps: nobody moved it. The
-# optimizer was made *before* `get_peft_model`, from the parameters of the base model. These are frozen now, and *A* and *B*, which came later, are not
-# among them. `check_training` reports the consequence: after training, nothing has moved.
+# The gradients arrive, so labels, loss and layers are in order. But *B* is still zero after eight steps, so no step has moved
+# it. The optimizer was made *before* `get_peft_model`, from the parameters of the base model. These are frozen now, and *A* and
+# *B*, which came later, are not among them. `check_training` reports the consequence: after training, nothing has moved.
 #
 # ### Exercise: find what the optimizer misses (core, 10 min)
 #
-# Write the check for this fault. Return a list with the names of all parameters of `model` that have `requires_grad` but that the
-# optimizer doesn't hold, in any order. An optimizer keeps its parameters in `optimizer.param_groups`, a list of dicts, under
-# `"params"`. Expected for the colleague's run: the names of all *A* and *B*, 56 in all.
+# Write the check for this fault. Return a list with the names of all parameters of `model` that have `requires_grad` but that
+# the optimizer doesn't hold, in any order. An optimizer keeps its parameters in `optimizer.param_groups`, a list of dicts,
+# under `"params"`. Expected for the colleague's run: the names of all *A* and *B*, 56 in all.
 #
 # <details><summary>"Boolean value of Tensor with more than one value is ambiguous"</summary>
 # <code>in</code> compares tensors number by number. You want to know whether it is the <em>same object</em>: compare
@@ -509,8 +512,8 @@ if lesson02.optimizer.outcome(not_optimised).passed:
 # ## Let a Trainer run the loop
 #
 # `transformers.Trainer` makes the optimizer itself, after the model is whole, and runs the loop. It doesn't prepare text. For a
-# language model it needs three things: **token ids**, because it doesn't tokenise; **labels**, because without them there is no loss; and a
-# **pad token**, because rows differ in length. Each attempt below lacks one of these, or a part of it.
+# language model it needs three things: **token ids**, because it doesn't tokenise; **labels**, because without them there is no
+# loss; and a **pad token**, because rows differ in length. Each attempt below lacks one of these, or a part of it.
 #
 # **Predict:** which attempts fail when the trainer is made, and which only when it trains?
 
@@ -593,16 +596,17 @@ print(f"trainer: loss {logged[0]:.2f} -> {logged[-1]:.2f}, of the whole text")
 print("after: ", say_it(trainer.model))
 
 # %% [markdown]
-# Neither: it starts lower and ends higher. The trainer's loss is a mean over all tokens, so the prompt's tokens must be the easier ones at the
-# start. Later it can't fall as far, because nobody can know the next word of a prompt beforehand. The two models learn to answer all the
-# same. Compare losses only if they count the same tokens; lesson 3 looks at this closely.
+# Lower. The trainer's loss is a mean over all tokens, so at the start the prompt's tokens must be the easier ones. It also ends
+# higher, because nobody can know the next word of a prompt beforehand, so that part of the loss can't fall far. Compare losses
+# only if they count the same tokens; lesson 3 looks at this closely.
 #
 # ## Recap
 #
-# LoRA adds a second path to a frozen linear layer: two thin matrices, whose product is a change of low rank, times the scaling α/r.
-# Because *B* starts at zero, the model begins exactly as the base model, and because *A* doesn't, it can learn.
+# LoRA adds a second path to a frozen linear layer: two thin matrices, whose product is a change of low rank, times the scaling
+# α/r. Because *B* starts at zero, the model begins exactly as the base model, and because *A* doesn't, it can learn.
 # `get_peft_model` freezes the model and puts such a layer around each layer that you name; everything after that is ordinary
-# training. What a first attempt forgets is mostly around LoRA: an optimizer made too early, or rows without labels, padding or ids.
+# training. What a first attempt forgets is mostly around LoRA: an optimizer made too early, or rows without labels, padding or
+# ids.
 
 # %%
 plotting.table(
@@ -633,8 +637,8 @@ print(validation.check_training(my_trainer or trainer))
 # ## Quiz
 #
 # <details><summary>1 · You compare a new, untrained adapter with a colleague's implementation, and all outputs agree. What do you know?</summary>
-# Nothing yet. <em>B</em> is zero in both, so both give the base model's output. Fill <em>B</em> with random numbers first, then compare
-# outputs and gradients.
+# Nothing yet. <em>B</em> is zero in both, so both give the base model's output. Fill <em>B</em> with random numbers first, then
+# compare outputs and gradients.
 # </details>
 # <details><summary>2 · Somebody starts <em>A</em> and <em>B</em> at zero, "to be safe". What happens in training?</summary>
 # The loss stays where it is, without an error. The gradient of each matrix has the other as a factor, so neither ever moves.

@@ -47,9 +47,9 @@ print(
 # ## Look at the layers before you name them
 #
 # `target_modules` names the layers that get an adapter. Architectures call the same thing by different names, so the first step
-# is to print them. You don't need the weights for that: `counting.meta_model` builds a model from its config on PyTorch's
-# [meta device](../docs/glossary.md#meta-device), where tensors have a shape and no numbers. The six models below are small ones of real
-# architectures; larger ones have the same names.
+# is to print them. You don't need the weights for that: `counting.meta_model` builds a model from its config on PyTorch's [meta
+# device](../docs/glossary.md#meta-device), where tensors have a shape and no numbers. The six models below are small ones of
+# real architectures; larger ones have the same names.
 
 
 # %%
@@ -86,8 +86,8 @@ plotting.table(
 # mixture of experts, whose experts are stacked into one tensor and are no linear layers, so they don't appear. Qwen3-Next mixes
 # two kinds of attention.
 #
-# **Predict:** a recipe for a Llama says `target_modules=["q_proj", "v_proj"]`. On which of the six does this adapt two layers in every block,
-# where is it an error, and where does it do less than you would think, without an error?
+# **Predict:** a recipe for a Llama says `target_modules=["q_proj", "v_proj"]`. On which of the six does this adapt two layers
+# in every block, where is it an error, and where does it do less than you would think, without an error?
 
 # %%
 rows = []
@@ -103,9 +103,9 @@ for name, model in printed.items():
 plotting.table(["model", "PEFT", "`check_lora_config` says"], rows)
 
 # %% [markdown]
-# An error is the better outcome, because you notice it. On Qwen3-Next the recipe adapts one block of four, since only that one has a
-# `q_proj`; the run would start, and learn little. The check says `few_layers` there. On Qwen3-MoE it adapts the attention and leaves
-# all experts as they are.
+# An error is the better outcome, because you notice it. On Qwen3-Next the recipe adapts one block of four, since only that one
+# has a `q_proj`. The run would start and train a quarter of the blocks. The check says `few_layers` there. On Qwen3-MoE it
+# adapts the attention and leaves all experts as they are.
 #
 # Names that match nothing are an error only if *all* of them do. On GPT-2, for example, `["c_attn", "v_proj"]` is accepted:
 
@@ -120,10 +120,8 @@ print(validation.check_lora_config(printed["GPT-2"], half_right))
 #
 # A list holds the ends of names, up to a dot: `"attn.c_proj"` matches `transformer.h.0.attn.c_proj`. A string is a regular
 # expression for the *whole* name. `"all-linear"` takes every linear layer but the output layer. `exclude_modules` and
-# `layers_to_transform` take some away again. (The latter takes the first number in a name for the block's; on a model with several,
-# `layers_pattern` says which one.) Below, each is tried on a small Llama with four blocks, numbered from 0 to 3.
-#
-# **Predict:** which layers does each setting adapt, and in which blocks?
+# `layers_to_transform` take some away again. (The latter takes the first number in a name for the block's; on a model with
+# several, `layers_pattern` says which one.) Below, each is tried on a small Llama with four blocks, numbered from 0 to 3.
 
 # %%
 tiny = transformers.LlamaForCausalLM(
@@ -161,8 +159,8 @@ show_adapted(
 # ### Which layers are worth it?
 #
 # The LoRA paper adapts attention only, and says that query and value together do best for a given budget. Its table 5 does not
-# bear that out: all four attention matrices at rank 2 reach the same 73.7 on WikiSQL, and are ahead on MNLI with 91.7 against 91.3.
-# [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/) finds all linear layers better than attention alone. The
+# bear that out: all four attention matrices at rank 2 reach the same 73.7 on WikiSQL, and are ahead on MNLI with 91.7 against
+# 91.3. [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/) finds all linear layers better than attention alone. The
 # sweep below compares three choices on this course's model, each with about the same number of parameters.
 
 # %%
@@ -188,15 +186,15 @@ assert by_targets["all_linear"][1] > max(
 ), "best in every seed"
 
 # %% [markdown]
-# All linear layers are best in every seed, so `"all-linear"` is a good first choice where you have no reason for another one. A reason can
-# be memory, or a server that supports attention only.
+# All linear layers are best in every seed, so `"all-linear"` is a good first choice where you have no reason for another one. A
+# reason can be memory, or a server that supports attention only.
 
 # %% [markdown]
 # ### Exercise: choose targets for five architectures (core, 15 min)
 #
-# A colleague wants adapters on **all linear layers of the attention, and on no other layer**. Return `target_modules` for
-# the architecture that is given: `"llama"`, `"gpt2"`, `"gpt_neox"`, `"phi3"` or `"bert"`. The table above has the names of the first four.
-# In each block of BERT they are, in full:
+# A colleague wants adapters on **all linear layers of the attention, and on no other layer**. Return `target_modules` for the
+# architecture that is given: `"llama"`, `"gpt2"`, `"gpt_neox"`, `"phi3"` or `"bert"`. The table above has the names of the
+# first four. In each block of BERT they are, in full:
 #
 # > attention.self.query, attention.self.key, attention.self.value, attention.output.dense, intermediate.dense, output.dense
 #
@@ -251,17 +249,18 @@ show_adapted(
 )
 
 # %% [markdown]
-# In the last row `v_proj` has rank 16 but keeps alpha 8, so its scaling falls from 2 to 0.5. If you change the rank,
-# revisit alpha. A habit that does this by itself is alpha = 2r, which keeps the scaling at 2.
+# The first three are 2, 0.5 and, as √16 is 4, again 2. In the last setting `v_proj` has rank 16 but keeps alpha 8, so its
+# scaling falls to 0.5. If you change the rank, revisit alpha. A habit that does this by itself is alpha = 2r, which keeps the
+# scaling at 2.
 #
-# Two more numbers belong here. `lora_dropout` drops a share of the adapter's inputs, in training mode only, against overfitting. And
-# a rank above a layer's smaller side is accepted, though *A* and *B* then have more numbers than the layer itself;
-# `check_lora_config` says `rank_too_large`.
+# Two more numbers belong here. `lora_dropout` drops a share of the adapter's inputs, in training mode only, against
+# overfitting. And a rank above a layer's smaller side is accepted, though *A* and *B* then have more numbers than the layer
+# itself; `check_lora_config` says `rank_too_large`.
 #
-# Why does LoRA divide by the rank at all? The paper says: so that one learning rate serves every rank (section 4.1). You can test
-# that. The next cells train adapters of four ranks for eight steps each, and measure how far their
-# [logits](../docs/glossary.md#logits) move. The rate of 1e-3 suits the course's model, while models of billions of parameters take
-# about 1e-4.
+# Why does LoRA divide by the rank at all? The paper says: so that one learning rate serves every rank (section 4.1). You can
+# test that. The next cells train adapters of four ranks for eight steps each, and measure how far their
+# [logits](../docs/glossary.md#logits) move. The rate of 1e-3 suits the course's model, while models of billions of parameters
+# take about 1e-4.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -316,7 +315,8 @@ examples = [encode(row) for row in data.load_task("sailor", "train").select(rang
 batches = [collate(examples[start : start + 16]) for start in range(0, 640, 16)]
 
 # %% [markdown]
-# **Predict:** alpha is 4 throughout. From rank 1 to rank 64, does the change of the logits grow, shrink or stay, with α/r and with α/√r?
+# **Predict:** alpha is 4 throughout. From rank 1 to rank 64, does the change of the logits grow, shrink or stay, with α/r and
+# with α/√r?
 
 # %%
 base_model = load_base()
@@ -347,14 +347,15 @@ figure.axes[0].set_xticks(ranks, ranks)
 plotting.show(figure, f"{title}. {plotting.described(series)}")
 
 # %% [markdown]
-# With α/r the change stays nearly the same at every rank, so the paper is right for these first steps. The reason is
-# Adam: its step has about the same size for every entry of *B*, so *r* of them add up to *r* times the change, and α/r divides that out.
-# With α/√r the change grows with the rank. [rsLoRA](https://arxiv.org/abs/2312.03732) argues that long training at high ranks needs this;
-# eight steps can't show it.
+# With α/r the change stays nearly the same at every rank, so the paper is right for these first steps. The reason is Adam: its
+# step has about the same size for every entry of *B*, so *r* of them add up to *r* times the change, and α/r divides that out.
+# With α/√r the change grows with the rank. [rsLoRA](https://arxiv.org/abs/2312.03732) argues that long training at high ranks
+# needs this; eight steps can't show it.
 #
 # ### Find the fault in a run that learns slowly
 #
-# A colleague read that "a scaling of 2 is usual", and sends you this configuration and its losses. There was no error and no warning.
+# A colleague read that "a scaling of 2 is usual", and sends you this configuration and its losses. There was no error and no
+# warning.
 #
 # **Predict:** what is wrong with the configuration?
 
@@ -366,8 +367,8 @@ print("losses:", ", ".join(f"{loss:.2f}" for loss in slow[::3]))
 print(validation.check_lora_config(base_model, colleagues))
 
 # %% [markdown]
-# Alpha was taken for the scaling itself. It is divided by the rank, so the scaling is 2/32 where 2 was meant, 32 times too small. The loss
-# falls all the same, only slowly, and one would look for the fault in the data. The same run with alpha 64:
+# Alpha was taken for the scaling itself. It is divided by the rank, so the scaling is 2/32 where 2 was meant, 32 times too
+# small. The loss falls all the same, only slowly, and one would look for the fault in the data. The same run with alpha 64:
 
 # %%
 runtime.seed_everything(1)
@@ -385,9 +386,10 @@ plotting.show(figure, f"{title}. {plotting.described(series)}")
 # %% [markdown]
 # ## Train more than A and B
 #
-# Some settings train other numbers as well. The next cell tries five on a tiny OPT, which has biases in its layers (a Llama has none):
-# DoRA ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)), which also trains a size for each output; biases; a layer that is trained whole
-# (`modules_to_save`); and single rows of the embedding (`trainable_token_indices`), for tokens that you added.
+# Some settings train other numbers as well. The next cell tries five on a tiny OPT, which has biases in its layers (a Llama has
+# none): DoRA ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)), which also trains a size for each output; biases; a layer
+# that is trained whole (`modules_to_save`); and single rows of the embedding (`trainable_token_indices`), for tokens that you
+# added.
 #
 # **Predict:** after one training step the adapter is switched off with `disable_adapter()`. Which settings don't give
 # back the base model?
@@ -433,10 +435,10 @@ plotting.table(["setting", "in A and B", "in others", "switched off, equals the 
 #
 # ### A new head
 #
-# A classifier needs an output layer that the base model doesn't have, a **head**. It starts at random numbers, and LoRA freezes it
-# like the rest unless you say otherwise. The task is `mood`: is a guest's review happy? Below, LoRA trains around a frozen head, and
-# with a trained one. Then each adapter is saved and loaded on five copies of the model, as on other days, each with new
-# random numbers in its head.
+# A classifier needs an output layer that the base model doesn't have, a **head**. It starts at random numbers, and LoRA freezes
+# it like the rest unless you say otherwise. The task is `mood`: is a guest's review happy? Below, LoRA trains around a frozen
+# head, and with a trained one. Then each adapter is saved and loaded on five copies of the model, as on other days, each with
+# new random numbers in its head.
 #
 # **Predict:** can LoRA learn around a frozen random head? What is left of its accuracy after loading?
 
@@ -496,9 +498,9 @@ plotting.table(
 
 # %% [markdown]
 # LoRA learns around a frozen random head. But what it learned fits that one head, and the head is not in the file. On five new
-# heads the accuracy is no better than guessing, and with one of them far worse, because that head swaps the labels. No error says so. With
-# `modules_to_save` the head is trained and saved with the adapter, and `task_type="SEQ_CLS"` does the same for heads that are called
-# `classifier` or `score`. **If a layer is new, it must be trained and saved.**
+# heads the accuracy is no better than guessing, and with one of them far worse, because that head swaps the labels. No error
+# says so. With `modules_to_save` the head is trained and saved with the adapter, and `task_type="SEQ_CLS"` does the same for
+# heads that are called `classifier` or `score`. **If a layer is new, it must be trained and saved.**
 #
 # ## Count parameters from the config
 #
@@ -538,12 +540,12 @@ assert count_lora([(64, 64), (64, 128)] * 4, 3) == _trained
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# `counting.count_lora_parameters` does this for a whole model: it builds the model on the meta device, and asks PEFT's rules which
-# layers get an adapter. The next cell compares it with what PEFT really trains on our model, and then counts a model of 175
-# billion parameters. GPT-3's weights are not public, but its sizes are: 96 layers of width 12,288.
+# `counting.count_lora_parameters` does this for a whole model: it builds the model on the meta device, and asks PEFT's rules
+# which layers get an adapter. The next cell compares it with what PEFT really trains on our model, and then counts a model of
+# 175 billion parameters. GPT-3's weights are not public, but its sizes are: 96 layers of width 12,288.
 #
-# **Predict:** the LoRA paper says that it trains "10,000 times" fewer parameters, other texts say "up to 99% fewer", and "adapters
-# of a few megabytes". Which of these hold for all rows below?
+# **Predict:** the LoRA paper says that it trains "10,000 times" fewer parameters, other texts say "up to 99% fewer", and
+# "adapters of a few megabytes". Which of these hold for all rows below?
 
 # %%
 config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -600,8 +602,8 @@ fewer = 175e9 / (96 * 2 * 4 * (12288 + 12288))
 assert 9000 < fewer < 10_000, "rounded up"
 
 # %% [markdown]
-# None holds for all. "10,000 times" is GPT-3 with rank 4, rounded up from {{fewer:,.0f}}; it depends on the width and the rank. "Up to 99%" is
-# too little for the first two rows and too much for the last two. "A few megabytes" holds for narrow adapters.
+# None holds for all. "10,000 times" is GPT-3 with rank 4, rounded up from {{fewer:,.0f}}; it depends on the width and the rank.
+# "Up to 99%" is too little for the first two rows and too much for the last two. "A few megabytes" holds for narrow adapters.
 #
 # The same count can check a paper. These are figures of the LoRA paper, with our count beside them.
 
@@ -649,10 +651,10 @@ for _printed, _width, _blocks in (("0.35", 1024, 24), ("0.77", 1280, 36)):
 # ## Plan the memory
 #
 # Training holds four things: the weights, their gradients, the optimizer's state, and the
-# [activations](../docs/glossary.md#activations), the intermediate results that the backward pass needs. Adam keeps two numbers for each trained
-# parameter. So in float32 a trained parameter takes 4 + 4 + 8 = 16 bytes, and a frozen one takes 4. `memory.estimate_memory` predicts
-# all four parts from the config, the last as an upper bound. The next cell compares it with a real training step of the course's
-# model, on a batch of 16 rows.
+# [activations](../docs/glossary.md#activations), the intermediate results that the backward pass needs. Adam keeps two numbers
+# for each trained parameter. So in float32 a trained parameter takes 4 + 4 + 8 = 16 bytes, and a frozen one takes 4.
+# `memory.estimate_memory` predicts all four parts from the config, the last as an upper bound. The next cell compares it with a
+# real training step of the course's model, on a batch of 16 rows.
 #
 # **Predict:** LoRA trains under 4% of the parameters here. How much memory does it take, compared with training all weights:
 # 4%, a quarter, or most of it?
@@ -677,13 +679,14 @@ plotting.table(["method", "part", "predicted, MB", "measured, MB"], rows)
 print(f"LoRA takes {total['lora'] / total['full']:.0%} of the memory of full fine-tuning.")
 
 # %% [markdown]
-# Most of it. LoRA reduces gradients and optimizer state to almost nothing, but the weights stay in memory, and so do most of the
-# activations. These grow with the number of tokens in a batch, and on a small model with 16 rows they are the largest part. (The
-# prediction for activations is an upper bound, so the measured ones are fewer.)
+# Most of it. LoRA reduces gradients and optimizer state to almost nothing, but the weights stay in memory, and so do most of
+# the activations. These grow with the number of tokens in a batch, and on a small model with 16 rows they are the largest part.
+# (The prediction for activations is an upper bound, so the measured ones are smaller.)
 #
-# On a model of 8 billion parameters the proportions are others. The bars show the predictions for Llama 3.1 8B in bfloat16, with one row of
-# 1,024 tokens at a time. QLoRA holds the frozen weights in 4 bits, which is lesson 5's theme.
-# [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) drops most activations and computes them again in the backward pass.
+# On a model of 8 billion parameters the proportions are others. The bars show the predictions for Llama 3.1 8B in bfloat16,
+# with one row of 1,024 tokens at a time. QLoRA holds the frozen weights in 4 bits, which is lesson 5's theme. [Gradient
+# checkpointing](../docs/glossary.md#gradient-checkpointing) drops most activations and computes them again in the backward
+# pass.
 #
 # **Predict:** which part is the largest in each of the first three bars?
 
@@ -718,11 +721,21 @@ figure, alt = plotting.stacked_bars(
 )
 plotting.show(figure, alt)
 
+# %% tags=["claim"]
+paper_bytes = 1.2e12 / 175e9  # per parameter: section 4.2 of the paper, GPT-3 with Adam
+assert 175e9 * 2 == 350e9, "are the frozen weights in 16 bits"
+assert 6.5 < paper_bytes < 7, "under 7 bytes"
+
 # %% [markdown]
-# For all weights the optimizer's state is the largest part. LoRA shrinks it and the gradients to almost nothing, so the frozen weights
-# are the largest part that is left. In 4 bits they shrink too, and the activations lead, which neither LoRA nor QLoRA reduces.
+# For all weights the optimizer's state is the largest part. LoRA shrinks it and the gradients to almost nothing, so the frozen
+# weights are the largest part that is left. In 4 bits they shrink too, and the activations lead, which neither LoRA nor QLoRA
+# reduces.
 #
-# These are bytes of tensors. A GPU also needs some for its CUDA context, and loses some between tensors
+# "Memory to a third" is the LoRA paper's case of GPT-3, 350 GB instead of 1.2 TB. The 350 GB are the frozen weights in 16 bits,
+# and that agrees. The 1.2 TB are under 7 bytes a parameter, though weights and gradients in 16 bits and two moments in 32 bits
+# take 12. Counted so, LoRA saves more than the paper says.
+#
+# The bars are bytes of tensors. A GPU also needs some for its CUDA context, and loses some between tensors
 # (fragmentation). So leave about a tenth free; that is a rule of thumb, which we did not measure.
 #
 # ### When memory runs out
@@ -730,7 +743,8 @@ plotting.show(figure, alt)
 # ![A ladder of six rungs. From the bottom: LoRA instead of all weights; one row at a time with gradient accumulation; gradient checkpointing; the base in 4 bits; shorter rows; a smaller model. Each rung names what it shrinks and what it costs](../images/memory_ladder.png)
 #
 # Go up one rung at a time, because each one costs something. The second rung keeps the *effective* batch: with
-# `per_device_train_batch_size=1` and `gradient_accumulation_steps=16` the optimizer still steps after 16 rows.
+# `per_device_train_batch_size=1` and `gradient_accumulation_steps=16` the optimizer still steps after 16 rows. The last column
+# of the table says which size of GPU would do.
 
 # %%
 ladder = {
@@ -810,10 +824,11 @@ assert config_within(llama, 24e9).lora_alpha == 128
 # %% [markdown]
 # ## Recap
 #
-# Print the model's layers, name targets that exist on it, and let `check_lora_config` confirm that each name matches; without a reason for
-# other layers take all linear ones. Choose a rank and let alpha follow it, because the scaling is α/r. Train and save whatever is new, such as a head.
-# Whether training fits you can compute from the config: LoRA removes gradients and optimizer state of the frozen weights, a 4-bit base removes
-# most of the weights, and smaller batches and checkpointing reduce the activations.
+# Print the model's layers, name targets that exist on it, and let `check_lora_config` confirm that each name matches; without a
+# reason for other layers take all linear ones. Choose a rank and let alpha follow it, because the scaling is α/r. Train and
+# save whatever is new, such as a head. Whether training fits you can compute from the config: LoRA removes gradients and
+# optimizer state of the frozen weights, a 4-bit base removes most of the weights, and smaller batches and checkpointing reduce
+# the activations.
 
 # %%
 plotting.table(
@@ -859,16 +874,16 @@ print(
 # ## Quiz
 #
 # <details><summary>1 · You raise the rank from 8 to 64 and leave alpha alone. What else has changed?</summary>
-# The scaling, to an eighth of what it was. In the first steps that makes little difference to the size of the change, because Adam's steps grow
-# with the rank, but the two settings are no longer those of your first run. Decide on alpha, too.
+# The scaling, to an eighth of what it was. In the first steps that makes little difference to the size of the change, because
+# Adam's steps grow with the rank, but the two settings are no longer those of your first run. Decide on alpha, too.
 # </details>
 # <details><summary>2 · LoRA trains one parameter in a hundred. Why doesn't it take a hundredth of the memory?</summary>
 # Gradients and optimizer state shrink with the trained parameters. The frozen weights stay in memory, and so do nearly all
 # activations. These two are what 4-bit weights, checkpointing and smaller batches reduce.
 # </details>
 # <details><summary>3 · A recipe for a Llama runs on another model without an error. Is it right there?</summary>
-# Not necessarily. PEFT refuses only if no name matches. One that matches nothing is passed over, and names that exist in some blocks only adapt
-# only those. Look at the table of adapted layers, or let <code>check_lora_config</code> do so.
+# Not necessarily. PEFT refuses only if no name matches. One that matches nothing is passed over, and names that exist in some
+# blocks only adapt only those. Look at the table of adapted layers, or let <code>check_lora_config</code> do so.
 # </details>
 #
 # ## Where to read on
@@ -878,5 +893,5 @@ print(
 # - [A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA](https://arxiv.org/abs/2312.03732), Kalajdzievski 2023
 # - [Recipes](../docs/recipes.md) with values for real models, and [Decide](../docs/decide.md)
 #
-# Next: [lesson 5](05_qlora.ipynb) trains on a base in four bits. [Lesson 3](03_lora_finetuning.ipynb) is where ranks and rates are
-# swept. Why a low rank can be enough is the theme of a [deep dive](deep_low_rank.ipynb).
+# Next: [lesson 5](05_qlora.ipynb) trains on a base in four bits. [Lesson 3](03_lora_finetuning.ipynb) is where ranks and rates
+# are swept. Why a low rank can be enough is the theme of a [deep dive](deep_low_rank.ipynb).

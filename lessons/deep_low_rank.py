@@ -41,9 +41,9 @@ print(
 # ## Train all weights
 #
 # You need changes that nobody forced to be of low rank. So the next cells train **all** weights, once for `reading` (answer a
-# question about a passage) and once for `sailor` (say a sentence in a sailor's speech). Both runs use the same settings, so that
-# differences come from the task. The rate of 2.5e-3 suits this model of 3.9 million parameters; full fine-tuning of
-# models with billions of parameters takes about 1e-5. This is the longest run here.
+# question about a passage) and once for `sailor` (say a sentence in a sailor's speech). Both runs use the same settings, so
+# that differences come from the task. The rate of 2.5e-3 suits this model of 3.9 million parameters; full fine-tuning of models
+# with billions of parameters takes about 1e-5. This is the longest run here.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -111,13 +111,13 @@ for task in ("reading", "sailor"):
 # %% [markdown]
 # ## Take the change apart
 #
-# Every linear layer now has a change *ΔW*, its weights after training minus those before. A
-# [singular value decomposition](../docs/glossary.md#singular-value-decomposition) writes it as a sum of **directions**,
-# the strongest first: *ΔW* = *s₁u₁v₁ᵀ* + *s₂u₂v₂ᵀ* + … For example, the matrix with the rows (1, 2), (2, 4) and (3, 6) has one direction,
-# because each row is a multiple of (1, 2). A matrix has rank *r* if *r* of its strengths *s* are above zero.
+# Every linear layer now has a change *ΔW*, its weights after training minus those before. A [singular value
+# decomposition](../docs/glossary.md#singular-value-decomposition) writes it as a sum of **directions**, the strongest first:
+# *ΔW* = *s₁u₁v₁ᵀ* + *s₂u₂v₂ᵀ* + … For example, the matrix with the rows (1, 2), (2, 4) and (3, 6) has one direction, because
+# each row is a multiple of (1, 2). A matrix has rank *r* if *r* of its strengths *s* are above zero.
 #
-# The squared strengths add up to the squared size of the change, ‖*ΔW*‖². So you can say which share of it the first eight directions
-# hold, for example.
+# The squared strengths add up to the squared size of the change, ‖*ΔW*‖². So you can say which share of it the first eight
+# directions hold, for example.
 
 # %%
 before = {
@@ -157,8 +157,8 @@ plotting.table(["layer", "shape", *columns], rows)
 # %% [markdown]
 # Every kind of layer changes by a similar share of its size. The next figure shows all strengths.
 #
-# **Predict:** do they fall evenly from the first direction to the last, as in a matrix of random numbers, or steeply? And alike for
-# both tasks?
+# **Predict:** do they fall evenly from the first direction to the last, as in a matrix of random numbers, or steeply? And alike
+# for both tasks?
 
 # %%
 panels = {
@@ -222,9 +222,9 @@ assert abs((truncate(_matrix, 4) - _matrix).norm() - _S[4:].norm()) < 1e-9
 # %% [markdown]
 # ## Cut it, and score what is left
 #
-# A steep spectrum says something about numbers, and not yet about a skill. So the next cell takes the base model, adds the first *r*
-# directions of each layer's change, and scores the result on held-out rows. Embeddings and norms stay the base's, because LoRA would not
-# train them either. Your `truncate` does the cutting as soon as it passes its check.
+# A steep spectrum says something about numbers, and not yet about a skill. So the next cell takes the base model, adds the
+# first *r* directions of each layer's change, and scores the result on held-out rows. Embeddings and norms stay the base's,
+# because LoRA would not train them either. Your `truncate` does the cutting as soon as it passes its check.
 #
 # **Predict:** with how many directions in each layer is the score as good as with all 256, for each of the tasks?
 
@@ -262,8 +262,9 @@ for task, r, low, high in (("reading", 1, 0.8, 1), ("sailor", 8, 0, 0.5), ("sail
     evaluation.band(name, scores[task, r], low, high, quiet=True)
 
 # %% [markdown]
-# One run may be luck. The sweep `cut_to_rank` did the same with three seeds, more ranks, more rows and more steps. In the figure each line is a mean, and
-# its band goes from the lowest seed to the highest.
+# For `reading` one direction is enough, and for `sailor` even eight bring little. One run may be luck, so the sweep
+# `cut_to_rank` did the same with three seeds, more ranks, more rows and more steps. In the figure each line is a mean, and its
+# band goes from the lowest seed to the highest.
 
 # %%
 swept = data.load_results("cut_to_rank")
@@ -308,16 +309,17 @@ untouched = swept_by("learning_rate", "test", "method", "learning_rate")["full",
 assert every + 0.05 < untouched, "stay the base's"
 
 # %% [markdown]
-# The shares of the change are nearly the same for both tasks, but the scores are far apart. A single direction in each layer is enough for
-# {{one:.0%}} of `reading`, of which the base alone answers nothing. That suggests that the model could do the parts of reading
-# before, and had to learn only when to do them. Of `sailor`, eight directions bring {{eight:.0%}}, and 64 are needed to come near the {{every:.0%}} of all
-# of them. So its faint directions matter. (The trained model itself gets {{untouched:.1%}} right. Some of that is lost because
-# embeddings and norms stay the base's here.) **A share of the change is not a share of the skill.**
+# The shares of the change are nearly the same for both tasks, but the scores are far apart. A single direction in each layer is
+# enough for {{one:.0%}} of `reading`, of which the base alone answers nothing. That suggests that the model could do the parts
+# of reading before, and had to learn only when to do them. Of `sailor`, eight directions bring {{eight:.0%}}, and 64 are needed
+# to come near the {{every:.0%}} of all of them. So its faint directions matter. (The trained model itself gets
+# {{untouched:.1%}} right. Some of that is lost because embeddings and norms stay the base's here.) **A share of the change is
+# not a share of the skill.**
 #
 # ## Cutting is not training
 #
-# If eight directions of the change don't do for `sailor`, can LoRA of rank 8 learn it? Here are both, and rank 1, on the same rows with the
-# same number of steps.
+# If eight directions of the change don't do for `sailor`, can LoRA of rank 8 learn it? Here are both, and rank 1, on the same
+# rows with the same number of steps.
 #
 # **Predict:** LoRA trains with rank 8 from the start. Will it score like the change that was cut to rank 8?
 
@@ -336,8 +338,8 @@ assert rank_1[1] > 0.8 and rank_1[2] > rank_8[1], "even rank 1"
 
 # %% [markdown]
 # No. LoRA of rank 8 gets {{rank_8[0]:.0%}} of `sailor` right, where the cut change gets {{eight:.0%}}, and even rank 1 gets
-# {{rank_1[0]:.0%}}. Nothing in full fine-tuning asks for few directions, so it spreads its change over many. LoRA doesn't have to
-# reproduce *that* change. It only needs *some* change of low rank that does the task, and training looks for one. [Lesson
+# {{rank_1[0]:.0%}}. Nothing in full fine-tuning asks for few directions, so it spreads its change over many. LoRA doesn't have
+# to reproduce *that* change. It only needs *some* change of low rank that does the task, and training looks for one. [Lesson
 # 3](03_lora_finetuning.ipynb) measures where a low rank runs out, with facts to remember.
 #
 # ## Do two ranks find the same directions?
@@ -404,19 +406,20 @@ of_start = mean_similarity(rank_8, start_8, 8, 8)
 print(f"All 8 directions lie {of_start:.0%} in those that A of rank 8 started from.")
 
 # %% [markdown]
-# By chance, subspaces of *i* and *j* out of *d* dimensions share max(*i*, *j*)/*d*, so 8/256 is about 3%. The rows of untrained matrices
-# show just that. Always compare with chance before you call two subspaces alike. The strongest trained direction is shared far
-# beyond chance; of all eight, little more than chance is left.
+# By chance, subspaces of *i* and *j* out of *d* dimensions share max(*i*, *j*)/*d*, so 8/256 is about 3%. The rows of untrained
+# matrices show just that. Always compare with chance before you call two subspaces alike. The strongest trained direction is
+# shared far beyond chance; of all eight, little more than chance is left.
 #
-# The paper finds more: over 50% for the top direction in a layer of GPT-3, after a whole training (figure 3). The line below the figure says
-# why we find less. Twenty steps have hardly turned *A* away from its random start, so this grid compares two random starts for the most part.
+# The paper finds more: over 50% for the top direction in a layer of GPT-3, after a whole training (figure 3). The line below
+# the figure says why we find less. Twenty steps have hardly turned *A* away from its random start, so this grid compares two
+# random starts for the most part.
 #
 # ## Recap
 #
-# The change of full fine-tuning is only roughly of low rank: a few directions are strong, but faint ones can carry the skill, and how
-# many are needed depends on the task. LoRA works for another reason. It doesn't need that change to be of low rank, only that *some*
-# change of low rank does the task, and for a task such as `sailor` training finds one even at rank 1. Whether two ranks find the same directions can
-# only be judged beside chance.
+# The change of full fine-tuning is only roughly of low rank: a few directions are strong, but faint ones can carry the skill,
+# and how many are needed depends on the task. LoRA works for another reason. It doesn't need that change to be of low rank,
+# only that *some* change of low rank does the task, and for a task such as `sailor` training finds one even at rank 1. Whether
+# two ranks find the same directions can only be judged beside chance.
 
 # %%
 plotting.table(
@@ -444,8 +447,8 @@ progress("deep")
 # %% [markdown]
 # ## Take it to work
 #
-# Put the folder of an adapter of yours here. The cell shows how many directions its changes use, of the rank that they
-# may have. An adapter that uses few of them could have had a lower rank.
+# Put the folder of an adapter of yours here. The cell shows how many directions its changes use. If these are few, a lower rank
+# is worth a try; whether it does as well, only training with it can tell.
 
 # %%
 my_adapter = None
@@ -455,8 +458,10 @@ tensors = peft.utils.load_peft_weights(
 used, largest = [], 0
 for name, A in tensors.items():
     if ".lora_A." in name:
-        S = torch.linalg.svdvals(tensors[name.replace(".lora_A.", ".lora_B.")].float() @ A.float())
-        used.append(int((share_of := S.square().cumsum(0) / S.square().sum()).lt(0.9).sum()) + 1)
+        B = tensors[name.replace(".lora_A.", ".lora_B.")]
+        S = torch.linalg.svdvals(B.float() @ A.float())
+        shares = S.square().cumsum(0) / S.square().sum()
+        used.append(int((shares < 0.9).sum()) + 1)
         largest = max(largest, len(A))
 print(
     f"rank {largest}: 90% of a layer's squared change lie in {min(used)} to {max(used)} directions"
@@ -466,8 +471,8 @@ print(
 # ## Quiz
 #
 # <details><summary>1 · Eight directions hold 57% of a change. What does that say about the score with these eight?</summary>
-# Nothing by itself. Here the same share went with nearly all of <code>reading</code> and a small part of <code>sailor</code>. You have to
-# score it.
+# Nothing by itself. Here the same share went with nearly all of <code>reading</code> and a small part of <code>sailor</code>.
+# You have to score it.
 # </details>
 # <details><summary>2 · The spectrum of a full fine-tuning needs rank 64. Must LoRA have rank 64, too?</summary>
 # No. Full fine-tuning spreads its change because nothing stops it. LoRA looks for another change, one of low rank, and
@@ -484,4 +489,5 @@ print(
 #   Fine-Tuning](https://arxiv.org/abs/2012.13255), Aghajanyan et al. 2020: the idea before LoRA
 # - [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/), on what a low rank can and can't hold
 #
-# Back to the road: [lesson 3](03_lora_finetuning.ipynb) fine-tunes with LoRA, [lesson 4](04_configuration.ipynb) chooses a rank.
+# Back to the road: [lesson 3](03_lora_finetuning.ipynb) fine-tunes with LoRA, [lesson 4](04_configuration.ipynb) chooses a
+# rank.
