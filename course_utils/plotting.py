@@ -220,6 +220,92 @@ def weight_picture(matrices, title):
     return fig
 
 
+def stacked_bars(parts, title, xlabel):
+    """(figure, its text): a bar for each label of `parts`, {label: {part: size}}, its parts stacked from the left.
+
+    The labels have the same parts in the same order; a bar's sum stands at its end. xlabel names the unit.
+    Raises ValueError if the parts of two labels differ.
+    """
+    import matplotlib.pyplot as plt
+
+    names = list(next(iter(parts.values())))
+    for label, sizes in parts.items():
+        if list(sizes) != names:
+            raise ValueError(f"{label} has the parts {list(sizes)}, and the first label has {names}.")
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots(figsize=(7, 1.6 + 0.5 * len(parts)))
+        left = dict.fromkeys(parts, 0.0)
+        for part, color, hatch in zip(names, itertools.cycle(COLORS), itertools.cycle(("", "///", "...", "xxx"))):
+            sizes = [parts[label][part] for label in parts]
+            axes.barh(
+                list(parts), sizes, left=list(left.values()), color=color, hatch=hatch, edgecolor="white", label=part
+            )
+            left = {label: start + parts[label][part] for label, start in left.items()}
+        for label, total in left.items():
+            axes.text(total, label, f" {total:.1f}", va="center")
+        axes.set(xlabel=xlabel, xlim=(0, 1.12 * max(left.values())))
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        fig.legend(loc="outside lower center", ncols=len(names))
+        _title(fig, title)
+    told = "; ".join(
+        f"{label}: " + ", ".join(f"{part} {size:.1f}" for part, size in sizes.items()) for label, sizes in parts.items()
+    )
+    return fig, f"{title}. {xlabel}. {told}."
+
+
+def levels(values, formats, title, xlabel):
+    """(figure, its text): a histogram of `values` from -1 to 1, and below it the levels of each of `formats`, {name: levels}."""
+    import matplotlib.pyplot as plt
+
+    with plt.style.context(STYLE_FILE):
+        fig, (top, bottom) = plt.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        top.hist(_as_array(values).ravel(), bins=120, range=(-1, 1), color="#999999")
+        top.set(ylabel="how many", yticks=[])
+        for place, marks in enumerate(formats.values()):
+            color = COLORS[place % len(COLORS)]
+            marks = _as_array(marks)
+            bottom.plot(marks, [-place] * len(marks), "|", color=color, markersize=16, markeredgewidth=2)
+        bottom.set(
+            yticks=[-place for place in range(len(formats))],
+            yticklabels=list(formats),
+            ylim=(0.6 - len(formats), 0.6),
+            xlabel=xlabel,
+        )
+        for axes in (top, bottom):
+            axes.grid(False)
+        _title(fig, title)
+    told = "; ".join(f"{name}: " + ", ".join(f"{mark:.2f}" for mark in marks) for name, marks in formats.items())
+    return fig, f"{title}. A histogram, and below it the levels of {told}."
+
+
+def staircase(weights, read_back, title):
+    """(figure, its text): numbers in ascending order as dots, the levels that they are stored as, and the errors in between.
+
+    weights, read_back: 1-D, of the same length; the numbers before and after quantising.
+    """
+    import matplotlib.pyplot as plt
+
+    before, after = _as_array(weights), _as_array(read_back)
+    order = before.argsort()
+    before, after, places = before[order], after[order], range(len(order))
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots()
+        axes.hlines(sorted(set(after)), 0, len(order) - 1, color="#DDDDDD", linewidth=1)
+        axes.vlines(places, before, after, color="#999999", linewidth=1.5, label="error")
+        for values, label, color, marker in ((before, "weight", COLORS[0], "o"), (after, "read back", COLORS[1], "s")):
+            axes.plot(places, values, marker, color=color, markersize=3.5, linestyle="", label=label)
+        axes.grid(False)
+        axes.set(xlabel="weights of one block, in ascending order", ylabel="value")
+        axes.legend(loc="upper left")
+        _title(fig, title)
+    alt = (
+        f"{title}. {len(order)} weights in ascending order from {before[0]:.2f} to {before[-1]:.2f}, and what is read back: "
+        f"steps at {len(set(after))} levels. The largest error is {abs(after - before).max():.3f}."
+    )
+    return fig, alt
+
+
 def _as_array(matrix):
     import numpy
 

@@ -67,8 +67,15 @@ class Canvas:
         """Leads from a thing to the same thing enlarged."""
         self.axes.add_patch(Polygon(corners, facecolor="black", alpha=0.07, linewidth=0, zorder=1.2))
 
-    def arrow(self, *points, color=FLOW, line=1.8, head=11):
-        """A line through the points, with a head at the last."""
+    def arrow(self, *points, color=FLOW, line=1.8, head=11, dashed=False):
+        """A line through the points, with a head at the last; if dashed, a straight one to the left or right."""
+        if dashed:
+            (start, y), (end, _) = points
+            near = end + (14 if start > end else -14)
+            self.axes.plot(
+                [start, near], [y, y], color=color, linewidth=line, linestyle=(0, (4, 3)), marker="", zorder=1.5
+            )
+            points = ((near, y), (end, y))
         self.axes.add_patch(
             FancyArrowPatch(
                 path=Path(points),
@@ -286,7 +293,75 @@ def _step(canvas, x, y, data, method, result, color, width=204):
     canvas.text(x + width / 2, y - 38, result)
 
 
-PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix, "preference.png": draw_preference}
+def draw_qlora():
+    """One layer in QLoRA: what is stored, what is there for a moment, what is trained, and the ways of data and gradients."""
+    canvas = Canvas(900, 440)
+    left, right, lane, low, middle = 300, 560, 250, 84, 170
+    # what is stored: a corner of the codes, each of which names one of 16 levels
+    canvas.panel(left - 70, 314, right - left + 140, 112, face=PANEL)
+    for row in range(4):
+        for column in range(6):
+            grey = 0.35 + 0.04 * ((7 * row + 5 * column + row * column) % 16)
+            canvas.box(left - 54 + 16 * column, 339 + 16 * row, 14, 14, face=str(grey), corner=1, line=0)
+    canvas.text(left + 60, 405, "W, stored in 4 bits", size=13, weight="bold", ha="left")
+    canvas.text(left + 60, 381, "each number names one of 16 levels;", ha="left")
+    canvas.text(left + 60, 362, "64 neighbours share a scale", ha="left")
+    canvas.lock(left + 68, 336)
+    canvas.text(left + 86, 335, "frozen", color=QUIET, ha="left")
+    # what is there for a moment
+    canvas.arrow((430, 314), (430, lane + 34), color=QUIET)
+    canvas.text(444, 299, "read back", color=QUIET, ha="left")
+    canvas.axes.add_patch(
+        FancyBboxPatch(
+            (left, lane - 32),
+            right - left,
+            64,
+            boxstyle="round,pad=0,rounding_size=4",
+            facecolor="white",
+            edgecolor=EDGE,
+            linewidth=1.4,
+            linestyle=(0, (2, 2)),
+            zorder=2,
+        )
+    )
+    canvas.text(430, lane + 12, "W in 16 bits", size=13, weight="bold")
+    canvas.text(430, lane - 12, "one layer at a time, then dropped", color=QUIET)
+    # what is trained
+    for x, name in ((left, "A"), (right - 80, "B")):
+        canvas.box(x, low - 22, 80, 44, face=READING, edge=READING)
+        canvas.text(x + 40, low, name, size=15, weight="bold", color="white")
+    canvas.arrow((left + 80, low + 8), (right - 80, low + 8))
+    canvas.text(430, low - 40, "in 16 or 32 bits: trained, with gradients and Adam's numbers", color=DARK_READING)
+    # the ways of the data
+    canvas.box(40, middle - 22, 70, 44, face=tint(FLOW), edge=FLOW)
+    canvas.text(75, middle, "x", size=15, weight="bold")
+    for y, start in ((lane + 10, left), (low + 8, left)):
+        canvas.arrow((110, middle), (180, middle), (180, y), (start, y))
+    canvas.arrow((right, lane + 10), (680, lane + 10), (680, middle + 13))
+    canvas.arrow((right, low + 8), (680, low + 8), (680, middle - 13))
+    canvas.axes.add_patch(Circle((680, middle), 13, facecolor="white", edgecolor=FLOW, linewidth=1.8, zorder=2))
+    canvas.text(680, middle, "+", size=15, weight="bold")
+    canvas.arrow((693, middle), (730, middle))
+    canvas.box(730, middle - 22, 150, 44, face=tint(FLOW), edge=FLOW)
+    canvas.text(805, middle, "h = Wx + s·BAx", size=12, weight="bold")
+    # the ways of the gradients
+    for y in (lane - 14, low - 10):
+        canvas.arrow((664, y), (right, y), color=READING, dashed=True)
+        canvas.arrow((left, y), (196, y), color=READING, dashed=True)
+    canvas.arrow((right - 80, low - 10), (left + 80, low - 10), color=READING, dashed=True)
+    for y, words, dashed, color in ((414, "data", False, FLOW), (388, "gradients", True, READING)):
+        canvas.arrow((24, y), (74, y), color=color, dashed=dashed)
+        canvas.text(84, y, words, ha="left")
+    canvas.text(430, 196, "gradients pass through W and do not change it", color=DARK_READING)
+    return canvas
+
+
+PICTURES = {
+    "adapter.png": draw_adapter,
+    "score_matrix.png": draw_score_matrix,
+    "preference.png": draw_preference,
+    "qlora.png": draw_qlora,
+}
 
 
 def draw_all(folder):

@@ -919,7 +919,12 @@ def test_the_guides_table_has_every_lesson_with_its_minutes():
         code_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
         rule = words / 200 + 2 * code_cells + exercises  # minutes, as the guide says; it rounds to half an hour
         row = next(
-            (line for line in GUIDE.splitlines() if line.startswith(f"| [{editions.label(path.stem)} ")), "no row"
+            (
+                line
+                for line in GUIDE.splitlines()
+                if line.startswith(f"| [{editions.label(path.stem)} ") and f"/{path.stem}.ipynb)" in line
+            ),
+            "no row",
         )
         wanted = f"| [{editions.label(path.stem)} …](../notebooks/{path.stem}.ipynb) | … | {exercises} min | {rule:.0f} min, rounded |"
         assert f"](../notebooks/{path.stem}.ipynb)" in row and f"| {exercises} min |" in row, f"not {wanted}"

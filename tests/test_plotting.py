@@ -8,6 +8,7 @@ import re
 
 import numpy
 import pytest
+import torch
 
 from course_utils import plotting
 
@@ -246,3 +247,44 @@ def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = sorted(math.log(text.xy[1]) for text in axes.texts)
     assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)
+
+
+PARTS = {"LoRA": {"weights": 16.2, "activations": 1.0}, "QLoRA": {"weights": 5.9, "activations": 1.0}}
+
+
+def test_stacked_bars_end_at_the_sum_of_their_parts():
+    fig, alt = plotting.stacked_bars(PARTS, "The weights shrink", "memory, GB")
+    axes = fig.axes[0]
+    ends = {round(bar.get_x() + bar.get_width(), 3) for container in axes.containers[-1:] for bar in container}
+    assert ends == {17.2, 6.9} and {" 17.2", " 6.9", "weights", "activations", "memory, GB"} <= set(texts(fig))
+    hatches = {container[0].get_hatch() for container in axes.containers}
+    assert len(hatches) == 2, "the parts differ in grey, too"
+    assert "LoRA: weights 16.2, activations 1.0; QLoRA: weights 5.9" in alt
+
+
+def test_stacked_bars_refuse_other_parts():
+    with pytest.raises(ValueError, match=r"QLoRA has the parts \['weights'\]"):
+        plotting.stacked_bars({**PARTS, "QLoRA": {"weights": 1.0}}, "x", "y")
+
+
+def test_levels_stand_below_the_histogram_at_their_place():
+    values, formats = numpy.linspace(-1, 1, 50), {"two": torch.tensor([-1.0, 1.0]), "three": [-0.5, 0, 0.5]}
+    fig, alt = plotting.levels(values, formats, "Levels", "weight")
+    top, bottom = fig.axes
+    assert sum(patch.get_height() for patch in top.patches) == 50
+    assert [list(line.get_xdata()) for line in bottom.lines] == [[-1, 1], [-0.5, 0, 0.5]]
+    assert [label.get_text() for label in bottom.get_yticklabels()] == ["two", "three"]
+    assert "two: -1.00, 1.00; three: -0.50, 0.00, 0.50" in alt
+
+
+def test_a_staircase_orders_both_alike_and_shows_each_error():
+    weights, read_back = torch.tensor([0.4, -1.0, 1.0]), torch.tensor([0.5, -1.0, 1.0])
+    fig, alt = plotting.staircase(weights, read_back, "Three weights")
+    dots, steps = fig.axes[0].lines
+    assert list(dots.get_ydata()) == pytest.approx([-1, 0.4, 1]) and list(steps.get_ydata()) == pytest.approx(
+        [-1, 0.5, 1]
+    )
+    assert len(dots.get_xdata()) == 3 and dots.get_marker() != steps.get_marker()
+    errors = fig.axes[0].collections[-1].get_segments()
+    assert [abs(segment[1][1] - segment[0][1]) for segment in errors] == pytest.approx([0, 0.1, 0])
+    assert "steps at 3 levels" in alt and "largest error is 0.100" in alt
