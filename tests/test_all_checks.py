@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+import test_deep
 import test_lesson01
 import test_lesson02
 import test_lesson03
@@ -42,6 +43,7 @@ SOLUTIONS = {
     "07.times": test_lesson07.right_times,
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
+    **test_deep.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
@@ -52,6 +54,7 @@ LESSONS = (
     test_lesson07,
     test_lesson09,
     test_lesson10,
+    test_deep,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
