@@ -123,7 +123,7 @@ def score_matrix(scores, rows, columns, title):
         axes.tick_params(length=0)
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
 
 
@@ -162,8 +162,17 @@ def curves(series, title, xlabel, ylabel, log_y=False):
             )
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
+
+
+def describe(series, title, xlabel, ylabel, points=6) -> str:
+    """The text of a figure of `curves`: the title, and each line at up to `points` places, the first and the last among them."""
+    told = []
+    for label, (x, y) in series.items():
+        places = sorted({round(number * (len(x) - 1) / max(1, points - 1)) for number in range(points)})
+        told.append(f"{label}: " + ", ".join(f"{float(y[place]):.2g} at {x[place]:g}" for place in places))
+    return f"{title}. {ylabel} by {xlabel}: {'; '.join(told)}."
 
 
 def _spread(heights, gap):
@@ -216,7 +225,7 @@ def weight_picture(matrices, title):
             axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
             axes.grid(False)
             axes.spines[:].set_visible(False)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
 
 
@@ -228,6 +237,6 @@ def _as_array(matrix):
     return numpy.asarray(matrix, dtype=float)
 
 
-def _title(fig, title):
+def write_title(fig, title) -> None:
     """A sentence may be wider than the axes, so it stands at the left edge of the figure."""
     fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")

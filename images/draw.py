@@ -286,7 +286,87 @@ def _step(canvas, x, y, data, method, result, color, width=204):
     canvas.text(x + width / 2, y - 38, result)
 
 
-PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix, "preference.png": draw_preference}
+def draw_sft():
+    """One row of SFT: which tokens carry loss, and which weights that loss trains."""
+    canvas = Canvas(900, 330)
+    prompt = ["<|bos|>", "<|user|>", "Say it like a sailor: …", "<|end|>", "<|assistant|>"]
+    answer = ["Ahoy!", "Anden be hauling …", "<|end|>"]
+    x, spans = 24, []
+    for words, face, edge in ((prompt, FROZEN, EDGE), (answer, tint(FLOW, 0.25), FLOW)):
+        left = x
+        for word in words:
+            width = 18 + 6.9 * len(word)
+            canvas.box(x, 226, width, 34, face=face, edge=edge)
+            canvas.text(x + width / 2, 243, word)
+            x += width + 4
+        spans.append((left, x - 4))
+    (asked, _), (answered, answered_end) = spans
+    canvas.text(asked, 296, "the prompt: read as context", size=12, weight="bold", ha="left")
+    canvas.text(answered, 296, "the answer: to be learned", size=12, weight="bold", ha="left")
+    canvas.text(asked, 274, "label −100: no loss", color=QUIET, ha="left")
+    canvas.text(answered, 274, "label: the token itself", color=QUIET, ha="left")
+    middle = (answered + answered_end) / 2
+    canvas.arrow((middle, 226), (middle, 188))
+    canvas.box(middle - 156, 152, 312, 36, face=tint(FLOW, 0.25), edge=FLOW)
+    canvas.text(middle, 170, "loss: the mean over the answer's tokens", size=11)
+    canvas.arrow((middle, 152), (middle, 118))
+    canvas.box(middle - 156, 62, 312, 56, face=tint(READING), edge=READING)
+    canvas.text(middle, 100, "the adapter, A and B", size=12, weight="bold")
+    canvas.text(middle, 78, "trained", color=DARK_READING)
+    canvas.box(asked, 62, 300, 56)
+    canvas.text(asked + 160, 100, "the base model, W", size=12, weight="bold")
+    canvas.text(asked + 160, 78, "frozen", color=QUIET)
+    canvas.lock(asked + 34, 82)
+    canvas.text(
+        asked, 30, "With completion_only_loss=False the prompt's tokens carry loss as well.", color=QUIET, ha="left"
+    )
+    return canvas
+
+
+ROW_LENGTHS = (9, 3, 7, 5, 4, 8)  # of the rows that are padded, grouped and packed
+ROW_COLORS = (FLOW, READING, SAILOR, EXTRACT, "#8C6D00", "#555555")
+
+
+def draw_packing():
+    """The same six rows in batches of three: padded, grouped by length, and packed."""
+    canvas = Canvas(900, 250)
+    for left, name, batches in (
+        (24, "padded", ((0, 1, 2), (3, 4, 5))),
+        (320, "grouped by length", ((0, 5, 2), (3, 4, 1))),
+        (616, "packed", (((0, 1), (5, 4), (2, 3)),)),
+    ):
+        y, pads, places = 186, 0, 0
+        canvas.text(left, 226, name, size=13, weight="bold", ha="left")
+        for batch in batches:
+            lines = [line if isinstance(line, tuple) else (line,) for line in batch]
+            width = max(sum(ROW_LENGTHS[row] for row in line) for line in lines)
+            for line in lines:
+                x = left
+                for row in line:
+                    for _ in range(ROW_LENGTHS[row]):
+                        color = ROW_COLORS[row]
+                        canvas.box(x, y, 17, 17, face=tint(color, 0.45), edge=color, corner=2, line=1)
+                        x += 20
+                for _ in range(width - sum(ROW_LENGTHS[row] for row in line)):
+                    canvas.box(x, y, 17, 17, face="white", edge="#BBBBBB", corner=2, line=1)
+                    canvas.text(x + 8.5, y + 8.5, "×", color=QUIET)
+                    x, pads = x + 20, pads + 1
+                places += width
+                y -= 22
+            y -= 10
+        canvas.text(
+            left, 26, f"{places} places, {pads} of them pads" if pads else f"{places} places, no pads", ha="left"
+        )
+    return canvas
+
+
+PICTURES = {
+    "adapter.png": draw_adapter,
+    "score_matrix.png": draw_score_matrix,
+    "sft.png": draw_sft,
+    "packing.png": draw_packing,
+    "preference.png": draw_preference,
+}
 
 
 def draw_all(folder):

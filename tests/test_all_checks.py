@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+import test_deep
 import test_lesson01
 import test_lesson02
 import test_lesson03
@@ -31,8 +32,8 @@ SOLUTIONS = {
     "02.merge": test_lesson02.right_merge,
     "03.labels": test_lesson03.right_labels,
     "03.rate": test_lesson03.right_rate,
-    "03.stop": test_lesson03.right_stop,
-    "03.cut": test_lesson03.right_cut,
+    "03.clean": test_lesson03.right_clean,
+    "03.metric": test_lesson03.right_metric,
     **{f"05.{name}": solution for name, solution in test_lesson05.SOLUTIONS.items()},
     **{check.name: solution for check, solution in test_lesson06.SOLUTIONS.items()},
     "07.verdict": test_lesson07.right_verdict,
@@ -42,6 +43,7 @@ SOLUTIONS = {
     "07.times": test_lesson07.right_times,
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
+    **{check.name: solution for check, solution in test_deep.SOLUTIONS.items()},
 }
 LESSONS = (
     test_lesson01,
@@ -52,6 +54,7 @@ LESSONS = (
     test_lesson07,
     test_lesson09,
     test_lesson10,
+    test_deep,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
@@ -133,7 +136,7 @@ def judge():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(paths.models_dir() / "base")
-    return lambda name, answer: CHECKS[name].outcome(answer, **({"tokenizer": tokenizer} if name == "03.cut" else {}))
+    return lambda name, answer: CHECKS[name].outcome(answer, **({"tokenizer": tokenizer} if name == "03.clean" else {}))
 
 
 def test_no_exercise_is_forgotten():
@@ -166,7 +169,7 @@ def test_what_the_check_itself_goes_by_is_no_answer(name, judge):
 
 @pytest.mark.parametrize("name, solution", [
     ("02.truncate", lesson02.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
-    ("03.stop", lesson03.early_stopping), ("05.quantise", lesson05.there_and_back),
+    ("03.metric", lesson03.word_f1), ("05.quantise", lesson05.there_and_back),
 ])  # fmt: skip
 def test_a_lesson_may_call_the_checks_own_solution_and_an_answer_may_not(name, solution, judge):
     arguments = []

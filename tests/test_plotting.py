@@ -246,3 +246,9 @@ def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = sorted(math.log(text.xy[1]) for text in axes.texts)
     assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)
+
+
+def test_the_text_of_curves_has_their_ends_and_some_points_between():
+    series = {"a": (list(range(1, 101)), [step / 10 for step in range(1, 101)]), "b": ([5], [2.0])}
+    text = plotting.describe(series, "Rising", "step", "loss", points=3)
+    assert text == "Rising. loss by step: a: 0.1 at 1, 5.1 at 51, 10 at 100; b: 2 at 5."
