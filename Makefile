@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
-.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns notebooks experiments base-model lock newest site test-site badges colab classroom grade report feedback formgrader test-classroom
+.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns notebooks experiments base-model lock newest site serve test-site badges colab classroom grade report feedback formgrader test-classroom
 
 help:
 	@echo "make lab         open your copies of the lessons, in work/, in JupyterLab (NO_BROWSER=1 serves without a browser;"
@@ -31,6 +31,7 @@ help:
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
 	@echo "make site        the course as web pages, in runs/site/html, in an environment of its own without PyTorch"
+	@echo "make serve       the same, at port 8000 of this machine"
 	@echo "make test-site   the same, then its links, its contents, and pages in Chromium if there is one"
 	@echo "make badges      links to Colab, Binder and Codespaces at the head of README (GITHUB_REPOSITORY=owner/name)"
 	@echo "make colab       the lessons for Colab, in runs/colab (GITHUB_REPOSITORY=owner/name)"
@@ -68,13 +69,13 @@ $(INSTRUCTOR): $(STAMP) requirements-instructor.txt
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-instructor.txt
 	@touch $(INSTRUCTOR)
 
-# JupyterLab's own defaults hold: a token, and localhost only; it asks nobody whether to fetch news. It refuses to start
+# JupyterLab's own defaults hold: a token, and localhost only. It refuses to start
 # for root, who has only that account in most containers, so root is let in here.
 # What the environment lacks is said and stops nobody: a lesson may well run all the same.
 lab: $(STAMP)
 	@$(RUN) -m course_utils.environment || true
 	@$(RUN) -m tools.lab $(UPDATE)
-	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/$(FIRST_LESSON) --LabApp.news_url=None \
+	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/$(FIRST_LESSON) \
 		$(if $(NO_BROWSER),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: check test-notebooks
@@ -151,6 +152,9 @@ badges: $(SITE_STAMP)
 
 colab: $(SITE_STAMP)
 	$(SITE_RUN) -m tools.online colab runs/colab
+
+serve: site
+	cd runs/site/html && ../../../$(SITE_RUN) -m http.server --bind localhost 8000
 
 test-site: site
 	$(SITE_RUN) -m pytest docs/site

@@ -851,6 +851,7 @@ def test_the_hand_out_has_what_a_learner_needs_and_no_answer(real):
         "Makefile",
         "requirements.txt",
         "tools/check_python.py",
+        "tools/install.py",
         "tools/lab.py",
         "models/base/config.json",
         "course_utils/runtime.py",

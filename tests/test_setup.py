@@ -164,7 +164,6 @@ def test_lab_opens_lesson_1_and_keeps_token_and_localhost(checkout):
     assert before == ["-m course_utils.environment", "-m tools.lab"]
     assert opened.startswith("-m jupyterlab --LabApp.default_url=/lab/tree/work/01_load_lora_adapter.ipynb")
     assert not re.search(r"token|password|--ip|no-browser", opened)
-    assert "--LabApp.news_url=None" in opened, "nobody is asked about news"
     make("lab", "PYTHON=./python", folder=checkout, NO_BROWSER="1")
     assert "--no-browser" in calls(checkout)[-1]
     make("lab", "PYTHON=./python", "UPDATE=01", folder=checkout)
