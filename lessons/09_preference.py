@@ -926,3 +926,5 @@ print(validation.check_preference_data(checked_rows, checked_tokenizer, max_leng
 # - [TRL's documentation](https://huggingface.co/docs/trl), with all its trainers
 # - [Recipes](../docs/recipes.md) with values for real models, [Symptom, cause, check](../docs/symptoms.md), and
 #   [Decide](../docs/decide.md)
+#
+# Next: [lesson 10](10_prompt_tuning.ipynb) asks how far a model comes when no weight of it is touched.

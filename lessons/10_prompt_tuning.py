@@ -241,7 +241,9 @@ for who, one in (("the base", base_model), ("20 vectors", model)):
 # %% [markdown]
 # ## Choose a rate, a number and a start
 #
-# A soft prompt has three settings. Each line below is one run, or the mean of three seeds, on `reading`.
+# A soft prompt has three settings. Each line below is one run, or the mean of three seeds, on `reading`. The rates were
+# compared on validation rows. Three in four of these speak of words that no training text has (lesson 3), so their scores
+# are lower than those of the test rows.
 #
 # **Predict:** which matters most: the rate, how many virtual tokens there are, or where they start?
 
@@ -293,22 +295,29 @@ by_tokens = {tokens: started[tokens, "TEXT", "best"][0] for tokens in (1, 5, 50)
 by_tokens[20] = score["reading", "prompt"][0]
 by_start = {start: started[20, start, "best"][0] for start in ("SAMPLE_VOCAB", "RANDOM")}
 farthest = started[20, "RANDOM", "highest"][0]
-assert points <= 10 and max(by_rate) > 30 * min(by_rate), "The rate matters least"
+assert points <= 10 and max(by_rate) > 30 * min(by_rate), "The rate matters little"
 assert by_tokens[1] < by_tokens[5] < by_tokens[20], "more virtual tokens do better, up to 20"
 assert by_tokens[50] - by_tokens[20] < (by_tokens[20] - by_tokens[5]) / 2 + 0.05, (
     "Beyond that they gain little"
 )
-assert max(by_start.values()) < by_tokens[20], "the words of a description are the best start"
+assert abs(by_start["SAMPLE_VOCAB"] - by_tokens[20]) < 0.03, (
+    "do as well as the words of a description"
+)
+assert by_start["RANDOM"] < by_tokens[20] - 0.05, "Only random numbers stay behind"
+assert max(by_tokens.values()) - by_tokens[1] > by_tokens[20] - min(by_start.values()), (
+    "The number matters most"
+)
 assert length["RANDOM"] > 2 * length["SAMPLE_VOCAB"], "times as long as the row of a word"
 
 # %% [markdown]
-# The rate matters least: from {{min(by_rate):g}} to {{max(by_rate):g}} the score moves by {{points}} points. The number
-# matters more: one virtual token gives {{by_tokens[1]:.0%}}, five give {{by_tokens[5]:.0%}}, twenty {{by_tokens[20]:.0%}} and fifty {{by_tokens[50]:.0%}}, so
-# more virtual tokens do better, up to 20. Beyond that they gain little.
+# The number matters most: one virtual token gives {{by_tokens[1]:.0%}}, five give {{by_tokens[5]:.0%}}, twenty {{by_tokens[20]:.0%}} and fifty {{by_tokens[50]:.0%}}, so
+# more virtual tokens do better, up to 20. Beyond that they gain little. The rate matters little: from {{min(by_rate):g}} to {{max(by_rate):g}} the
+# score moves by {{points}} points.
 #
-# Of the three starts, the words of a description are the best start. Twenty words drawn at random come to {{by_start["SAMPLE_VOCAB"]:.0%}}, and
-# random numbers to {{by_start["RANDOM"]:.0%}}. PEFT draws those from a normal distribution, so each such row is {{length["RANDOM"] / length["SAMPLE_VOCAB"]:.1f}} times as long as the row of
-# a word. At the highest rate they come to {{farthest:.0%}}.
+# The start matters less than you may expect: twenty words drawn at random do as well as the words of a description, with
+# {{by_start["SAMPLE_VOCAB"]:.0%}} and {{by_tokens[20]:.0%}}. Only random numbers stay behind, with {{by_start["RANDOM"]:.0%}}. PEFT draws them from a normal distribution, so each such
+# row is {{length["RANDOM"] / length["SAMPLE_VOCAB"]:.1f}} times as long as the row of a word, and a step of the same size turns it less. At the highest rate they
+# come to {{farthest:.0%}}.
 
 # %% [markdown]
 # ## See where it fails
@@ -348,24 +357,38 @@ plotting.show(
 
 # %% tags=["claim"]
 soft = {task: score[task, "prompt"][0] for task in ("reading", "mood", "extract", "sailor")}
-thin, ia3, thick = (
-    {task: score[task, method][0] for task in soft} for method in ("lora_1", "ia3", "lora_8")
+thin, ia3, norms, thick = (
+    {task: score[task, method][0] for task in soft}
+    for method in ("lora_1", "ia3", "norms", "lora_8")
 )
+counted = {key: found[0] for key, found in swept("prompts", "trainable", "method").items()}
 assert all(soft[task] > thick[task] - 0.1 for task in ("mood", "reading")), "close to"
 assert all(soft[task] < thick[task] - 0.4 for task in ("extract", "sailor")), "far behind"
-assert max(thin["extract"], ia3["extract"]) < thick["extract"] - 0.3, "far on `extract` either"
-assert min(thin["sailor"], ia3["sailor"]) > soft["sailor"] + 0.02, "both are ahead of it"
+json_scores = sorted(
+    row["test"]
+    for row in data.load_results("prompts")
+    if (row["task"], row["method"]) == ("extract", "lora_8")
+)
+assert json_scores[0] < 0.05 and json_scores[1] > 0.95, "in one of its three runs training broke"
+assert counted["norms"] < counted["prompt"] / 2, "fewer than half as many"
+assert norms["extract"] > soft["extract"] + 0.4, "No, because the layer norms"
+assert max(counted["lora_1"], counted["ia3"]) < counted["prompt"], (
+    "with fewer numbers than the soft prompt"
+)
+assert min(thin["sailor"], ia3["sailor"]) > soft["sailor"] + 0.05, "ahead of it on `sailor`"
 
 # %% [markdown]
 # On `mood` and `reading` twenty vectors come close to LoRA of rank 8, with {{soft["mood"]:.0%}} and {{soft["reading"]:.0%}} where that has {{thick["mood"]:.0%}} and
-# {{thick["reading"]:.0%}}. On `extract` and `sailor` they are far behind: {{soft["extract"]:.0%}} and {{soft["sailor"]:.0%}} where that has {{thick["extract"]:.0%}} and {{thick["sailor"]:.0%}}. In part the
-# numbers are too few: IA3 and LoRA of rank 1 don't get far on `extract` either. But they have fewer numbers than the
-# soft prompt, and on `sailor` both are ahead of it, with {{ia3["sailor"]:.0%}} and {{thin["sailor"]:.0%}}.
+# {{thick["reading"]:.0%}}. On `extract` and `sailor` they are far behind, with {{soft["extract"]:.0%}} and {{soft["sailor"]:.0%}}. LoRA of rank 8 has {{thick["sailor"]:.0%}} on `sailor`. Its {{thick["extract"]:.0%}} on
+# `extract` hide that in one of its three runs training broke: two seeds have {{json_scores[1]:.0%}} and {{json_scores[2]:.0%}}, and the third has {{json_scores[0]:.1%}}. The
+# search for a rate had one seed only, and took the highest that went well.
 #
-# Why? A soft prompt tells the model *what to do*, in vectors instead of words, and the model itself stays as it is. So
-# it can choose among the things that the model does already. For example, the base names things of a passage all the
-# time. JSON with three fields and a sailor's grammar are new to it. **A soft prompt selects what a model can do; it
-# hardly teaches a new form.**
+# Are twenty vectors too few numbers? No, because the layer norms are only {{counted["norms"]:,.0f}} numbers, fewer than half as many, and have {{norms["extract"]:.0%}} of
+# `extract` right. IA3 and LoRA of rank 1, both with fewer numbers than the soft prompt, are ahead of it on `sailor` with
+# {{ia3["sailor"]:.0%}} and {{thin["sailor"]:.0%}}. What differs is where the numbers sit. These three change what every layer computes. A soft prompt only
+# tells the model *what to do*, in vectors instead of words, so it can choose among the things that the model does already.
+# For example, the base names things of a passage all the time, but JSON with three fields and a sailor's grammar are
+# new to it. **A soft prompt selects what a model can do; it hardly teaches a new form.**
 #
 # Two limits: the runs are short, and this model is tiny. Lester et al. find that the gap to training all weights closes
 # as models grow, at about ten billion parameters, and a large model can do so much already that there is more to select.
@@ -444,7 +467,6 @@ FACTS = {  # mergeable, places of the context, several in a batch
     "lora_8": ("yes", "0", "yes"),
 }
 first = {row["method"]: row for row in tasks_swept if row["task"] == "reading" and row["seed"] == 0}
-step = over_seeds(tasks_swept, "seconds_per_step", "method")
 plotting.table(
     [
         "",
@@ -452,7 +474,6 @@ plotting.table(
         "saved",
         "best rate",
         "right on `reading`",
-        "s/step",
         "merge",
         "context",
         "mixed batch",
@@ -464,7 +485,6 @@ plotting.table(
             f"{first[method]['saved_bytes'] / 1000:,.0f} kB",
             f"{best_rate('reading', method):g}",
             spread(by_task["reading", method]),
-            f"{step[method][0]:.2f}",
             *FACTS[method],
         ]
         for method, name in NAMES.items()
@@ -486,15 +506,15 @@ assert all(saved[method] < trained[method] for method in thrown_away), (
     "P-tuning and the projected prefix"
 )
 assert saved["vera"] > 4 * 4 * trained["vera"], "saves more than it trains"
-assert fewest == "norms" and reading["norms"] > reading["prompt"] - 0.03, "and are no worse"
-assert max(best) > 10 * min(best), "its own best rate"
+assert fewest == "norms" and reading["norms"] > reading["prompt"] - 0.05, "and come close"
+assert max(best) > 5 * min(best), "its own best rate"
 
 # %% [markdown]
 # P-tuning and the projected prefix are saved in fewer bytes than they train numbers: PEFT saves what their network made,
 # and not the network, so you can train on with the vectors alone. VeRA saves more than it trains: with the default
 # `save_projection=True` its random matrices are in the file.
 #
-# The layer norms have the fewest numbers, {{trained[fewest]:,.0f}}, and are no worse on `reading` than the soft prompt: {{reading["norms"]:.0%}} and {{reading["prompt"]:.0%}}.
+# The layer norms have the fewest numbers, {{trained[fewest]:,.0f}}, and come close to the soft prompt on `reading`: {{reading["norms"]:.0%}} and {{reading["prompt"]:.0%}}.
 # Each method has its own best rate, and these differ by a factor of {{max(best) / min(best):.0f}}. **A comparison at one rate would compare how
 # well that rate suits each.**
 
@@ -658,9 +678,7 @@ cured = evaluation.generate(
     model, tokenizer, [row["prompt"] for row in test_rows], max_new_tokens=24, batch_size=100
 )
 differ = sum(one != other for one, other in zip(in_batches[1], cured))
-print(
-    f"one batch of 100, cured: {share_right(cured):.0%} right; {differ} answers differ from those alone"
-)
+print(f"one batch of 100, cured: {share_right(cured):.0%} right; {differ} answers differ")
 padded = over_seeds(tasks_swept, "test_padded", "task", "method")
 plotting.table(
     ["three seeds, batches of 64", *TASKS],
@@ -677,11 +695,22 @@ lost = {
     task: round(100 * (score[task, "prompt"][0] - padded[task, "prompt"][0]))
     for task in ("reading", "mood")
 }
+five = {
+    column: found[5, "TEXT", "best"][0]
+    for column, found in (
+        (column, swept("prompts_start", column, "tokens", "start", "rate"))
+        for column in ("test", "test_padded")
+    )
+}
+p_tuned = score["reading", "p_tuning"]
 assert min(lost.values()) > 0, "The padded batches lose"
+assert five["test"] - five["test_padded"] > 0.1, "With five virtual tokens they lose more"
+assert p_tuned[2] - p_tuned[1] > 0.2, "differ so much"
 
 # %% [markdown]
 # Cured, one batch gives the answers of the single questions. The padded batches lose {{lost["reading"]}} points on `reading` and {{lost["mood"]}} on
-# `mood`, on the mean of three seeds, and no error says so.
+# `mood`, on the mean of three seeds, and no error says so. With five virtual tokens they lose more: {{five["test"]:.0%}} of `reading` become
+# {{five["test_padded"]:.0%}}. For P-tuning the comparison says nothing, because its three runs differ so much: {{p_tuned[1]:.0%}} to {{p_tuned[2]:.0%}} on `reading`.
 
 # %% [markdown]
 # ### 2 · Errors that say little
@@ -734,9 +763,7 @@ long = torch.full((1, context - 12), 5, device=device)
 fifty = get_peft_model(load_base(), soft_prompt(50)).eval()
 with torch.no_grad():
     positions = fifty(long).logits.shape[1]
-print(
-    f"{long.shape[1]} tokens and 50 virtual ones: {positions} positions, context {context}, no error"
-)
+print(f"{long.shape[1]} tokens and 50 virtual ones: {positions} positions of {context}, no error")
 print(tried(lambda: evaluation.generate(fifty, tokenizer, ["and " * (context - 60)], 12)), "\n")
 
 ia3 = {"target_modules": ["v_proj"], "feedforward_modules": [], "init_ia3_weights": False}
@@ -799,17 +826,17 @@ assert choose("e").strip().lower() == "a written prompt"
 ### END HIDDEN TESTS
 
 # %% tags=["claim"]
-inside = [round(100 * score[task, "lora_8"][0]) for task in soft]
 before = [round(100 * score[task, "prompt"][0]) for task in soft]
-assert before[2] < inside[2] - 40 and before[3] < inside[3] - 40, "They fail where the form is new"
+assert before[2] < 100 * norms["extract"] - 40, "They fail where the form is new"
+assert before[3] < 100 * thick["sailor"] - 40, "LoRA of rank 8"
 
 # %% [markdown]
 # ## Recap
 #
 # You come far where the model can do the task already: on `reading` and `mood` twenty trained vectors before the text
 # have {{before[0]}}% and {{before[1]}}% right, with every layer as it was. They fail where the form is new: on `extract` and `sailor` they
-# have {{before[2]}}% and {{before[3]}}%, and LoRA of rank 8 has {{inside[2]}}% and {{inside[3]}}%. You give up merging, combining, places of the context and
-# time at every call. You gain a base that nobody has changed.
+# have {{before[2]}}% and {{before[3]}}%, where trained layer norms have {{norms["extract"]:.0%}} of `extract` and LoRA of rank 8 {{thick["sailor"]:.0%}} of `sailor`. You give up merging,
+# combining, places of the context and time at every call. You gain a base that nobody has changed.
 
 # %%
 plotting.table(
@@ -855,3 +882,5 @@ print(validation.check_changes_output(mine, inputs))
 # - [PEFT on soft prompts](https://huggingface.co/docs/peft/main/en/conceptual_guides/prompting), and
 #   [Hugging Face on PEFT](https://huggingface.co/blog/peft)
 # - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
+#
+# Next: [lesson 11](11_scaling.ipynb) asks what changes when one machine, or one model for one customer, is no longer enough.

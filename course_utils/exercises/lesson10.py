@@ -25,7 +25,7 @@ _CHOICES = {
             "prompt tuning": _MERGE,
             "prefix tuning": _MERGE,
             "IA3": _FORM,
-            "layer norms": _FORM,
+            "layer norms": "It can be merged, and gets most of `extract` right, but not nearly all, as LoRA does.",
             "VeRA": _FORM,
             "a written prompt": "The base does not answer in that form however it is asked: it has to learn it.",
         },
