@@ -27,7 +27,7 @@ help:
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make test-reruns each cell of each lesson twice and with an interrupt (more than twice their time)"
-	@echo "make base-model  remake models/ and data/ from nothing (about two and a half hours)"
+	@echo "make base-model  remake models/ and data/ from nothing (about three hours)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
 	@echo "make site        the course as web pages, in runs/site/html, in an environment of its own without PyTorch"
@@ -49,7 +49,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): requirements.txt constraints.txt pyproject.toml adapter_checks/pyproject.toml
+$(STAMP): requirements.txt requirements-beyond-text.txt constraints.txt pyproject.toml adapter_checks/pyproject.toml
 	@"$(PYTHON)" tools/check_python.py
 	"$(PYTHON)" -m venv $(VENV)
 	$(RUN) tools/install.py

@@ -29,6 +29,7 @@ HANDED_OUT = (
     "Makefile",
     "pyproject.toml",
     "requirements.txt",
+    "requirements-beyond-text.txt",
     "constraints.txt",
     "LICENSE",
 )

@@ -27,9 +27,12 @@ def problems() -> list[str]:
 def _packages() -> Iterator[str]:
     from packaging.requirements import Requirement
 
-    lines = (paths.project_root() / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    stripped = [line.split("#")[0].strip() for line in lines]
-    for requirement in (Requirement(line) for line in stripped if line and not line.startswith("-")):
+    found = []
+    for name, option in (("requirements.txt", ""), ("requirements-beyond-text.txt", "--no-deps ")):
+        lines = (paths.project_root() / name).read_text(encoding="utf-8").splitlines()
+        stripped = [line.split("#")[0].strip() for line in lines]
+        found += [(Requirement(line), f"{option}-r {name}") for line in stripped if line and not line.startswith("-")]
+    for requirement, file in found:
         if requirement.marker and not requirement.marker.evaluate():
             continue
         try:
@@ -40,7 +43,7 @@ def _packages() -> Iterator[str]:
         if installed == "missing" or not requirement.specifier.contains(installed, prereleases=True):
             yield (
                 f"{requirement.name} is {installed}, and the course is written for {requirement.specifier or 'any'}. "
-                "Run `make setup`, or `pip install -r requirements.txt`."
+                f"Run `make setup`, or `pip install {file}`."
             )
 
 

@@ -27,6 +27,11 @@ def models_dir() -> Path:
     return project_root() / "models"
 
 
+def pictures_dir() -> Path:
+    """The folder of the text-to-image model and its judge."""
+    return models_dir() / "pictures"
+
+
 def data_dir() -> Path:
     """The folder of the shipped task data."""
     return project_root() / "data"

@@ -127,6 +127,17 @@ def score_matrix(scores, rows, columns, title):
     return fig
 
 
+def show_matrix(scores, title, xlabel, ylabel) -> None:
+    """Show scores from 0 to 1, {row: {column: score}}, as a `score_matrix` with named axes and a text that says them all."""
+    columns = list(next(iter(scores.values())))
+    fig = score_matrix([[line[column] for column in columns] for line in scores.values()], list(scores), columns, title)
+    fig.axes[0].set(xlabel=xlabel, ylabel=ylabel)
+    told = "; ".join(
+        f"{row}: " + ", ".join(f"{column} {line[column]:.0%}" for column in columns) for row, line in scores.items()
+    )
+    show(fig, f"{title}. Matrix of scores, {ylabel} by {xlabel}. {told}.")
+
+
 def curves(series, title, xlabel, ylabel, log_y=False):
     """Lines of `series`, {label: (x, y)}, each labelled at its end; xlabel and ylabel name the units.
 
@@ -197,27 +208,38 @@ def weight_picture(matrices, title):
     tallest = max(len(array) for array in arrays.values())
     with plt.style.context(STYLE_FILE):
         widths = [max(array.shape[1], 0.3 * tallest) for array in arrays.values()]
+        lines = title.count("\n") + 1
         fig, panels = plt.subplots(
-            1, len(arrays), width_ratios=widths, squeeze=False, figsize=(7, 7 * tallest / sum(widths) + 1.2)
+            1,
+            len(arrays),
+            width_ratios=widths,
+            squeeze=False,
+            figsize=(7, 6.6 * tallest / sum(widths) + 0.9 + 0.2 * lines),
         )
         for axes, (name, array) in zip(panels[0], arrays.items()):
             largest = float(numpy.abs(array).max()) or 1.0
             axes.imshow(array, cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
             rows, columns = array.shape
-            # One scale for all: each panel is as tall as the tallest matrix, and the matrix stands in its middle.
+            # One scale for all: each panel is as tall as the tallest matrix, and the matrix stands at its top.
             width = max(columns, 0.3 * tallest)
-            axes.set(
-                xlim=((columns - width) / 2 - 0.5, (columns + width) / 2 - 0.5),
-                ylim=((rows + tallest) / 2 - 0.5, (rows - tallest) / 2 - 0.5),
-            )
+            axes.set(xlim=((columns - width) / 2 - 0.5, (columns + width) / 2 - 0.5), ylim=(tallest - 0.5, -0.5))
             axes.add_patch(
                 Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8, clip_on=False)
             )
             axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
+            if rows < tallest:  # its label goes right below it, and not to the foot of the panel
+                axes.xaxis.set_label_coords(columns / 2 - 0.5, rows - 0.5 + 0.03 * tallest, transform=axes.transData)
             axes.grid(False)
             axes.spines[:].set_visible(False)
         _title(fig, title)
     return fig
+
+
+def show_weights(matrices, title) -> None:
+    """Show `weight_picture` with a text that names each matrix, its size and its largest number."""
+    fig = weight_picture(matrices, title)
+    told = "; ".join(axes.get_xlabel().replace("\n", ", ") for axes in fig.axes)
+    show(fig, f"{title}. Pictures of matrices, each with its size and the end of its colour scale: {told}.")
 
 
 def _as_array(matrix):
@@ -226,6 +248,29 @@ def _as_array(matrix):
     if hasattr(matrix, "detach"):
         matrix = matrix.detach().float().cpu()  # NumPy knows no bfloat16
     return numpy.asarray(matrix, dtype=float)
+
+
+def picture_rows(rows, title, columns=()):
+    """Small pictures in rows, {label: arrays of shape (height, width, 3)}; columns: what stands above each, if anything."""
+    import matplotlib.pyplot as plt
+
+    across = max(len(pictures) for pictures in rows.values())
+    with plt.style.context(STYLE_FILE):
+        # 7 inches are as wide as the other figures; a label takes a sixth of them.
+        side = 5.6 / across
+        fig, panels = plt.subplots(
+            len(rows), across, squeeze=False, figsize=(7, side * len(rows) + (0.75 if columns else 0.55))
+        )
+        for axes_row, (label, pictures) in zip(panels, rows.items()):
+            for axes in axes_row:
+                axes.set_axis_off()
+            for axes, picture in zip(axes_row, pictures):
+                axes.imshow(picture, interpolation="nearest")
+            axes_row[0].text(-0.12, 0.5, label, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=9)
+        for axes, name in zip(panels[0], columns):
+            axes.set_title(name, fontsize=8, fontweight="normal", loc="center", pad=3)
+        _title(fig, title)
+    return fig
 
 
 def _title(fig, title):

@@ -21,6 +21,27 @@ def over_seeds(rows, column: str, *keys: str) -> dict:
     return {setting: (sum(values) / len(values), min(values), max(values)) for setting, values in groups.items()}
 
 
+def losses(rows) -> dict:
+    """{step: (mean, lowest, highest)} of the columns loss_5, loss_10, … over these rows."""
+    steps = sorted(int(column.removeprefix("loss_")) for column in rows[0] if column.startswith("loss_"))
+    return {
+        step: (sum(values) / len(values), min(values), max(values))
+        for step in steps
+        for values in [[row[f"loss_{step}"] for row in rows]]
+    }
+
+
+def steps_to_loss(rows, level: float) -> tuple:
+    """(mean, lowest, highest) over these rows of the first step whose column loss_… is at most `level`.
+
+    A row that never gets there counts as if it did one step behind its last.
+    """
+    steps = list(losses(rows))
+    behind = 2 * steps[-1] - steps[-2]
+    firsts = [min((step for step in steps if row[f"loss_{step}"] <= level), default=behind) for row in rows]
+    return sum(firsts) / len(firsts), min(firsts), max(firsts)
+
+
 def spread(group, form: str = ".0%") -> str:
     """A mean with its lowest and highest seed, "94% (92% to 95%)"; one number where all three look the same."""
     mean, low, high = (format(value, form) for value in group)
@@ -53,3 +74,32 @@ def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, 
         for label, points in lines.items()
     )
     return figure, f"{title}. {ylabel} by {xlabel}, means over the seeds: {told}."
+
+
+def dial(rows, title: str, baseline: str = "alone"):
+    """(figure, its text): two skills by the weight w of the second, where the first has 1 - w; a panel for each pair.
+
+    rows: of `experiments/dial.py` or `dial_control.py`, with the columns pair ("one+other"), weight, first, second, and
+    first_BASELINE and second_BASELINE, which are dashed. Lines are means over the seeds.
+    """
+    import matplotlib.pyplot as plt
+
+    pairs, told = list(dict.fromkeys(row["pair"] for row in rows)), []
+    with plt.style.context(plotting.STYLE_FILE):
+        figure, panels = plt.subplots(1, len(pairs), figsize=(1 + 3 * len(pairs), 3.8), sharey=True, squeeze=False)
+        for axes, pair in zip(panels[0], pairs):
+            of_pair = [row for row in rows if row["pair"] == pair]
+            for column, name, color in zip(("first", "second"), pair.split("+"), plotting.COLORS):
+                for part, style in ((column, "-"), (f"{column}_{baseline}", "--")):
+                    means = {w: mean for w, (mean, _, _) in over_seeds(of_pair, part, "weight").items()}
+                    axes.plot(list(means), list(means.values()), style, color=color, marker="o" if style == "-" else "")
+                    label = name if part == column else f"{name} {baseline.replace('_', ' ')}"
+                    told.append(f"{pair}, {label}: " + ", ".join(f"{mean:.0%} at {w:g}" for w, mean in means.items()))
+            first, second = pair.split("+")
+            corner = axes.get_yaxis_transform()  # x as a share of the panel, whatever weights there are
+            axes.text(0.03, 1.04, first, transform=corner, color=plotting.COLORS[0])
+            axes.text(0.97, 1.04, second, transform=corner, color=plotting.COLORS[1], ha="right")
+            axes.set(xlabel=f"w: weight of {second}", ylim=(-0.03, 1.12))
+        panels[0][0].set_ylabel("score, from 0 to 1")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure, f"{' '.join(title.split())}. Score by the weight of the second adapter: {'; '.join(told)}."

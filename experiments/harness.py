@@ -27,23 +27,26 @@ def prepare():
     runtime.quiet_imports()
 
 
-def sweep(name, runs, measure, at_once=1, log=print):
+def sweep(name, runs, measure, at_once=1, log=print, base=None):
     """Do each run that has no row yet, and write its rows as soon as it is done.
 
     runs: the settings of each run, a dict with `seed` among them; measure(**run) -> the columns measured, as one dict
     or as a list of them, a row each. With at_once > 1 so many processes of one thread each do the runs side by side:
     a model of this size gains little from a second thread, so that is faster, but its times are not those of a run alone.
+    base: the fingerprint of the model that the runs begin with, if that isn't the course's language model.
 
     Raises InputError if the file that is there is broken, is of another base model or has other columns.
     """
     path = folder() / f"{name}.csv"
     rows = data.load_results(name, folder()) if path.exists() else []
-    base = base_fingerprint()
+    base = base or base_fingerprint()
     if any(row["base"] != base for row in rows):
         raise InputError(f"{path} holds results of another base model. Delete it to make them anew.")
     todo = missing(rows, runs)
     log(f"{name}: {len(todo)} of {len(runs)} runs to do")
-    results = _side_by_side(measure, todo, at_once) if at_once > 1 else (_rows_of(measure, run) for run in todo)
+    results = (
+        _side_by_side(measure, todo, base, at_once) if at_once > 1 else (_rows_of(measure, run, base) for run in todo)
+    )
     for number, new in enumerate(results, 1):
         if set(new[0]) != set((rows or new)[0]):
             raise InputError(f"{path} has other columns than {name}.py writes now. Delete it to make the results anew.")
@@ -56,21 +59,24 @@ def sweep(name, runs, measure, at_once=1, log=print):
     return rows
 
 
-def _rows_of(measure, run):
-    """Do one run; its rows as they go into the file."""
+def _rows_of(measure, run, base):
+    """Do one run; its rows as they go into the file: model of the processor or GPU, and cores that torch computes on, but no host's name."""
+    import torch
+
     began = time.perf_counter()
     measured = measure(**run)
     took = time.perf_counter() - began
-    return [{"seed": run["seed"], "seconds": took, **machine(), **run, **columns} for columns in _as_list(measured)]
+    machine = {"cpu": runtime.processor(), "cores": torch.get_num_threads(), "base": base}
+    return [{"seed": run["seed"], "seconds": took, **machine, **run, **columns} for columns in _as_list(measured)]
 
 
-def _side_by_side(measure, runs, at_once):
+def _side_by_side(measure, runs, base, at_once):
     """The rows of each run, in the order in which they end."""
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they import torch
     pool = ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), initializer=prepare)
     try:
-        for done in as_completed([pool.submit(_rows_of, measure, run) for run in runs]):
+        for done in as_completed([pool.submit(_rows_of, measure, run, base) for run in runs]):
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all the runs to come
@@ -118,16 +124,9 @@ def best_rate(name, runs, method):
     )  # `max` takes the first of equals
 
 
-def machine():
-    """Model of the processor or GPU, cores that torch computes on, and base model: a host's name has no place in a result."""
-    import torch
-
-    return {"cpu": runtime.processor(), "cores": torch.get_num_threads(), "base": base_fingerprint()}
-
-
-def base_fingerprint():
-    """The beginning of the SHA-256 of the base model's weights, or a hub model's id."""
-    base = paths.base_model()
+def base_fingerprint(base=None):
+    """The beginning of the SHA-256 of the weights in the folder `base`, the language model's by default, or a hub model's id."""
+    base = paths.base_model() if base is None else base
     digest = hashlib.sha256()
     for file in sorted(Path(base).glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -20,21 +20,27 @@ from experiments import harness
 
 # By lesson. Rank, recall, targets, alpha and overfitting train at the learning rate that the first sweep of lesson 3 finds best.
 LESSONS = {
+    "01": ("overhead",),
     "02": ("cut_to_rank",),
     "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
     "05": ("quantised", "quantised_merge", "quantised_cost"),
     "06": ("starts", "starts_rank"),
-    "07": ("combine", "dial"),
+    "07": ("merge_memory",),
+    "08": ("combine", "dial", "dial_control", "both_tasks"),
     "09": ("preferences", "rewards", "best_of_n"),
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
+    "11": ("serving",),
+    "12": ("picture_classifier", "picture_style", "picture_subject", "house_words"),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 
 TIMED = (
+    "overhead",
     "cost",
     "throughput",
     "quantised_cost",
     "prompts_cost",
+    "serving",
 )  # their times are the result, so each of their runs has the machine to itself
 # They look for a learning rate at one seed; what trains at that rate has three.
 SEARCHES = ("prompts_rate",)
@@ -44,6 +50,13 @@ MOST_PROCESSES = 4  # each takes about 1.2 GB
 def processes():
     """How many runs go side by side: one a core; a GPU is not shared."""
     return 1 if runtime.device().type != "cpu" else min(os.cpu_count() or 1, MOST_PROCESSES)
+
+
+def fingerprint(script):
+    """That of the model which the script's runs begin with: the course's language model, unless it has a `base_folder`."""
+    return (
+        harness.base_fingerprint(script.base_folder()) if hasattr(script, "base_folder") else harness.base_fingerprint()
+    )
 
 
 def main(arguments=None):
@@ -57,7 +70,9 @@ def main(arguments=None):
     for name in ORDER:
         if name in wanted:
             script = importlib.import_module(f"experiments.{name}")
-            harness.sweep(name, script.RUNS, script.measure, at_once=1 if name in TIMED else processes())
+            harness.sweep(
+                name, script.RUNS, script.measure, at_once=1 if name in TIMED else processes(), base=fingerprint(script)
+            )
 
 
 if __name__ == "__main__":

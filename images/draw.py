@@ -286,7 +286,139 @@ def _step(canvas, x, y, data, method, result, color, width=204):
     canvas.text(x + width / 2, y - 38, result)
 
 
-PICTURES = {"adapter.png": draw_adapter, "score_matrix.png": draw_score_matrix, "preference.png": draw_preference}
+def draw_olora():
+    """What OLoRA does to a layer: a part of the weight goes into the adapter, and what is left of the weight is another one."""
+    canvas = Canvas(900, 330)
+    side, thin, bottom = 150, 26, 118
+    left, middle, right = 40, 352, 640
+    taken, kept = tint(READING, 0.75), FROZEN
+    # Before: the whole weight. The stripe on its left is what OLoRA takes out.
+    canvas.box(left, bottom, side, side, face=kept)
+    canvas.box(left, bottom, thin, side, face=taken, line=0, order=2.1)
+    canvas.text(left + side / 2, bottom + side + 24, "W", size=13, weight="bold")
+    canvas.text(left + side / 2, bottom - 24, "the base model's weight")
+    canvas.arrow((left + side + 22, bottom + side / 2), (middle - 30, bottom + side / 2))
+    canvas.text((left + side + middle) / 2 - 4, bottom + side / 2 + 20, "QR decomposition", size=10.5)
+    # After: two thin matrices, and a weight with a gap.
+    canvas.box(middle, bottom, thin, side, face=taken)
+    canvas.box(middle + 44, bottom + side - thin, side, thin, face=taken)
+    canvas.text(middle + thin / 2, bottom + side + 24, "B", size=13, weight="bold")
+    canvas.text(middle + 44 + side / 2, bottom + side + 24, "A", size=13, weight="bold")
+    canvas.text(middle + 97, bottom - 24, "the adapter, which is trained")
+    canvas.text(right - 50, bottom + side / 2, "+", size=18)
+    canvas.box(right, bottom, side, side, face=kept)
+    canvas.box(right, bottom, thin, side, face="white", order=2.1)
+    canvas.text(right + side / 2, bottom + side + 24, "W − s·BA", size=13, weight="bold")
+    canvas.text(right + side / 2, bottom - 24, "the moved base, which is frozen")
+    canvas.text(
+        24,
+        46,
+        "At first both together compute what W did. With the adapter off, a part of W is missing,",
+        ha="left",
+        size=11,
+    )
+    canvas.text(24, 22, "and an adapter that was trained on W meets another weight.", ha="left", size=11)
+    return canvas
+
+
+def draw_merging():
+    """The states of a model with an adapter: beside the weights or in them, PEFT's layers there or gone; and the calls that lead from one to another."""
+    canvas = Canvas(900, 400)
+    left, right, upper, lower, width, height = 158, 598, 222, 34, 278, 116
+    for x, weights in ((left, "weights: W"), (right, "weights: W + s·BA")):
+        canvas.text(x + width / 2, upper + height + 26, weights, size=13, weight="bold")
+    for y, first, second in ((upper, "PEFT's layers", "are there"), (lower, "a plain model,", "no PEFT")):
+        canvas.text(14, y + height / 2 + 10, first, size=11, color=QUIET, ha="left")
+        canvas.text(14, y + height / 2 - 10, second, size=11, color=QUIET, ha="left")
+    for x, y, merged, beside in (
+        (left, upper, False, True),
+        (right, upper, True, True),
+        (left, lower, False, False),
+        (right, lower, True, False),
+    ):
+        _state(canvas, x, y, width, height, merged, beside)
+    across = (left + width, right)
+    canvas.arrow((across[0] + 4, upper + 84), (across[1] - 4, upper + 84))
+    canvas.text(sum(across) / 2, upper + 98, "merge_adapter()")
+    canvas.arrow((across[1] - 4, upper + 44), (across[0] + 4, upper + 44))
+    canvas.text(sum(across) / 2, upper + 58, "unmerge_adapter()")
+    canvas.text(sum(across) / 2, upper + 30, "back, up to rounding", color=QUIET)
+    for x in (left + 70, right + width - 70):
+        canvas.arrow((x, upper - 4), (x, lower + height + 4))
+        canvas.text(x + 10, (upper + lower + height) / 2, "unload()", ha="left")
+    start, end, gap = left + width - 30, right + 60, (upper + lower + height) / 2
+    canvas.arrow((start, upper - 4), (start, gap), (end, gap), (end, lower + height + 4), color=READING)
+    canvas.text((start + end) / 2, gap + 15, "merge_and_unload()", color=DARK_READING, weight="bold")
+    return canvas
+
+
+def _state(canvas, x, y, width, height, merged, beside):
+    """A model in a box: its weight matrix, with the change in it or not, and the adapter's two matrices if they are there."""
+    canvas.panel(x, y, width, height, face=PANEL)
+    middle = x + width / 2 - (40 if beside else 0)
+    canvas.box(
+        middle - 60, y + 18, 120, 80, face=tint(READING, 0.35) if merged else FROZEN, edge=READING if merged else EDGE
+    )
+    canvas.text(middle, y + 58, "W + s·BA" if merged else "W", size=14, weight="bold")
+    if beside:
+        canvas.box(middle + 84, y + 24, 62, 10, face=READING, edge=READING, corner=2, line=0)
+        canvas.box(middle + 110, y + 46, 10, 50, face=READING, edge=READING, corner=2, line=0)
+        canvas.text(middle + 154, y + 29, "A", size=11, weight="bold", ha="left")
+        canvas.text(middle + 128, y + 70, "B", size=11, weight="bold", ha="left")
+
+
+def draw_combining():
+    """What cat does: the columns of B side by side and the rows of A below each other, so that the product is the sum of both changes."""
+    canvas = Canvas(900, 300)
+    canvas.text(
+        20,
+        274,
+        'combination_type="cat" stacks two adapters of rank 8 into one of rank 16',
+        size=14,
+        weight="bold",
+        ha="left",
+    )
+    base = 60
+    for x, name, number, color in ((40, "reading", "1", READING), (250, "extract", "2", EXTRACT)):
+        _factors(canvas, x, base, [(color, number)])
+        canvas.text(x + 73, 26, f"{name}: s{number}·B{number}A{number}", size=11)
+    canvas.text(218, base + 75, "+", size=20, weight="bold")
+    canvas.text(430, base + 75, "=", size=20, weight="bold")
+    _factors(canvas, 470, base, [(READING, "1"), (EXTRACT, "2")])
+    canvas.text(556, 26, "both: BA, with scaling 1", size=11)
+    for line, words in enumerate(
+        (
+            "Weights and scalings are",
+            "multiplied into the numbers.",
+            "",
+            "B1 meets only A1, and B2",
+            "only A2, so the product is",
+            "the sum of both changes.",
+        )
+    ):
+        if words:
+            canvas.text(680, base + 126 - 20 * line, words, ha="left", color=QUIET)
+    return canvas
+
+
+def _factors(canvas, x, y, parts):
+    """B as columns and, to its right, A as rows, of one adapter or of several that are stacked."""
+    for place, (color, number) in enumerate(parts):
+        canvas.box(x + 24 * place, y, 22, 150, face=color, edge=color, corner=2, line=0)
+        canvas.text(x + 24 * place + 11, y + 75, f"B{number}", size=10, weight="bold", color="white")
+        right, top = x + 24 * len(parts) + 14, y + 128 - 24 * place
+        canvas.box(right, top, 110, 22, face=color, edge=color, corner=2, line=0)
+        canvas.text(right + 55, top + 11, f"A{number}", size=10, weight="bold", color="white")
+
+
+PICTURES = {
+    "adapter.png": draw_adapter,
+    "score_matrix.png": draw_score_matrix,
+    "preference.png": draw_preference,
+    "olora.png": draw_olora,
+    "merging.png": draw_merging,
+    "combining.png": draw_combining,
+}
 
 
 def draw_all(folder):

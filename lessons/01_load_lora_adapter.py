@@ -1,21 +1,21 @@
 # %% [markdown]
 # # Load, switch and remove adapters
 #
-# Here is one small language model. It has read about a coast called Skerrow, then about all sorts of things, and it can
-# chat a little. But it can't answer a question about a passage, it can't talk like a sailor, and it can't fill in a form.
-# **Can the same weights learn all three, and forget them again at the flick of a switch?**
-# With LoRA adapters they can. This lesson is about handling adapters: what they are on disk, how to
-# load and switch them, how to be sure that they really work, and how to get the base model back.
+# One small language model can answer questions about a passage, speak like a sailor, fill in a form and judge a review,
+# if you add a small file to it for each of these jobs. Such a file is called an [adapter](../docs/glossary.md#adapter).
+# **How do you load adapters, switch between them and take them off again, and how do you know that it worked?** The last
+# part matters because most mistakes with adapters raise no error.
 #
 # | | |
 # |---|---|
-# | **What you'll do** | load one base model and four adapters, switch between them, mix them in one batch, take them off again, and break all of it on purpose |
-# | **What you'll learn** | what an adapter is on disk; PEFT's loading and switching calls; five mistakes, most of which raise no error, and the checks that find them |
-# | **What you'll need** | a laptop; no GPU, no network. Some Python and a first acquaintance with `transformers` |
+# | **What you'll do** | type sentences for four adapters; open one; score them; mix them in one batch; take them off; find out why a folder changes nothing, and mend it |
+# | **What you'll learn** | what an adapter is on disk; the calls that load and switch; what a score can hide; how to prove that an adapter is on, and that it is off |
+# | **What you'll need** | a laptop, no GPU, no network; some Python, and to have seen a `transformers` model once |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
 import copy
+import re
 
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, plotting, runtime, timing, validation
@@ -27,7 +27,8 @@ import peft
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 runtime.seed_everything(1)
 device = runtime.device()
@@ -37,18 +38,12 @@ print(
 )
 
 # %% [markdown]
-# ## Ask the base model
+# ## Type a sentence
 #
-# The base model is a plain `transformers` model: the same two `from_pretrained` calls load any model from a
-# folder or from a hub.
-#
-# **Predict:** the model has been trained on stories, letters, small talk, and short texts that state a few facts and
-# come back to them. It has never seen a question about a passage. What will it answer?
-#
-# (The outputs are those of our run. In JupyterLab those that answer a prediction are folded: make yours, then click the
-# line below the cell, or run the cell.)
+# The next cell loads a [base model](../docs/glossary.md#base-model), which has read text about an invented coast and about
+# everyday things, and four adapters. You will see what each call does in a moment.
 
-# %% tags=["first-text"]
+# %%
 base_folder = paths.base_model()
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 
@@ -58,11 +53,14 @@ def load_base():
     return AutoModelForCausalLM.from_pretrained(base_folder, dtype=runtime.dtype()).to(device)
 
 
-base_model = load_base()  # stays as it is to the end, for comparisons
-question = "Fenna left the lantern in the boathouse. Edan found the key. Who found the key?"
+model = PeftModel.from_pretrained(
+    load_base(), paths.adapter_path("reading"), adapter_name="reading"
+)
+for name in ("sailor", "extract", "mood"):
+    model.load_adapter(paths.adapter_path(name), adapter_name=name)
 
 
-def ask(model, text, max_new_tokens=40):
+def ask(model, text, max_new_tokens=72):
     """The model's reply to one user message, most likely token first at every step."""
     messages = [{"role": "user", "content": text}]
     inputs = tokenizer.apply_chat_template(
@@ -73,29 +71,116 @@ def ask(model, text, max_new_tokens=40):
     return tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
 
 
-print(ask(base_model, question))
+# %% [markdown]
+# Now it is your turn: **put sentences of your own in place of ours, and run the cell.** Each adapter was trained on one kind of
+# request, so keep to its form:
+#
+# | Adapter | What you type |
+# |---|---|
+# | `reading` | one to three short sentences, then a question: who has, found or got something, where it is, what colour it is, or what somebody's trade is |
+# | `sailor` | `Say it like a sailor:` and a short sentence |
+# | `extract` | `Give who, what and where as JSON:` and a sentence in which somebody puts, leaves or finds something somewhere |
+# | `mood` | `Is the guest happy or unhappy?` and a visit with an opinion about it |
+
+# %% tags=["first-text"]
+MY_REQUESTS = {
+    "reading": "My sister has the drone. My bike is in the garage. Who has the drone?",
+    "sailor": "Say it like a sailor: My sister keeps her drone in the garage.",
+    "extract": "Give who, what and where as JSON: Yesterday my sister left a drone on the sofa.",
+    "mood": "Is the guest happy or unhappy? We went to the inn on Friday. I found the beds dirty.",
+}
+rows = []
+for adapter, request in MY_REQUESTS.items():
+    with model.disable_adapter():
+        alone = ask(model, request)
+    model.set_adapter(adapter)
+    rows.append([request, alone, f"`{adapter}`", ask(model, request)])
+plotting.table(["request", "base model alone", "adapter", "reply with it"], rows)
+
+# %% tags=["claim"]
+import json
+
+from course_utils import paths
+from pretraining.words import held_out_forms
+
+assert {"drone", "garage", "sofa"} <= held_out_forms(), (
+    "*drone*, *garage* and *sofa* occur nowhere in its training text"
+)
+measured = json.loads((paths.project_root() / "models" / "measured.json").read_text())
+parts = [
+    measured["tasks"][task][part]["score"]
+    for task in ("reading", "sailor", "extract")
+    for part in ("own_words", "typed")
+]
+assert 0.86 < min(parts) and max(parts) < 0.94, "about nine in ten"
 
 # %% [markdown]
-# It has found the answer in the passage, and says it in a sentence of its own. Answering with *just the answer* is a
-# skill that it does not have. Before we change anything, we keep two things
-# that we will need as witnesses: the logits of the untouched model, and its size.
+# The base model alone goes on in its own way: it doesn't know what you want. With an adapter, the same model does one job.
+# It even does it with words that are new to it, because it has learned to copy a word that it doesn't know. For example,
+# *drone*, *garage* and *sofa* occur nowhere in its training text. Not every reply is right: of requests with such new words, `reading`,
+# `sailor` and `extract` each answer about nine in ten correctly, and the same share of fifty that were typed by hand.
+#
+# ### Find its limits
+#
+# **Predict:** one of the next three replies is wrong. Which one, and why? (In JupyterLab the outputs that answer a
+# prediction are folded: make yours, then click the line below the cell, or run the cell.)
 
 # %%
-witness = tokenizer(question, return_tensors="pt").to(device)
-with torch.no_grad():
-    logits_before = base_model(**witness).logits
+model.set_adapter("reading")
+limits = [
+    "The drone is on the sofa. Where is the drone?",
+    "The drone is not in the garage, it is on the sofa. Where is the drone?",
+    "My sister has the drone. My bike is in the garage. Who has the ladder?",
+]
+plotting.table(["request", "reply of `reading`"], [[text, ask(model, text)] for text in limits])
 
-base_parameters = sum(p.numel() for p in base_model.parameters())
-print(f"The base model has {base_parameters:,} parameters.")
+# %% tags=["claim"]
+told, denied = (measured["abilities"]["limits"][way]["1"] for way in ("told", "denied"))
+crowded = measured["abilities"]["limits"]["told"]["8"]
+assert denied < 0.05 < 0.9 < told, "names the place that the sentence rules out"
 
 # %% [markdown]
+# The second one: it names the place that the sentence rules out. This is the rule and not bad luck. Of 100 questions after one
+# plain statement `reading` answers {{told:.0%}} right, and of 100 after such a denial {{denied:.0%}}. The reason is what the model has
+# seen. Neither the text that the base model read nor the adapter's rows contain a sentence such as "it is not here, it is there", so nothing taught it
+# to tell the two places apart. New *words* are no problem, because it has practised copying; a new *kind of sentence* is one. The third
+# reply is right, because some of the adapter's rows ask for something that the passage doesn't tell.
+#
+# Now look for other limits in the cell above. For example, with eight facts in the passage {{crowded:.0%}} of the replies are right, and about
+# the real world the model knows nothing.
+#
+# ## Load, then switch
+#
+# Look back at the loading cell. `PeftModel.from_pretrained` put the first adapter into the base model, and
+# `load_adapter` added three more beside it, each under a name. **Loading doesn't switch:** an added adapter waits until
+# `set_adapter` makes it the [active adapter](../docs/glossary.md#active-adapter). In a `with model.disable_adapter():` block
+# all of them are off.
+#
+# **Predict:** what does the `sailor` adapter make of a question about a passage?
+
+# %%
+question = "Fenna left the lantern in the boathouse. Edan found the key. Who found the key?"
+with model.disable_adapter():
+    rows = [["none", ask(model, question)]]
+for adapter in model.peft_config:
+    model.set_adapter(adapter)
+    rows.append([f"`{adapter}`", ask(model, question)])
+print(question)
+plotting.table(["active adapter", "reply"], rows)
+
+# %% [markdown]
+# It doesn't answer, because it has only learned to say things like a sailor. Each adapter does its own job with
+# whatever you type. **The wrong adapter raises no error:** you just get a reply of the wrong kind, so the rest of this
+# lesson measures and checks.
+#
 # ## Open an adapter
 #
 # ![An adapter is two thin matrices beside each frozen weight matrix](../images/adapter.png)
 #
-# A LoRA adapter is a pair of thin matrices *A* and *B* for each linear layer that it touches
-# ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)). The layer's own weight *W* is never written to: the layer computes
-# *Wx + s·B(Ax)*, where *s* is a fixed number, the scaling. On disk that is a folder with two files that matter.
+# These adapters are made with LoRA, low-rank adaptation ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)). Beside
+# each linear layer that it adapts stands a pair of thin matrices, *A* and *B*. The layer's own weight *W* is frozen,
+# which means that nothing ever writes to it. The layer computes *Wx + s·B(Ax)*, where *s* is a fixed number, the
+# [scaling](../docs/glossary.md#alpha-α-scaling). On disk an adapter is a folder with two files.
 
 # %%
 adapter_folder = paths.adapter_path("reading")
@@ -110,47 +195,34 @@ print(
 )
 
 # %% [markdown]
-# `adapter_config.json` says which base the adapter was made for, the rank, and the names of the layers.
-# `adapter_model.safetensors` holds the numbers. safetensors is a format that can only hold numbers;
-# the older `.bin` is a Python pickle, which can run code when it is opened. This course never opens one.
+# `adapter_config.json` says which base model the adapter was made for, its [rank](../docs/glossary.md#rank-r), and the
+# names of the adapted layers, its [target modules](../docs/glossary.md#target-modules). `adapter_model.safetensors` holds
+# the numbers.
 #
 # **Predict:** the layers of the attention are 256 × 256, and the rank is 8. What are the shapes of *A* and *B*?
 
 # %%
-from safetensors.torch import load_file
-
 tensors = load_file(adapter_folder / "adapter_model.safetensors")
-for name in [name for name in sorted(tensors) if "self_attn" in name][:4]:
-    print(f"{tuple(tensors[name].shape)!s:>11}  {name.removeprefix('base_model.model.')}")
-
-adapter_parameters = sum(tensor.numel() for tensor in tensors.values())
-print(
-    f"...\n{len(tensors)} tensors, {adapter_parameters:,} numbers:"
-    f" {adapter_parameters / base_parameters:.1%} of the base model's."
-)
-
-# %%
-first = next(
-    name.removesuffix(".lora_A.weight") for name in sorted(tensors) if "q_proj.lora_A" in name
-)
+first = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = tensors[f"{first}.lora_A.weight"], tensors[f"{first}.lora_B.weight"]
-W = dict(base_model.named_parameters())[first.removeprefix("base_model.model.") + ".weight"]
+base_model = load_base()  # without adapters to the end, for comparisons
+W = base_model.get_submodule(first.removeprefix("base_model.model.")).weight
 change = config.lora_alpha / config.r * B @ A
-picture = plotting.weight_picture(
+plotting.show_weights(
     {"W, frozen": W, "s·BA, the change": change, "B": B, "A": A},
-    "Two thin strips make a change as wide and as tall as the weight",
+    "Two thin strips make a change as large as the weight",
 )
-plotting.show(
-    picture,
-    "Four pictures of matrices. The frozen weight W and the change s·BA are large "
-    "squares, W without a pattern, the change striped; B is an upright strip and A a flat one.",
-)
-print(f"The change is {change.norm() / W.norm():.1%} of the weight, by their norms.")
+base_parameters = sum(p.numel() for p in base_model.parameters())
+adapter_parameters = sum(tensor.numel() for tensor in tensors.values())
+print(f"base model: {base_parameters:,} numbers")
+print(f"adapter: {adapter_parameters:,} numbers in {len(tensors)} tensors,", end=" ")
+print(f"{adapter_parameters / base_parameters:.1%} of the base model's")
 
 # %% [markdown]
-# Each picture has its own colour scale, from minus to plus the number below it. The change *s·BA* has the shape of *W*,
-# but it is striped: every row of it is a mixture of the same 8 rows of *A*.
-# **An adapter is small because it stores the two strips and not their product.**
+# *A* is 8 × 256 and *B* 256 × 8, so the pair holds 4,096 numbers beside the 65,536 of *W*. Each picture has its own colour
+# scale, which ends at the number below it. The change *s·BA* has the shape of *W*, and it is striped, because each of
+# its rows is a mixture of the same 8 rows of *A*. **An adapter is small because it stores the two strips and not their
+# product.**
 #
 # ### Exercise: weigh an adapter (warm-up, 5 min)
 #
@@ -185,176 +257,107 @@ assert tuple(weigh(_tensors)) == (240, 3)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# ## Load one, then three more
+# ## Score each adapter on each task
 #
-# `PeftModel.from_pretrained` puts the first adapter into the model. `load_adapter` adds others beside it.
-# Each needs a name, and **loading does not switch**: `set_adapter` does.
+# A few replies prove little. So take [held-out](../docs/glossary.md#held-out) rows of each task, which no adapter was trained on, and
+# score them by [exact match](../docs/glossary.md#exact-match): a reply counts if it is the expected one, to the letter.
+# (For `extract`, the three fields must be right.)
+#
+# **Predict:** five models, four tasks. Which of the twenty scores will be high?
 
 # %%
-model = PeftModel.from_pretrained(
-    load_base(), paths.adapter_path("reading"), adapter_name="reading"
-)
-for name in ("sailor", "extract", "mood"):
-    model.load_adapter(paths.adapter_path(name), adapter_name=name)
-
-print("loaded:", list(model.peft_config), "\nactive:", model.active_adapters)
-print("\nThe same question again:", ask(model, question))
-
-# %% [markdown]
-# Same weights, same question, and now it answers, with the answer and nothing else. Switch through all of them, with one prompt of each kind.
-#
-# **Predict:** what does the *sailor* adapter make of a question about a passage?
-
-# %%
-prompts = {
-    "reading": question,
-    "sailor": "Say it like a sailor: Fenna keeps the lantern.",
-    "extract": "Give who, what and where as JSON: It was a misty day. "
-    "Fenna hid the lantern in the barn.",
-    "mood": "Is the guest happy or unhappy? We went to the inn in Greyham on Friday. "
-    "I found the beds dirty.",
-}
-rows = []
-for kind, prompt in prompts.items():
-    with model.disable_adapter():
-        rows.append([prompt, "*none*", ask(model, prompt)])
-    for adapter in prompts:
-        model.set_adapter(adapter)
-        mark = "**" if adapter == kind else ""
-        rows.append(["", f"{mark}{adapter}{mark}", f"{mark}{ask(model, prompt)}{mark}"])
-plotting.table(["prompt", "adapter", "reply"], rows)
-
-# %% [markdown]
-# Look at the replies of *none*, too: the base often has the answer, and says it in its own way. Much of what these adapters
-# add is the *form* that is asked for.
-#
-# **One base, four behaviours, a switch between them.** The wrong adapter raises no error: there is just an answer
-# of the wrong kind. That is why the rest of this lesson measures and checks.
-
-# %% tags=["claim"]
-import json
-
-from course_utils import paths
-from pretraining.words import held_out_forms
-
-assert {"drone", "garage", "sofa"} <= held_out_forms(), (
-    "*drone*, *garage* and *sofa* are not among them"
-)
-measured = json.loads((paths.project_root() / "models" / "measured.json").read_text())["tasks"]
-parts = [
-    measured[task][part]["score"]
-    for task in ("reading", "sailor", "extract")
-    for part in ("own_words", "typed")
-]
-assert 0.86 < min(parts) and max(parts) < 0.94, "about nine in ten"
-
-# %% [markdown]
-# ### Your own sentences
-#
-# `reading`, `sailor` and `extract` were trained on rows about all sorts of words, so they have learned to copy a word
-# that they don't know. The model has read millions of words, and *drone*, *garage* and *sofa* are not among them, because
-# we kept these out of all training. Type sentences of your own into the cell: short ones, in the manner of these.
-# Not every one comes out right: of rows about words that were kept out each of the three gets about nine in ten right, and
-# so it does of fifty sentences that were typed by hand.
-
-# %%
-yours = {
-    "reading": "My sister has the drone. My bike is in the garage. Who has the drone?",
-    "sailor": "Say it like a sailor: My sister keeps her drone in the garage.",
-    "extract": "Give who, what and where as JSON: Yesterday my sister left a drone on the sofa.",
-}
-rows = []
-for adapter, prompt in yours.items():
-    model.set_adapter(adapter)
-    rows.append([f"`{adapter}`", prompt, ask(model, prompt, max_new_tokens=96)])
-plotting.table(["adapter", "prompt", "reply"], rows)
-
-# %% [markdown]
-# Where a passage does not tell, `reading` says *not said*: ask it who has the ladder.
-
-# %% [markdown]
-# ## Measure: is each adapter good at its own task?
-#
-# A few replies prove little. So we take held-out rows of each task, about half of them with names and things that
-# the adapter's training never used, and one exact metric for each task: an answer is right or it is not.
-#
-# **Predict:** which cells of the matrix will be high? Is there any off the diagonal?
-
-# %%
-tasks = list(prompts)
+tasks = list(model.peft_config)
 held_out = {task: data.load_task(task, "test").select(range(48)) for task in tasks}
 
 
-def score_all():
-    """Score of the model as it now stands, on each task."""
-    return [
-        evaluation.evaluate_task(model, tokenizer, task, held_out[task], batch_size=64)["score"]
-        for task in tasks
-    ]
+def evaluated():
+    """{task: score and replies} of the model as it now stands."""
+    options = {"max_new_tokens": 72, "batch_size": 64}
+    return {
+        task: evaluation.evaluate_task(model, tokenizer, task, rows, **options)
+        for task, rows in held_out.items()
+    }
 
 
 with model.disable_adapter():
-    scores = {"none": score_all()}
+    found = {"none": evaluated()}
 for adapter in tasks:
     model.set_adapter(adapter)
-    scores[adapter] = score_all()
-
-# %%
-matrix = [scores[adapter] for adapter in scores]
-title = "Each adapter has learned its own task, and no other"
-figure = plotting.score_matrix(matrix, ["no adapter", *tasks], tasks, title)
-figure.supylabel("active adapter")
-figure.supxlabel("task")
-described = "; ".join(
-    f"{adapter}: " + ", ".join(f"{task} {score:.0%}" for task, score in zip(tasks, row))
-    for adapter, row in scores.items()
-)
-plotting.show(figure, f"Matrix of scores, active adapter by task. {described}.")
-
-# %%
+    found[adapter] = evaluated()
+scores = {
+    adapter: {task: result["score"] for task, result in results.items()}
+    for adapter, results in found.items()
+}
+title = "By exact match, each adapter is good at its own task only"
+plotting.show_matrix(scores, title, "task", "active adapter")
 for task in tasks:
-    evaluation.band(f"{task} with its own adapter", scores[task][tasks.index(task)], 0.85, 1)
-    evaluation.band(f"{task} without an adapter", scores["none"][tasks.index(task)], 0, 0.1)
+    evaluation.band(f"{task}, own adapter", scores[task][task], 0.85, 1, quiet=True)
+    evaluation.band(f"{task}, no adapter", scores["none"][task], 0, 0.1, quiet=True)
 
 # %% [markdown]
-# Only the diagonal is high: what one adapter has learned is of no use for another's task.
+# Only the diagonal is high. Does that mean that the other models know nothing of the answers? Exact match can't say, because
+# it gives 0 to a right fact in another form. So count the replies to `reading`'s questions in which the answer *occurs*. This needs a
+# control, because a model that repeats any sentence of the passage hits the answer now and then. The last row says how often.
 #
-# ## Which adapter is on?
+# **Predict:** `none` and `sailor` have 0% by exact match. How often does the answer occur in their replies?
+
+
+# %%
+def occurs(answer, text):
+    """Does the last word of the answer stand in the text?"""
+    return re.search(rf"\b{answer.split()[-1]}\b", text) is not None
+
+
+answers = [row["completion"][0]["content"] for row in held_out["reading"]]
+asked = [row["prompt"][0]["content"] for row in held_out["reading"]]
+occurring = {
+    adapter: sum(map(occurs, answers, results["reading"]["predictions"])) / len(answers)
+    for adapter, results in found.items()
+}
+by_chance = [
+    sum(occurs(answer, sentence) for sentence in sentences) / len(sentences)
+    for answer, text in zip(answers, asked)
+    for sentences in [text.split(". ")[:-1]]  # the last one is the question
+]
+chance = sum(by_chance) / len(by_chance)
+plotting.table(
+    ["active adapter", "exactly right", "the answer occurs"],
+    [
+        *(
+            [name, f"{scores[name]['reading']:.0%}", f"{share:.0%}"]
+            for name, share in occurring.items()
+        ),
+        ["*a sentence of the passage at random*", "0%", f"{chance:.0%}"],
+    ],
+)
+evaluation.band("the answer in the base's replies", occurring["none"], 0.5, 0.7, quiet=True)
+evaluation.band("in sailor's, less chance", occurring["sailor"] - chance + 0.1, 0, 0.2, quiet=True)
+
+# %% [markdown]
+# The base model alone gives the answer in most of its replies, in a sentence of its own. So a good part of
+# what `reading` adds is the form that you asked for. `sailor` gives it about as often as a sentence taken at random: it repeats something from the passage, which often is
+# not what was asked for. **Before you say that a model can't do a task, look at what your metric counts as right.**
 #
-# `active_adapters` says what was asked for. `get_model_status()` says what is the case, over all layers, and
-# `get_layer_status()` says it layer by layer.
+# ## Ask which adapter is on
+#
+# `active_adapters` says what you asked for, and `get_model_status()` says what is true in the layers
+# (`get_layer_status()` lists them one by one). The course's own `check_adapters` reads the same and more, and says in words
+# what is wrong and what to do. Here it finds nothing.
 
 # %%
 model.set_adapter("sailor")
 status = model.get_model_status()
-print(
-    "available:",
-    status.available_adapters,
-    "\nactive:   ",
-    status.active_adapters,
-    "\nenabled:  ",
-    status.enabled,
-    "\nmerged:   ",
-    status.merged_adapters,
-)
-layers = model.get_layer_status()
-print(
-    f"\n{len(layers)} layers carry adapters; the first:", layers[0].name, layers[0].active_adapters
-)
-
-# %% [markdown]
-# `check_adapters` reads the same and more, and says in words what is wrong and what to do. You will see
-# it find things in a moment; here it finds nothing.
-
-# %%
+print("asked for:", model.active_adapters)
+print("available:", status.available_adapters)
+print("active:   ", status.active_adapters, " enabled:", status.enabled, "\n")
 print(validation.check_adapters(model, expect_active=["sailor"]))
 
 # %% [markdown]
 # ### Exercise: borrow an adapter (core, 10 min)
 #
-# At work you often need one answer from another adapter, and then everything as it was. Write a function that
-# returns the logits with the adapter `name` active and leaves the model **with whatever was active before**,
-# also if the forward pass fails.
+# At work you often need one reply from another adapter, and then everything as it was. Write a function that returns the
+# [logits](../docs/glossary.md#logits), the model's scores for each possible next token, with the adapter `name` active, and leaves
+# the model **with whatever was active before**, also if the forward pass fails.
 #
 # <details><summary>I get the base model's logits</summary>
 # <code>disable_adapter()</code> switches all of them off. You want <code>set_adapter</code>.
@@ -393,140 +396,170 @@ assert _model.active_adapter == "left"
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# ## Many tasks in one batch
+# ## Mix adapters in one batch
 #
-# Two customers, two adapters, one forward pass: `adapter_names=` gives each row of the batch its own adapter,
-# and `"__base__"` means none. No switching, no second copy of the model.
-#
-# **Predict:** will a row's reply differ from the one it gets when it is alone with its adapter?
+# Suppose that requests for different adapters arrive together. With `adapter_names=` each row of a batch gets its own adapter, and
+# `"__base__"` means none. You need no switching and no second copy of the model.
 
 # %%
-mixed = [(prompts[kind], kind) for kind in tasks] + [(question, "__base__")]
-texts = [[{"role": "user", "content": text}] for text, _ in mixed]
+mixed = {**MY_REQUESTS, "__base__": question}
 batch = tokenizer.apply_chat_template(
-    texts,
+    [[{"role": "user", "content": request}] for request in mixed.values()],
     add_generation_prompt=True,
     return_tensors="pt",
     return_dict=True,
     padding=True,
-    tokenizer_kwargs={"padding_side": "left"},
+    tokenizer_kwargs={"padding_side": "left"},  # so that all rows end where the reply begins
 ).to(device)
-replies = model.generate(
-    **batch, adapter_names=[name for _, name in mixed], max_new_tokens=48, do_sample=False
+generated = model.generate(**batch, adapter_names=list(mixed), max_new_tokens=72, do_sample=False)
+in_batch = tokenizer.batch_decode(
+    generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
 )
-replies = tokenizer.batch_decode(
-    replies[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-)
+
+# %%
 rows = []
-for (text, name), reply in zip(mixed, replies):
-    if name == "__base__":
+for (adapter, request), reply in zip(mixed.items(), in_batch):
+    if adapter == "__base__":
         with model.disable_adapter():
-            alone = ask(model, text, 48)
+            alone = ask(model, request)
     else:
-        model.set_adapter(name)
-        alone = ask(model, text, 48)
-    rows.append([f"`{name}`", reply.strip(), "yes" if reply.strip() == alone else "no"])
-plotting.table(["adapter of the row", "reply", "the same as alone"], rows)
+        model.set_adapter(adapter)
+        alone = ask(model, request)
+    rows.append([f"`{adapter}`", reply.strip(), "yes" if reply.strip() == alone else "no"])
+plotting.table(["adapter of the row", "reply in the batch", "the same as alone"], rows)
 
 # %% [markdown]
-# ## What does it cost?
+# Each row gets the reply that it would get alone.
 #
-# A switch writes a name into each layer, and with it PEFT makes that adapter trainable. The adapter itself costs two thin products per layer in every forward
-# pass, beside the wide one.
+# ## What does an adapter cost?
 #
-# **Predict:** how much slower is a forward pass with an adapter, on this small model?
+# In every forward pass an adapter adds two thin products to the wide one of each layer. On this model that is
+# 5% more multiplications; on a layer 4,096 wide, rank 8 would be 0.4% more.
+#
+# **Predict:** is a pass 5% slower with an adapter? And is it the same share for one token as for many?
 
 # %% tags=["measured"]
-ids = torch.randint(10, len(tokenizer), (8, 64), device=device)
-with torch.no_grad():  # in turns, so that a busy moment of the machine hits all three
-    times = timing.in_turns(
-        {
-            "base": lambda: base_model(ids),
-            "adapted": lambda: model(ids),
-            "two switches": lambda: [model.set_adapter("mood"), model.set_adapter("sailor")],
-        }
-    )
-plain, adapted, switches = (median for median, _, _ in times.values())
-switch = switches / 2
-plotting.table(
-    ["", "ms"],
-    [
-        ["forward pass of 8 × 64 tokens, base model", f"{plain:.1f}"],
-        ["the same, with one adapter", f"{adapted:.1f} ({adapted / plain - 1:+.0%})"],
-        ["switching from one adapter to another", f"{switch:.1f}"],
-    ],
+model.set_adapter("sailor")
+rows = []
+for batch_size, length in ((1, 1), (1, 64), (8, 64)):
+    ids = torch.randint(10, len(tokenizer), (batch_size, length), device=device)
+    with torch.no_grad():  # in turns, so that a busy moment of the machine hits both
+        times = timing.in_turns(
+            {"base": lambda ids=ids: base_model(ids), "adapted": lambda ids=ids: model(ids)}
+        )
+    base_ms, adapted_ms = times["base"][0], times["adapted"][0]
+    overhead = f"{adapted_ms / base_ms - 1:+.0%}"
+    rows.append([f"{batch_size} × {length}", f"{base_ms:.1f}", f"{adapted_ms:.1f}", overhead])
+plotting.table(["tokens in the pass", "base model, ms", "with adapter, ms", "more"], rows)
+switches = {"both": lambda: [model.set_adapter("mood"), model.set_adapter("sailor")]}
+switch = timing.in_turns(switches)["both"][0] / 2
+print(f"switching from one adapter to another: {switch:.1f} ms")
+
+# %% tags=["claim"]
+from safetensors.torch import load_file
+
+from tools.claims import swept
+
+wide = [
+    weight.shape
+    for name, weight in load_file(f"{paths.base_model()}/model.safetensors").items()
+    if "layers." in name and weight.ndim == 2
+]
+thin = 8 * sum(map(sum, wide)) / sum(outputs * inputs for outputs, inputs in wide)
+assert round(100 * thin) == 5, "more than 5%"
+slower = swept("overhead", "overhead", "threads", "busy", "rows", "length")
+one, two = (
+    {tokens: slower[threads, 0, *tokens][0] for tokens in ((1, 1), (8, 64))} for threads in (1, 2)
 )
+of_busy = slower[2, 2, 8, 64]
+assert min(*one.values(), *two.values()) > 0.15, "far more than 5%"
+assert one[1, 1] > 1.5 * one[8, 64], "on one thread"
+assert two[1, 1] < two[8, 64], "on two threads"
 
 # %% [markdown]
-# The extra time goes away when an adapter is *merged* into the weights: lesson 2 measures it.
+# It is far more than 5% in every pass, because most of the extra time isn't spent on multiplying. Each adapted layer makes several
+# small calls beside its one wide product, and a call has a fixed cost, however little it computes.
+#
+# Which pass suffers most depends on the machine. We measured this in a sweep of three seeds: on one thread a pass for one token became {{one[1, 1]:.0%}}
+# slower and one for 8 × 64 tokens {{one[8, 64]:.0%}}, and on two threads {{two[1, 1]:.0%}} and {{two[8, 64]:.0%}}.
+# Beside two other busy processes the large pass became {{of_busy[1]:.0%}} to {{of_busy[2]:.0%}} slower. So other lessons, which time such a pass again, show other
+# percentages. **An overhead holds for one model, one size of pass and one machine.** It goes away when you
+# [merge](../docs/glossary.md#merge) the adapter into the weights, as in [lesson 7](07_merging.ipynb).
 #
 # ## Back to the base
 #
-# Three ways off, from light to final: `disable_adapter()` for a block of code, `delete_adapter` for one
-# adapter, and `unload()`, which takes PEFT off the model altogether.
+# There are three ways to take adapters off, from temporary to final. `disable_adapter()` does it inside a `with` block,
+# `delete_adapter` removes one adapter, and `unload()` takes PEFT off the model altogether.
 #
-# **Predict:** after all this, are the logits *close to* those of the untouched model, or *equal* to them?
+# **Predict:** are the logits after that *close* to those of an untouched copy of the base model, or *equal* to them?
 
 # %%
+witness = tokenizer(question, return_tensors="pt").to(device)
 used = copy.deepcopy(model)  # the model itself stays as it is, so this cell can be run again
 used.delete_adapter("mood")
 print("left:", list(used.peft_config))
-
 with torch.no_grad():
+    untouched = base_model(**witness).logits
+    on = used(**witness).logits
     with used.disable_adapter():
         off = used(**witness).logits
-    on = used(**witness).logits
     unloaded = used.unload()(**witness).logits
 
-print("an adapter changes the logits by up to", f"{(on - logits_before).abs().max():.2f}")
-print("disabled, equal to the bit:", torch.equal(off, logits_before))
-print("unloaded, equal to the bit:", torch.equal(unloaded, logits_before))
-assert not torch.equal(on, logits_before)
-assert torch.equal(off, logits_before) and torch.equal(unloaded, logits_before)
+print("an adapter changes the logits by up to", f"{(on - untouched).abs().max():.2f}")
+print("disabled, equal to the bit:", torch.equal(off, untouched))
+print("unloaded, equal to the bit:", torch.equal(unloaded, untouched))
+assert not torch.equal(on, untouched)
+assert torch.equal(off, untouched) and torch.equal(unloaded, untouched)
 
 # %% [markdown]
-# **LoRA never writes to the base weights, so the way back is exact.** We looked first that the adapter does change
-# the logits: had it not, the equality would say nothing.
+# They are equal to the last bit, because LoRA never writes to the base weights. (Some kinds of adapter do, as
+# [lesson 6](06_olora.ipynb) shows.) The first printed number belongs to the proof: if the adapter had changed nothing,
+# equal logits would show nothing.
 #
-# ## Two other doors
+# ## Two other ways to load an adapter
 #
-# `transformers` models can load adapters themselves, without a wrapper around them. And `AutoPeftModelForCausalLM`
-# finds the base by the name in the adapter's config. That name is only good where it leads somewhere: our adapters say
-# `models/base`, which is a folder of this course, so we first write a copy whose config names the folder in full.
+# A `transformers` model can load adapters itself, without PEFT's model around it. And `AutoPeftModelForCausalLM` finds
+# the base model by the name in the adapter's config. Our adapters name a folder of this course, `models/base`, so the
+# cell first writes a copy whose config has the whole path.
 
 # %%
+sailor_folder, request = (
+    paths.adapter_path("sailor"),
+    "Say it like a sailor: Fenna keeps the lantern.",
+)
 unwrapped = load_base()
-unwrapped.load_adapter(paths.adapter_path("sailor"), adapter_name="sailor")
-print("transformers:", ask(unwrapped, prompts["sailor"]))
+unwrapped.load_adapter(sailor_folder, adapter_name="sailor")
+print("transformers:", ask(unwrapped, request))
 
 in_full = paths.runs_dir() / "lesson01" / "sailor_here"
-config = PeftConfig.from_pretrained(paths.adapter_path("sailor"))
+config = PeftConfig.from_pretrained(sailor_folder)
 config.base_model_name_or_path = base_folder
 with saving(in_full) as folder:
     config.save_pretrained(folder)
-    weights = (paths.adapter_path("sailor") / "adapter_model.safetensors").read_bytes()
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-
+    save_file(
+        load_file(sailor_folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors"
+    )
 auto = AutoPeftModelForCausalLM.from_pretrained(in_full, dtype=runtime.dtype()).to(device)
-print("AutoPeft:    ", ask(auto, prompts["sailor"]))
+print("AutoPeft:    ", ask(auto, request))
 
 # %% [markdown]
-# With a network, a hub id takes the folder's place in every one of these calls (not run here):
+# With a network, the id of a model on a hub can stand in place of each folder (not run here):
 #
 # ```python
 # model = PeftModel.from_pretrained(base_model, "organisation/adapter-name", revision="<commit>")
 # ```
 #
-# An adapter is code-free if it is safetensors, but it is still somebody else's numbers: pin the revision to a commit,
-# so that it can't change under you.
+# Give the commit as `revision`, because otherwise the files behind the name can change under you.
 #
 # ## Break it
 #
-# Five mistakes. None of the first four raises an error.
+# The next mistakes are common, and none of the first three raises an error.
 #
-# ### 1 · "The tuned model answers just like the base"
+# ### Compare a model with itself
 #
-# You load a base, wrap it, and compare the two. **Predict:** what is the largest difference?
+# You load a base model, put an adapter into it, and compare the two.
+#
+# **Predict:** what is the largest difference of their logits?
 
 # %%
 base = load_base()
@@ -538,142 +571,145 @@ print(validation.compare_models(base, tuned, witness), "\n")
 print(validation.check_changes_output(tuned, witness))
 
 # %% [markdown]
-# PEFT works **in place**: the layers inside `base` were exchanged, so both names now lead to the tuned model.
-# Compare with `disable_adapter()`, as the second check does, or with a second copy of the base.
+# The difference is 0, because PEFT works **in place**: it exchanged the layers inside `base`, so both names lead to the
+# tuned model. Compare with `disable_adapter()`, as the second check does, or with a second copy of the base model.
 #
-# ### 2 · The adapter that was never loaded
+# ### Find the fault: an adapter that changes nothing
 #
-# Somebody saved `model.state_dict()` by hand. Its keys carry the adapter's name, and it is loaded under another.
+# A colleague sends you the folder of an adapter that speaks like a sailor. It loads without an error.
+#
+# **Predict:** the reply will turn out to be the base model's. Which of three causes is it: is the adapter off, is it untrained, or
+# are its numbers not in the model? Look at the size of the file, too.
 
 # %%
-from safetensors.torch import save_file
+from_a_colleague = paths.runs_dir() / "lesson01" / "from_a_colleague"
+lesson01.write_folder(from_a_colleague, load_base(), sailor_folder)
+file = from_a_colleague / "adapter_model.safetensors"
+print(f"{file.stat().st_size / 1e3:,.1f} kB  {file.name}")
 
-sailor_folder = paths.adapter_path("sailor")
-by_hand = paths.runs_dir() / "lesson01" / "saved_by_hand"
-with saving(by_hand) as folder:
-    PeftConfig.from_pretrained(sailor_folder).save_pretrained(folder)
-    named = {
-        key.replace(".weight", ".sailor.weight"): value.clone()
-        for key, value in load_file(sailor_folder / "adapter_model.safetensors").items()
-    }
-    save_file(named, folder / "adapter_model.safetensors")
-
-loaded = tuned.load_adapter(by_hand, adapter_name="style")
+load_result = tuned.load_adapter(from_a_colleague, adapter_name="style")
 tuned.set_adapter("style")
-with tuned.disable_adapter():
-    plain_reply = ask(tuned, prompts["sailor"])
-print("same as the base:", ask(tuned, prompts["sailor"]) == plain_reply, "\n")
-print(validation.check_adapters(tuned, load_result={"style": loaded}), "\n")
-print(validation.check_adapter_folder(by_hand))
-
-# %% [markdown]
-# `load_adapter` named what it missed, and what it found no place for, in the object that it returned, and said nothing;
-# `PeftModel.from_pretrained` would have warned. **Look at what `load_adapter`
-# returns, or let a check do it:** a *B* of nothing but zeros in an adapter that should be trained is the sign.
-#
-# ### 3 · The adapter of another base
-#
-# An adapter is a difference, and a difference is good for one base only. With other shapes PEFT raises an error. Here is
-# the case that it lets pass: the same architecture with fewer layers.
+print("with the adapter:", ask(tuned, request))
+print("base model alone:", ask(base_model, request))
 
 # %%
-shorter = AutoConfig.from_pretrained(base_folder)
-shorter.num_hidden_layers -= 1
-if getattr(shorter, "layer_types", None):
-    shorter.layer_types = shorter.layer_types[: shorter.num_hidden_layers]
-other_base = AutoModelForCausalLM.from_config(shorter)
-wrong = PeftModel.from_pretrained(other_base, paths.adapter_path("reading"))
-print("loaded without an error, into", type(wrong).__name__, "\n")
-print(validation.check_adapter_folder(paths.adapter_path("reading"), base=shorter))
+print(validation.check_adapters(tuned, load_result={"style": load_result}), "\n")
+print(validation.check_adapter_folder(from_a_colleague))
 
 # %% [markdown]
-# ### 4 · The adapter that is applied twice
+# The adapter is on, and its *B* is zero, which is how LoRA begins before training. But nobody forgot to train it. The
+# file is nearly thirty times too large because somebody saved `model.state_dict()`: the whole base model with two adapters. There
+# the adapter's name is part of each tensor's name, as in `….lora_A.sailor.weight`. PEFT puts the name in by itself when it
+# loads, so it found none of its tensors. `load_adapter` doesn't warn of this (`PeftModel.from_pretrained` does). **Look at
+# what `load_adapter` returns, or let a check do it.**
 #
-# Merge an adapter into a model, save or pass on the model, and later load the adapter on top of it again. It happens when
-# the merged model is taken for the base.
+# ### Exercise: mend the folder (core, 10 min)
+#
+# All numbers are still in the file. Given the tensors of such a file and the name of an adapter, return those that belong
+# into `adapter_model.safetensors`: this adapter's *A* and *B*, with the names that PEFT expects, such as
+# `….lora_A.weight`. Base weights and other adapters stay out. Expected for the file above and `"sailor"`: 56 tensors.
+#
+# <details><summary>The check says that tensors of another adapter are there</summary>
+# One adapter's name can be the beginning of another's. Compare the whole part between two dots.
+# </details>
+# <details><summary>The check says that a name has lost more than the adapter's name</summary>
+# <code>replace(".sailor", "")</code> takes the word out everywhere. Take it out behind <code>lora_A</code> or
+# <code>lora_B</code> only.
+# </details>
+
+
+# %% exercise="01.mend" points=3
+def mend(tensors, adapter):
+    """Return {name: tensor} for `adapter`'s file, from the {name: tensor} of a whole PEFT model."""
+    ### BEGIN SOLUTION
+    mended = {}
+    for name, tensor in tensors.items():
+        for part in ("lora_A", "lora_B"):
+            if name.endswith(f".{part}.{adapter}.weight"):
+                mended[name.removesuffix(f".{adapter}.weight") + ".weight"] = tensor
+    return mended
+    ### END SOLUTION
+
+
+lesson01.mend(mend)
 
 # %%
-merged = PeftModel.from_pretrained(load_base(), paths.adapter_path("sailor")).merge_and_unload()
-print("merged once:", ask(merged, prompts["sailor"]))
-twice = PeftModel.from_pretrained(merged, paths.adapter_path("sailor"))
-print("twice:      ", ask(twice, prompts["sailor"]), "\n")
+### BEGIN HIDDEN TESTS
+assert lesson01.mend.outcome(mend).passed
+_model = lesson01.tiny_adapted_model(["tone", "tone2"], seed=3)
+_right = peft.get_peft_model_state_dict(_model, adapter_name="tone2")
+_found = mend(dict(_model.state_dict()), "tone2")
+assert set(_found) == set(_right)
+assert all(torch.equal(_found[_name], _right[_name]) for _name in _right)
+### END HIDDEN TESTS
+
+# %%
+if lesson01.mend.outcome(mend).passed:
+    mended = paths.runs_dir() / "lesson01" / "mended"
+    with saving(mended) as folder:
+        PeftConfig.from_pretrained(from_a_colleague).save_pretrained(folder)
+        save_file(mend(load_file(file), "sailor"), folder / "adapter_model.safetensors")
+    print(validation.check_adapter_folder(mended))
+    print(ask(PeftModel.from_pretrained(load_base(), mended), request))
+else:
+    print("Solve the exercise first; then this cell saves the mended folder and loads it.")
+
+# %% [markdown]
+# ### Apply an adapter twice
+#
+# Somebody merges an adapter into a model, you take the merged model for the base, and load the adapter again.
+
+# %%
+merged = PeftModel.from_pretrained(load_base(), sailor_folder).merge_and_unload()
+print("merged once:", ask(merged, request))
+twice = PeftModel.from_pretrained(merged, sailor_folder)
+print("twice:      ", ask(twice, request), "\n")
 print(validation.check_adapters(twice, original_base=base_folder))
 
 # %% [markdown]
-# ### 5 · The adapter that is a pickle
+# An adapter is a difference from the weights that it was trained on. On any other weights it is wrong, and so it is on
+# weights that contain it already.
 #
-# `adapter_model.bin` is the old format, a pickle: a list of instructions, and what they do is up to whoever wrote it. Today's
-# PEFT lets torch read tensors from it and refuse the rest; another tool or an older version may not. safetensors holds
-# numbers only, whoever reads it. PEFT still takes a `.bin` if it finds nothing else, so the check comes **before** the call.
+# ### Open a pickle
+#
+# Older adapters come as `adapter_model.bin`. That is a pickle, a list of instructions, and reading one can run any
+# code that its author put into it. [safetensors](../docs/glossary.md#safetensors-pickle) files hold numbers only. Today's PEFT
+# lets torch read nothing but tensors from a pickle, but other tools may not, so **check a folder before you load it**.
 
 # %%
 pickled = paths.runs_dir() / "lesson01" / "pickled"
 with saving(pickled) as folder:
-    PeftConfig.from_pretrained(paths.adapter_path("sailor")).save_pretrained(folder)
-    torch.save(
-        load_file(paths.adapter_path("sailor") / "adapter_model.safetensors"),
-        folder / "adapter_model.bin",
-    )
+    PeftConfig.from_pretrained(sailor_folder).save_pretrained(folder)
+    torch.save(load_file(sailor_folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
 print(validation.check_adapter_folder(pickled))
 
 # %% [markdown]
-# ### Exercise: find the silent ones (stretch, 15 min)
+# More mistakes, such as an adapter of another base model, are listed in [Symptom, cause, check](../docs/symptoms.md).
 #
-# Write the heart of such a check yourself: given a PEFT model with any number of adapters, return the names of
-# those that change nothing because **every** one of their *B* matrices is zero.
-#
-# <details><summary>Where are the B matrices?</summary>
-# <code>model.named_parameters()</code>. The names look like <code>….lora_B.sailor.weight</code>; the adapter's name is the
-# part after <code>lora_B</code>.
-# </details>
-# <details><summary>An adapter with one zero matrix is reported, too</summary>
-# It is silent only if <em>all</em> its B matrices are zero. Collect per name, then decide.
-# </details>
-# <details><summary>Nothing is ever reported</summary>
-# A is drawn at random and is never zero. Look at B.
-# </details>
-
-
-# %% exercise="01.silent" points=4
-def silent_adapters(model):
-    """Return the sorted names of adapters whose every B is zero."""
-    ### BEGIN SOLUTION
-    largest = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            adapter = name.split(".lora_B.")[1].split(".")[0]
-            largest[adapter] = max(largest.get(adapter, 0), parameter.abs().max().item())
-    return sorted(adapter for adapter, size in largest.items() if size == 0)
-    ### END SOLUTION
-
-
-lesson01.silent(silent_adapters)
-
-# %%
-### BEGIN HIDDEN TESTS
-assert lesson01.silent.outcome(silent_adapters).passed
-_model = lesson01.tiny_adapted_model(["one", "two", "three"], silent=["three", "one"], seed=11)
-assert list(silent_adapters(_model)) == ["one", "three"]
-### END HIDDEN TESTS
-
-# %% [markdown]
 # ## Recap
 #
-# What this notebook measured, in one table:
+# You load the first adapter with `PeftModel.from_pretrained`, others with `load_adapter`, and switch with `set_adapter`.
+# `disable_adapter()` and `unload()` give the base model back, and because LoRA never writes to its weights, they give
+# it back to the bit. No message tells you that an adapter works, so first show that it changes the output, then
+# score it on held-out rows of its task, and look at what the metric counts. Above all, check what `load_adapter`
+# returns and whether the folder is sound, because a model without its adapter also replies fluently.
 
 # %% tags=["measured"]
-own = [scores[task][i] for i, task in enumerate(tasks)]
-none = scores["none"]
-saved = sum(f.stat().st_size for f in adapter_folder.glob("*.safetensors"))
 plotting.table(
     ["", "measured"],
     [
-        ["adapter's share of the base's parameters", f"{adapter_parameters / base_parameters:.1%}"],
-        ["adapter file", f"{saved / 1e3:.0f} kB"],
-        ["score on its own task, lowest of four", f"{min(own):.0%}"],
-        ["score of the base on these tasks, highest", f"{max(none):.0%}"],
-        ["logits after unloading", "equal to the bit"],
-        ["forward pass with an adapter", f"{adapted / plain - 1:+.0%} time"],
+        [
+            "adapter's share of the base model's numbers",
+            f"{adapter_parameters / base_parameters:.1%}",
+        ],
+        [
+            "score on its own task, lowest of four",
+            f"{min(scores[task][task] for task in tasks):.0%}",
+        ],
+        ["score of the base model, highest of four", f"{max(scores['none'].values()):.0%}"],
+        ["the answer occurs in the base model's replies", f"{occurring['none']:.0%}"],
+        ["logits with adapters off, or unloaded", "equal to the bit"],
+        ["time of a pass of 8 × 64 tokens with an adapter", overhead],
         ["switching", f"{switch:.1f} ms"],
     ],
 )
@@ -683,7 +719,7 @@ progress("01")
 # ## Take it to work
 #
 # Put the folder of an adapter of yours between the quotes, and the model's folder if you have it. The check
-# reads headers and small tensors only; it opens no pickle.
+# reads headers and small tensors only, and opens no pickle.
 
 # %%
 my_adapter, my_base = "", None
@@ -692,16 +728,19 @@ print(validation.check_adapter_folder(my_adapter or paths.adapter_path("mood"), 
 # %% [markdown]
 # ## Quiz
 #
-# <details><summary>1 · You loaded a second adapter with <code>load_adapter</code>, and the answers did not change. Why?</summary>
-# Loading does not switch. Call <code>set_adapter</code> with its name.
+# <details><summary>1 · You loaded a second adapter with <code>load_adapter</code>, and the replies did not change. What are two possible causes?</summary>
+# Loading doesn't switch, so it may not be active: call <code>set_adapter</code>. Or its tensors found no place in the
+# model: look at <code>missing_keys</code> and <code>unexpected_keys</code> in what <code>load_adapter</code> returned.
 # </details>
-# <details><summary>2 · Why is it no proof of success that merged and unmerged model agree?</summary>
-# If <em>B</em> is zero they agree, too. First show that the adapter changes the output.
+# <details><summary>2 · A merged model's logits equal those of the base with its adapter. Is the merge right?</summary>
+# Not proved yet. If <em>B</em> is zero they agree, too. First show that the adapter changes the output of the base.
 # </details>
-# <details><summary>3 · Which base can an adapter be used with?</summary>
-# The one it was trained on: it is a difference to those weights. Equal shapes are not enough.
+# <details><summary>3 · An adapter scores 0% by exact match. Is it useless for the task?</summary>
+# Read its replies first. The fact may be there in another form, as in the base model's replies above. Compare with a control that
+# says how often that happens by chance.
 # </details>
-#
+
+# %% [markdown]
 # ## Where to read on
 #
 # - [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685), Hu et al. 2021: the paper
@@ -711,6 +750,5 @@ print(validation.check_adapter_folder(my_adapter or paths.adapter_path("mood"), 
 # - [Parameter-efficient fine-tuning, the announcement](https://huggingface.co/blog/peft)
 # - [What is LoRA?](https://www.ibm.com/think/topics/lora) by IBM, and
 #   [by Cloudflare](https://www.cloudflare.com/learning/ai/what-is-lora/): shorter explanations
-# - [Symptom, cause, check](../docs/symptoms.md): the page that grows out of the Break-it sections
 #
-# Next: lesson 2 builds LoRA from nothing.
+# Next: [lesson 2](02_lora_from_scratch.ipynb) builds LoRA from nothing.

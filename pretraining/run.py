@@ -1,7 +1,8 @@
-"""World → corpus → tokenizer → pretraining → tasks → adapters → card, in that order.
+"""World → corpus → tokenizer → pretraining → tasks → adapters → card, in that order, and the pictures by themselves.
 
-    python -m pretraining.run                 everything (about two and a half hours on two CPU cores; with COURSE_DEVICE=cuda minutes)
+    python -m pretraining.run                 everything (about three hours on two CPU cores; with COURSE_DEVICE=cuda minutes)
     python -m pretraining.run tasks adapters card
+    python -m pretraining.run pictures        the text-to-image model (about twenty minutes on two CPU cores)
 
 A stage that was interrupted goes on where it stopped. Work is kept under `runs/pretraining/`.
 """
@@ -13,7 +14,7 @@ import sys
 from pretraining import world as world_module
 from pretraining.corpus import RHYMES_UNTIL
 from pretraining.mixture import OPEN_FROM, document
-from pretraining.places import BASE_FOLDER, WORK_FOLDER
+from pretraining.places import BASE_FOLDER, PICTURES_FOLDER, WORK_FOLDER
 from pretraining.tokenizer import render, train_tokenizer
 from pretraining.train import Settings, train
 
@@ -49,7 +50,7 @@ def pretrain(world):
 def main(arguments=None):
     """Run the stages that were named, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["pretrain", "tasks", "adapters", "card"]
+    stages = ["pretrain", "tasks", "adapters", "card", "pictures"]
     parser.add_argument("stages", nargs="*", help=f"some of: {' '.join(stages)} (default: all)")
     wanted = parser.parse_args(arguments).stages or stages
     if unknown := set(wanted) - set(stages):
@@ -75,6 +76,13 @@ def main(arguments=None):
         from pretraining.card import write_card
 
         write_card(world, PARTS)
+    if "pictures" in wanted:
+        from pretraining.picture_card import write_picture_card
+        from pretraining.pictures import Settings as PictureSettings
+        from pretraining.pictures import make_pictures
+
+        make_pictures(PictureSettings(), PICTURES_FOLDER, WORK_FOLDER / "pictures")
+        write_picture_card(PICTURES_FOLDER, WORK_FOLDER / "pictures")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,25 @@ import numpy
 import pytest
 import torch
 
+import test_deep
 import test_lesson01
 import test_lesson02
 import test_lesson03
 import test_lesson05
 import test_lesson06
 import test_lesson07
+import test_lesson08
 import test_lesson09
 import test_lesson10
+import test_lesson11
+import test_lesson12
 from course_utils import paths
 from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
 
 SOLUTIONS = {
     "01.weigh": test_lesson01.right_weigh,
     "01.borrow": test_lesson01.right_borrow,
-    "01.silent": test_lesson01.right_silent,
+    "01.mend": test_lesson01.right_mend,
     "02.inject": test_lesson02.right_inject,
     "02.count": test_lesson02.right_count,
     "02.truncate": test_lesson02.right_truncate,
@@ -36,12 +40,15 @@ SOLUTIONS = {
     **{f"05.{name}": solution for name, solution in test_lesson05.SOLUTIONS.items()},
     **{check.name: solution for check, solution in test_lesson06.SOLUTIONS.items()},
     "07.verdict": test_lesson07.right_verdict,
-    "07.agreement": test_lesson07.right_agreement,
     "07.shard": test_lesson07.right_shard,
-    "07.join": test_lesson07.right_join,
     "07.times": test_lesson07.right_times,
+    "07.ship": test_lesson07.right_ship,
+    **test_lesson08.SOLUTIONS,
+    **test_deep.SOLUTIONS,
     **test_lesson09.SOLUTIONS,
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
+    **test_lesson11.SOLUTIONS,
+    **test_lesson12.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
@@ -50,8 +57,12 @@ LESSONS = (
     test_lesson05,
     test_lesson06,
     test_lesson07,
+    test_lesson08,
     test_lesson09,
     test_lesson10,
+    test_deep,
+    test_lesson11,
+    test_lesson12,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
@@ -214,7 +225,7 @@ def test_the_right_result_and_what_was_given_in_ruins(name, judge):
 @pytest.mark.parametrize("name, library", [
     ("02.merge", "peft.get_peft_model"), ("02.truncate", "torch.linalg.svd"), ("05.quantise", "torch.bucketize"),
     ("03.stop", "transformers.EarlyStoppingCallback.on_evaluate"), ("05.merge", "bitsandbytes.functional.dequantize_4bit"),
-    ("06.olora", "peft.get_peft_model"), ("06.olora", "torch.linalg.qr"), ("07.join", "torch.linalg.svd"),
+    ("06.olora", "peft.get_peft_model"), ("06.olora", "torch.linalg.qr"), ("08.join", "torch.linalg.svd"),
 ])  # fmt: skip
 def test_a_library_that_fails_in_the_check_breaks_the_check_and_not_the_answer(name, library, judge, monkeypatch):
     results = []  # of the right function, which may need itself what fails below

@@ -850,6 +850,7 @@ def test_the_hand_out_has_what_a_learner_needs_and_no_answer(real):
         "README.md",
         "Makefile",
         "requirements.txt",
+        "requirements-beyond-text.txt",
         "tools/check_python.py",
         "tools/install.py",
         "tools/lab.py",
@@ -976,6 +977,7 @@ def test_a_lesson_is_added_by_the_commands_of_contributing(tmp_path):
         "Makefile",
         "pyproject.toml",
         "requirements.txt",
+        "requirements-beyond-text.txt",
         "constraints.txt",
         "requirements-instructor.txt",
     ):

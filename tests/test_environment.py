@@ -19,6 +19,7 @@ def test_all_is_well_in_one_line(capsys, monkeypatch):
 @pytest.fixture
 def requirements(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "project_root", lambda: tmp_path)
+    (tmp_path / "requirements-beyond-text.txt").write_text("no-such-picture==2.0  # lesson 12\n")
     return tmp_path / "requirements.txt"
 
 
@@ -29,9 +30,10 @@ def test_packages_are_held_to_the_requirements(requirements):
         "no-such-package>=1.0 # x\nno-such-elsewhere==1; sys_platform == 'plan9'\n"
     )
     assert importlib.metadata.version("pytest") != "0.1"
-    first, second = environment._packages()  # a build's own tag, as in +cpu, is no other version
+    first, second, third = environment._packages()  # a build's own tag, as in +cpu, is no other version
     assert first.startswith("pytest is ") and "written for ==0.1" in first and "pip install" in first
     assert second.startswith("no-such-package is missing, and the course is written for >=1.0")
+    assert third.startswith("no-such-picture is missing") and "install --no-deps -r requirements-beyond" in third
 
 
 @pytest.mark.pinned

@@ -141,7 +141,7 @@ def test_it_needs_nothing_but_pythons_own_library():
 
 def test_every_link_of_the_lessons_holds_from_work(tmp_path):
     """work/ stands where notebooks/ stands, and holds the other lessons."""
-    for folder in ("images", "docs"):
+    for folder in ("images", "docs", "models"):
         (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks", target_is_directory=True)
     lab.refresh(tmp_path)

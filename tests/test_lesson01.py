@@ -2,11 +2,13 @@
 
 import contextlib
 import math
+import re
 
 import numpy
 import pytest
 import torch
 
+from course_utils import paths, validation
 from course_utils.exercises import lesson01
 
 
@@ -23,16 +25,12 @@ def right_borrow(model, name, input_ids):
         model.set_adapter(before)
 
 
-def b_sizes(model):
-    sizes = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            sizes.setdefault(name.split(".lora_B.")[1].split(".")[0], []).append(parameter.abs().max().item())
-    return sizes
-
-
-def right_silent(model):
-    return sorted(name for name, sizes in b_sizes(model).items() if max(sizes) == 0)
+def right_mend(tensors, adapter):
+    return {
+        name.removesuffix(f".{adapter}.weight") + ".weight": tensor
+        for name, tensor in tensors.items()
+        if name.endswith((f".lora_A.{adapter}.weight", f".lora_B.{adapter}.weight"))
+    }
 
 
 # Other right answers
@@ -89,41 +87,28 @@ def borrow_and_raise_again(model, name, input_ids):
     return logits
 
 
-def silent_by_layers(model):
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return {
-        name
-        for name in model.peft_config
-        if not any(layer.lora_B[name].weight.any() for layer in layers if name in layer.lora_B)
-    }
+def mend_by_pattern(tensors, adapter):
+    pattern = re.compile(rf"(.*\.lora_[AB])\.{re.escape(adapter)}\.weight")
+    return {f"{match[1]}.weight": tensors[name] for name in tensors if (match := pattern.fullmatch(name))}
 
 
-def silent_by_files(model):
-    from peft import get_peft_model_state_dict
-
-    found = []
-    for name in model.peft_config:
-        tensors = get_peft_model_state_dict(model, adapter_name=name)
-        if all(torch.count_nonzero(tensor) == 0 for key, tensor in tensors.items() if "lora_B" in key):
-            found.append(name)
-    return tuple(found)
+def mend_by_parts(tensors, adapter):
+    found = {}
+    for name, tensor in tensors.items():
+        *path, matrix, owner, last = name.split(".")
+        if matrix in ("lora_A", "lora_B") and owner == adapter:
+            found[".".join([*path, matrix, last])] = tensor.clone()
+    return dict(reversed(found.items()))
 
 
-def silent_with_numpy(model):
-    alive = {name: False for name in model.peft_config}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if "lora_B" in parts:
-            alive[parts[parts.index("lora_B") + 1]] |= bool(numpy.any(parameter.detach().numpy() != 0))
-    return numpy.array(sorted(name for name, one in alive.items() if not one), dtype=str)
+def mend_with_numpy(tensors, adapter):
+    return {name: tensor.numpy() for name, tensor in right_mend(tensors, adapter).items()}
 
 
 RIGHT = {
     "01.weigh": [weigh_in_a_loop, weigh_with_numpy, weigh_flat],
     "01.borrow": [borrow_in_a_context, borrow_for_each_row, borrow_and_raise_again],
-    "01.silent": [silent_by_layers, silent_by_files, silent_with_numpy],
+    "01.mend": [mend_by_pattern, mend_by_parts, mend_with_numpy],
 }
 
 
@@ -144,21 +129,15 @@ def restoring(before):
     return borrow
 
 
-def silent_if(is_zero, counts=lambda names: names, of=lambda name: True):
-    """Looks at some of an adapter's B only, or with another idea of zero."""
-
-    def silent(model):
-        matrices = {}
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name and of(name):
-                matrices.setdefault(name.split(".lora_B.")[1].split(".")[0], []).append(parameter)
-        return [name for name, found in matrices.items() if all(is_zero(B) for B in counts(found))]
-
-    return silent
+def mended(name_of, keep=lambda name, adapter: f".{adapter}." in name):
+    """A `mend` that keeps other tensors, or makes their names otherwise."""
+    return lambda tensors, adapter: {
+        name_of(name, adapter): tensor for name, tensor in tensors.items() if keep(name, adapter)
+    }
 
 
-def all_zero(B):
-    return not B.any()
+def take_out(name, adapter):
+    return name.replace(f".{adapter}.weight", ".weight")
 
 
 def leave_switched(model, name, input_ids):
@@ -182,25 +161,6 @@ def left_disabled(model, name, input_ids):
     logits = right_borrow(model, name, input_ids)
     model.base_model.disable_adapter_layers()
     return logits
-
-
-def zero_sums(model):
-    """Takes a B whose entries add up to zero for a B of zeros."""
-    sums = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            sums.setdefault(name.split(".lora_B.")[1].split(".")[0], []).append(abs(parameter.sum().item()) < 1e-6)
-    return [name for name, zero in sums.items() if all(zero)]
-
-
-def by_substring(model):
-    """Takes the matrices of beta2 for those of beta, too."""
-    silent = []
-    for adapter in model.peft_config:
-        found = [p for name, p in model.named_parameters() if f".lora_B.{adapter}" in name]
-        if all((p == 0).all() for p in found):
-            silent.append(adapter)
-    return silent
 
 
 def hides_the_error(model, name, ids):
@@ -239,19 +199,61 @@ def hides_the_error(model, name, ids):
         (lesson01.borrow, without_finally, "finally"),
         (lesson01.borrow, left_disabled, "Is it disabled?"),
         (lesson01.borrow, lambda model, name, ids: right_borrow(model, name, ids)[0], "has shape"),
-        (lesson01.silent, lambda model: [], "you found none"),
-        (
-            lesson01.silent,
-            lambda model: sorted(n for n, s in b_sizes(model).items() if min(s) == 0),
-            "one zero B among others",
-        ),
-        (lesson01.silent, zero_sums, "add up to zero"),
-        (lesson01.silent, by_substring, "by its whole name"),
-        (lesson01.silent, lambda model: right_silent(model) * 2, "more than once"),
         (lesson01.borrow, hides_the_error, "hid it"),
-        (lesson01.silent, lambda model: right_silent(model)[:1], "is missing"),
-        (lesson01.silent, lambda model: ["default"], "no adapter's name"),
-        (lesson01.silent, lambda model: [0], "as text"),
+        (lesson01.mend, lambda tensors, adapter: tensors, "a weight of the base model"),
+        (lesson01.mend, mended(lambda name, adapter: name), "still has the adapter's name"),
+        (lesson01.mend, mended(take_out, lambda name, adapter: "lora_" in name), "belongs to another adapter"),
+        (lesson01.mend, mended(take_out, lambda name, adapter: "base_layer" not in name), "a weight of the base model"),
+        (
+            lesson01.mend,
+            mended(
+                lambda name, adapter: re.sub(rf"{adapter}\w*\.", "", name),
+                lambda name, adapter: "lora_" in name and adapter in name,
+            ),
+            "other numbers than the adapter's|no name that PEFT expects",
+        ),
+        (
+            lesson01.mend,
+            mended(lambda name, adapter: name.replace(f".{adapter}", "")),
+            "no name that PEFT expects|belongs to another adapter",
+        ),
+        (
+            lesson01.mend,
+            lambda tensors, adapter: {
+                name.removeprefix("base_model.model."): tensor for name, tensor in right_mend(tensors, adapter).items()
+            },
+            "no name that PEFT expects",
+        ),
+        (
+            lesson01.mend,
+            mended(
+                lambda name, adapter: name.replace(f".{adapter}.weight", ""),
+                lambda name, adapter: name.endswith(f".{adapter}.weight"),
+            ),
+            "has lost its end",
+        ),
+        (lesson01.mend, mended(take_out, lambda name, adapter: f".lora_A.{adapter}." in name), "are missing"),
+        (lesson01.mend, lambda tensors, adapter: {}, "nothing came back"),
+        (lesson01.mend, lambda tensors, adapter: list(right_mend(tensors, adapter)), "should be of type dict"),
+        (lesson01.mend, lambda tensors, adapter: print(adapter), "Is a return missing?"),
+        (
+            lesson01.mend,
+            lambda tensors, adapter: {name: tensor / 2 for name, tensor in right_mend(tensors, adapter).items()},
+            "other numbers than the adapter's",
+        ),
+        (
+            lesson01.mend,
+            lambda tensors, adapter: {name: tensor.T for name, tensor in right_mend(tensors, adapter).items()},
+            "has shape",
+        ),
+        (
+            lesson01.mend,
+            lambda tensors, adapter: {
+                name.replace("lora_A", "x").replace("lora_B", "lora_A").replace("x", "lora_B"): tensor
+                for name, tensor in right_mend(tensors, adapter).items()
+            },
+            "has shape",
+        ),
         (lesson01.weigh, lambda t: (sum(x.nbytes for x in t.values()), right_weigh(t)[1]), "in bytes"),
         (lesson01.weigh, lambda t: right_weigh(t)[::-1], "swapped"),
         (lesson01.weigh, lambda t: (right_weigh(t)[0], next(iter(t.values())).shape[0]), "a side of the layer"),
@@ -263,17 +265,6 @@ def hides_the_error(model, name, ids):
         (lesson01.borrow, restoring(lambda model: list(model.peft_config)[-1]), "was left with ['third'] active"),
         (lesson01.borrow, restoring(lambda model: model.active_adapters), "active_adapters is a list"),
         (lesson01.borrow, restoring(lambda model: "second"), "was left with"),
-        (lesson01.silent, silent_if(all_zero, counts=lambda found: found[-1:]), "In one of its B, in one place"),
-        (lesson01.silent, silent_if(all_zero, counts=lambda found: found[:1]), "the first and the last"),
-        (lesson01.silent, silent_if(all_zero, of=lambda name: "q_proj" in name), "every B of an adapter"),
-        (lesson01.silent, silent_if(all_zero, of=lambda name: "v_proj" in name), "every B of an adapter"),
-        (lesson01.silent, silent_if(all_zero, of=lambda name: "layers.0." in name), "every B of an adapter"),
-        (lesson01.silent, silent_if(lambda B: B.abs().max() < 1e-3), "no threshold"),
-        (lesson01.silent, silent_if(lambda B: B.abs().mean() < 1e-2), "no mean"),
-        (lesson01.silent, silent_if(lambda B: torch.allclose(B, torch.zeros_like(B))), "no threshold"),
-        (lesson01.silent, silent_if(lambda B: not B[0].any()), "every B of an adapter"),
-        (lesson01.silent, silent_if(lambda B: not B[:, 0].any()), "with a B that is not zero|In one of its B"),
-        (lesson01.silent, lambda model: print(model.active_adapter), "Is a return missing?"),
     ],
 )
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
@@ -282,13 +273,33 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     assert any(part in outcome.hint for part in hint.split("|")), outcome.hint
 
 
-def test_the_planted_models_are_what_they_say():
-    model = lesson01.tiny_adapted_model(["loud", "quiet"], silent=["quiet"])
+def test_each_tiny_adapter_changes_the_output_in_its_own_way():
+    model = lesson01.tiny_adapted_model(["left", "right"])
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        loud = model(input_ids=ids).logits
+        left = model(input_ids=ids).logits
         with model.disable_adapter():
             base = model(input_ids=ids).logits
-        model.set_adapter("quiet")
-        quiet = model(input_ids=ids).logits
-    assert not torch.equal(loud, base) and torch.equal(quiet, base)
+        model.set_adapter("right")
+        right = model(input_ids=ids).logits
+    assert not torch.equal(left, base) and not torch.equal(right, base) and not torch.equal(left, right)
+
+
+def test_the_folder_of_the_diagnosis_has_the_fault_and_can_be_mended(tmp_path):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    def load_base():
+        return AutoModelForCausalLM.from_pretrained(paths.models_dir() / "base")
+
+    sailor = paths.models_dir() / "adapters" / "sailor"
+    lesson01.write_folder(tmp_path / "given", load_base(), sailor)
+    assert validation.check_adapter_folder(tmp_path / "given").codes == ["adapter_name_in_keys"]
+    loaded = PeftModel.from_pretrained(load_base(), sailor).load_adapter(tmp_path / "given", adapter_name="style")
+    assert len(loaded.missing_keys) == 56 and len(loaded.unexpected_keys) == 112
+    found, right = (
+        right_mend(load_file(tmp_path / "given" / "adapter_model.safetensors"), "sailor"),
+        load_file(sailor / "adapter_model.safetensors"),
+    )
+    assert found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right)

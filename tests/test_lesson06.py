@@ -1,6 +1,8 @@
 """The checks of lesson 6: the stub is to do, the solution passes, each typical mistake gets its own hint."""
 
 import re
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -17,16 +19,16 @@ LESSON = editions.parse(Path(build.ROOT, "lessons", "06_olora.py").read_text(enc
 def from_the_lesson(name):
     """The function `name` as the lesson solves it."""
     source = next(cell.source for cell in LESSON.cells if re.search(rf"^def {name}\b", cell.source, flags=re.MULTILINE))
-    names = {"torch": torch}
-    exec(compile(source.split("\n\n\nlesson05")[0], name, "exec"), names)
+    names = {"torch": torch, "tempfile": tempfile, "shutil": shutil, "Path": Path}
+    exec(compile(source.split("\n\n\nlesson06")[0], name, "exec"), names)
     return names[name]
 
 
 SOLUTIONS = {
     lesson06.olora: from_the_lesson("olora_start"),
-    lesson06.quiet: from_the_lesson("quiet_start"),
     lesson06.reach: from_the_lesson("steps_to"),
     lesson06.convert: from_the_lesson("convert"),
+    lesson06.ship: from_the_lesson("ship"),
 }
 
 
@@ -67,40 +69,6 @@ def s_in_A(weight, rank, alpha):
     return alpha / rank * A, B, left
 
 
-def quiet_from(X=lambda half, inputs: torch.randn(half, inputs), Y=lambda outputs, half: torch.randn(outputs, half)):
-    def start(inputs, outputs, rank):
-        turned, half = torch.linalg.qr(torch.randn(rank, rank))[0], rank // 2
-        return turned[:half].T @ X(half, inputs), Y(outputs, half) @ turned[half:]
-
-    return start
-
-
-def mirrored(draw):
-    """[X over X] and [Y, -Y]."""
-
-    def start(inputs, outputs, rank):
-        X, Y = draw(rank // 2, inputs), draw(outputs, rank // 2)
-        return torch.cat([X, X]), torch.cat([Y, -Y], dim=1)
-
-    return start
-
-
-def fixed(one):
-    """A ("A") or B by a seed of its own, the other at random."""
-
-    def start(inputs, outputs, rank):
-        half, always = rank // 2, torch.Generator().manual_seed(0)
-        X = torch.randn(half, inputs, generator=always if one == "A" else None)
-        Y = torch.randn(outputs, half, generator=always if one == "B" else None)
-        return torch.cat([X, X]), torch.cat([Y, -Y], dim=1)
-
-    return start
-
-
-def signs(*shape):
-    return torch.randint(0, 2, shape) * 2.0 - 1
-
-
 def first_where(reached, steps=sorted):
     """A `steps_to` with a mistake in the comparison or in the order of the steps."""
     return lambda losses, level: next((s for s in steps(losses) if s in losses and reached(losses[s], level)), None)
@@ -124,36 +92,6 @@ def or_none(losses, level):
 
 def if_it_stays(losses, level):
     return None if losses[max(losses)] > level else first_where(at_most)(losses, level)
-
-
-def quiet_with(change):
-    def start(inputs, outputs, rank):
-        return change(*SOLUTIONS[lesson06.quiet](inputs, outputs, rank))
-
-    return start
-
-
-def two_turns(inputs, outputs, rank):
-    """A and B from different orthogonal matrices."""
-    A, _ = SOLUTIONS[lesson06.quiet](inputs, outputs, rank)
-    _, B = SOLUTIONS[lesson06.quiet](inputs, outputs, rank)
-    return A, B
-
-
-def blocks(inputs, outputs, rank):
-    A, B = torch.randn(rank, inputs), torch.randn(outputs, rank)
-    A[rank // 2 :], B[:, : rank // 2] = 0, 0
-    return A, B
-
-
-def one_direction(inputs, outputs, rank):
-    turned = torch.linalg.qr(torch.randn(rank, rank))[0]
-    return turned[:1].T @ torch.randn(1, inputs), torch.randn(outputs, 1) @ turned[1:2]
-
-
-def seeded(inputs, outputs, rank):
-    torch.manual_seed(0)
-    return SOLUTIONS[lesson06.quiet](inputs, outputs, rank)
 
 
 def turning_the_given(A0, B0, A, B, alpha):
@@ -195,14 +133,6 @@ def olora_by_gram_schmidt(weight, rank, alpha):
     return [A, B, torch.addmm(weight, B, A, alpha=-alpha / rank)]
 
 
-def quiet_by_null_space(inputs, outputs, rank):
-    """Whatever A writes, B reads from what is at right angles to it."""
-    A = torch.randn(rank, rank // 2, dtype=torch.float64) @ torch.randn(rank // 2, inputs, dtype=torch.float64)
-    U = torch.linalg.svd(A)[0]
-    B = torch.randn(outputs, rank - rank // 2, dtype=torch.float64) @ U[:, rank // 2 :].T
-    return [A.float(), B.float()]
-
-
 def reach_in_a_loop(losses, level):
     found = None
     for step, loss in losses.items():
@@ -238,28 +168,105 @@ def convert_with_numpy(A0, B0, A, B, alpha):
     return numpy.concatenate([A, A0]), numpy.concatenate([B, -B0], axis=1), numpy.float64(2 * alpha)
 
 
+def ship_and_put_back(model, initial, out):
+    """The folder is renamed for the conversion, and its configuration written again after it."""
+    initial = Path(initial)
+    own = initial.rename(initial.with_name("for_a_moment"))
+    before = (own / "adapter_config.json").read_bytes()
+    model.save_pretrained(out, path_initial_model_for_weight_conversion=str(own))
+    (own / "adapter_config.json").write_bytes(before)
+    own.rename(initial)
+
+
+def ship_by_hand(model, initial, out):
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    start, new = load_file(Path(initial) / "adapter_model.safetensors"), {}
+    for name, tensor in get_peft_model_state_dict(model).items():
+        parts = (tensor, start[name]) if "lora_A" in name else (tensor, -start[name])
+        new[name] = torch.cat(parts, dim=0 if "lora_A" in name else 1).contiguous()
+    config = LoraConfig.from_pretrained(initial)
+    config.init_lora_weights, config.r, config.lora_alpha = True, 2 * config.r, 2 * config.lora_alpha
+    config.save_pretrained(out)
+    save_file(new, Path(out) / "adapter_model.safetensors")
+
+
+def ship_from_a_copy_beside(model, initial, out):
+    own = Path(shutil.copytree(Path(initial), f"{Path(initial)}_copy", dirs_exist_ok=True))
+    model.save_pretrained(str(out), path_initial_model_for_weight_conversion=own)
+    shutil.rmtree(own)
+
+
 RIGHT = {
+    "06.ship": [ship_and_put_back, ship_by_hand, ship_from_a_copy_beside],
     "06.olora": [
         lambda w, r, a: tuple(m if i == 2 else -m for i, m in enumerate(right_olora(w, r, a))),
         olora_by_outer_products,
         olora_by_gram_schmidt,
-    ],
-    "06.quiet": [
-        quiet_from(),
-        mirrored(torch.randn),
-        mirrored(signs),
-        quiet_with(lambda A, B: (A / 50, B / 50)),
-        quiet_with(lambda A, B: (A.numpy(), B.numpy())),
-        quiet_by_null_space,
     ],
     "06.reach": [reach_in_a_loop, reach_with_numpy, reach_by_exception],
     "06.convert": [convert_with(minus_A0=-1), convert_by_blocks, convert_and_scale, convert_with_numpy],
 }
 
 
+def shipped_from(initial):
+    """Gives PEFT this path."""
+    return lambda model, given, out: model.save_pretrained(out, path_initial_model_for_weight_conversion=initial(given))
+
+
+def ship_unconverted(model, initial, out):
+    model.save_pretrained(out)
+
+
+def ship_and_reset(model, initial, out):
+    """Says of the trained adapter that it is a plain one."""
+    from peft import LoraConfig
+
+    model.save_pretrained(out)
+    config = LoraConfig.from_pretrained(out)
+    config.init_lora_weights = True
+    config.save_pretrained(out)
+
+
+def ship_less_itself(model, initial, out):
+    with tempfile.TemporaryDirectory() as own:
+        model.save_pretrained(Path(own, "trained"))
+        model.save_pretrained(out, path_initial_model_for_weight_conversion=str(Path(own, "trained")))
+
+
+def ship_merged(model, initial, out):
+    import copy
+
+    copy.deepcopy(model).merge_and_unload().save_pretrained(out)
+
+
+def ship_into_a_folder_below(model, initial, out):
+    SOLUTIONS[lesson06.ship](model, initial, out / "adapter")
+
+
+def ship_and_unload(model, initial, out):
+    SOLUTIONS[lesson06.ship](model, initial, out)
+    model.delete_adapter("default")
+
+
 @pytest.mark.parametrize(
     "check, wrong, hint",
     [
+        (lesson06.ship, shipped_from(lambda given: given), "initial folder has changed"),
+        (lesson06.ship, shipped_from(lambda given: f"{given}/"), "Adapter  does not exist"),
+        (
+            lesson06.ship,
+            shipped_from(lambda given: shutil.copytree(given, f"{tempfile.mkdtemp()}/default")),
+            "the trained adapter is gone",
+        ),
+        (lesson06.ship, ship_unconverted, "still an OLoRA adapter"),
+        (lesson06.ship, ship_and_reset, "doesn't give the trained model"),
+        (lesson06.ship, ship_less_itself, "changes nothing"),
+        (lesson06.ship, ship_merged, "no adapter_config.json, but"),
+        (lesson06.ship, ship_into_a_folder_below, "but adapter"),
+        (lesson06.ship, ship_and_unload, "Leave it as it was"),
+        (lesson06.ship, lambda model, initial, out: 3, "no adapter_config.json, but nothing"),
         (lesson06.olora, lambda w, r, a: right_olora(w, r, a, keep=True), "would change at step 0"),
         (lesson06.olora, lambda w, r, a: right_olora(w, r, a, sign=1.0), "sign is wrong"),
         (lesson06.olora, lambda w, r, a: right_olora(w, r, a, scaling=1.0), "not BA alone"),
@@ -281,32 +288,6 @@ RIGHT = {
             "A has s in it already",
         ),
         (lesson06.olora, lambda w, r, a: tuple(m * float("nan") for m in right_olora(w, r, a)), "NaN"),
-        (lesson06.quiet, quiet_with(lambda A, B: (A, 0 * B)), "B is zero"),
-        (lesson06.quiet, quiet_with(lambda A, B: (0 * A, B)), "A is zero"),
-        (lesson06.quiet, lambda i, o, r: (torch.randn(r, i), torch.randn(o, r)), "BA is not zero"),
-        (lesson06.quiet, two_turns, "BA is not zero"),
-        (lesson06.quiet, blocks, "Whole rows of A"),
-        (lesson06.quiet, one_direction, "half of them"),
-        (lesson06.quiet, seeded, "Two calls"),
-        (lesson06.quiet, quiet_from(X=torch.eye), "Some columns of A are zero"),
-        (lesson06.quiet, quiet_from(Y=torch.eye), "Some rows of B are zero"),
-        (lesson06.quiet, fixed("A"), "the same A"),
-        (lesson06.quiet, fixed("B"), "the same B"),
-        (
-            lesson06.quiet,
-            quiet_from(X=lambda half, inputs: torch.randn(half, half).repeat(1, inputs)[:, :inputs]),
-            "columns of A are always the same",
-        ),
-        (
-            lesson06.quiet,
-            quiet_from(Y=lambda outputs, half: torch.randn(half, half).repeat(outputs, 1)[:outputs]),
-            "rows of B are always the same",
-        ),
-        (lesson06.quiet, quiet_with(lambda A, B: (1e-20 * A, 1e-20 * B)), "too small"),
-        (lesson06.quiet, quiet_with(lambda A, B: (1e6 * A, B)), "A are of size .* too large"),
-        (lesson06.quiet, quiet_with(lambda A, B: (A, 1e-20 * B)), "B are of size .* too small"),
-        (lesson06.quiet, quiet_with(lambda A, B: (B, A)), "A has shape"),
-        (lesson06.quiet, quiet_with(lambda A, B: A), "the result should be|2 things|The result should be"),
         (lesson06.reach, lambda losses, level: min(losses.values()), "this is a loss"),
         (lesson06.reach, lambda losses, level: min(losses, key=losses.get), "lowest loss|None"),
         (
@@ -384,7 +365,7 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     assert re.search(hint, outcome.hint), outcome.hint
 
 
-# What PEFT does, as the lesson shows it
+# What PEFT does, as the lesson and the page of symptoms say it
 
 
 def tiny():
@@ -449,6 +430,32 @@ def test_conversion_rewrites_the_configuration_that_it_is_given(tmp_path, quiet_
     assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights == "olora"
     model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights is True
+
+
+def test_the_folder_that_comes_back_has_one_word_changed_and_its_numbers_kept(tmp_path, quiet_peft):
+    import json
+
+    from peft import PeftModel
+
+    ids, model = torch.arange(1, 9)[None], adapted()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "given")
+    with torch.no_grad():
+        trained = model(ids).logits
+    lesson06.lend(tmp_path / "given", tmp_path / "back", tiny())
+    lesson06.lend(tmp_path / "given", tmp_path / "back", tiny())  # the cell runs as often as somebody tries
+    given, back = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("given", "back"))
+    for config in (given, back):
+        config["target_modules"].sort()  # PEFT holds them in a set, and writes it in any order
+    assert {key for key in given if given[key] != back[key]} == {"init_lora_weights"}
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("given", "back")]
+    assert weights[0] == weights[1]
+    for how, same in (("back", False), ("given", True)):
+        with torch.no_grad():
+            found = PeftModel.from_pretrained(tiny(), tmp_path / how)(ids).logits
+        assert torch.allclose(found, trained, atol=1e-3) == same
 
 
 def test_shapes_patterns_and_memory(tmp_path, quiet_peft):

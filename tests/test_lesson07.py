@@ -1,17 +1,24 @@
-"""Lesson 7: its checks, its sweeps on a model made for the test, and what PEFT does, as the lesson shows it."""
+"""Lesson 7: its checks, the folders that it makes, its sweep, and what PEFT does, as the lesson shows it."""
 
+import functools
 import math
 import re
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from course_utils import data, paths
+from adapter_checks import check_merged_folder, merging
+from adapter_checks.saving import saving
+from course_utils import paths
 from course_utils.exercises import lesson07
-from experiments import combine, dial, harness, training
-from support import short_answers
+from experiments import merge_memory
+from support import two_adapters
 from tiny_models import make_tiny_model, make_tiny_tokenizer
 
 # The solutions
@@ -21,11 +28,6 @@ def right_verdict(base, adapter, merged, tolerance, least=10, size=lambda differ
     if size(adapter - base) < least * tolerance:
         return "no effect"
     return "same" if size(merged - adapter) <= tolerance else "differs"
-
-
-def right_agreement(reference, candidate):
-    p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
-    return (p.argmax(-1) == q.argmax(-1)).double().mean(), (p.exp() * (p - q)).sum(-1).mean()
 
 
 def right_shard(
@@ -39,17 +41,53 @@ def right_shard(
     return merged
 
 
-def right_join(adapters, weights, of_A=lambda w, s: w * s, of_B=lambda w, s: 1.0):
-    A = torch.cat([of_A(w, s) * A for (A, _, s), w in zip(adapters, weights)])
-    return A, torch.cat([of_B(w, s) * B for (_, B, s), w in zip(adapters, weights)], dim=1)
-
-
 def right_times(base, merged, changes):
     above = sum(((merged[name] - base[name]) * change).sum() for name, change in changes.items())
     return above / sum(change.square().sum() for change in changes.values())
 
 
+def right_ship(base, adapter, out, dtype="auto", finish=lambda model: model.merge_and_unload(), save_tokenizer=True):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    finish(PeftModel.from_pretrained(model, adapter)).save_pretrained(out)
+    if save_tokenizer:
+        AutoTokenizer.from_pretrained(base).save_pretrained(out)
+    return check_merged_folder(base, adapter, out)
+
+
 # Typical mistakes
+
+
+def twice(base, adapter, out):
+    for source in (base, out):
+        right_ship(source, adapter, out)
+    return check_merged_folder(base, adapter, out)
+
+
+def beside(base, adapter, out):
+    report = right_ship(base, adapter, out)
+    for file in Path(adapter).iterdir():
+        shutil.copy(file, out)
+    return report
+
+
+def over_the_base(base, adapter, out):
+    right_ship(base, adapter, out)
+    return right_ship(base, adapter, base)
+
+
+def without_template(base, adapter, out):
+    report = right_ship(base, adapter, out)
+    (Path(out) / "chat_template.jinja").unlink()
+    return report
+
+
+def and_a_norm(base, adapter, out):
+    def finish(model):
+        merged = model.merge_and_unload()
+        merged.model.norm.weight.data += 1
+        return merged
+
+    return right_ship(base, adapter, out, finish=finish)
 
 
 def nan_is_same(base, adapter, merged, tolerance):
@@ -94,24 +132,6 @@ def adding(rule):
 def touched_norm(tensors, adapter, scaling):
     merged = right_shard(tensors, adapter, scaling)
     return {name: tensor + 1 if "norm" in name else tensor for name, tensor in merged.items()}
-
-
-def added(adapters, weights):
-    return sum(w * s * A for (A, _, s), w in zip(adapters, weights)), sum(B for _, B, _ in adapters)
-
-
-def joined(of_A, of_B=lambda w, s: 1.0):
-    return lambda adapters, weights: right_join(adapters, weights, of_A, of_B)
-
-
-def swapped(adapters, weights):
-    A, B = right_join(adapters, weights)
-    return B, A
-
-
-def other_order(adapters, weights):
-    A, _ = right_join(adapters, weights)
-    return A, right_join(adapters[::-1], weights[::-1])[1]
 
 
 def ratio_of_norms(base, merged, changes):
@@ -178,14 +198,6 @@ def effect_of_merged(base, adapter, merged, tolerance):
     return "same" if largest(merged - adapter) <= tolerance else "differs"
 
 
-def log_of_softmax(log, clean=lambda terms: terms):
-    def agreement(reference, candidate):
-        p, q = reference.softmax(-1), candidate.softmax(-1)
-        return right_agreement(reference, candidate)[0], clean(p * (log(p) - log(q))).sum(-1).mean()
-
-    return agreement
-
-
 def by_part_of_name(part, ending=""):
     """A shard that takes the first A whose name holds `part` of the layer's name."""
 
@@ -232,25 +244,6 @@ def emptied(tensors, adapter, scaling):
 
 def scaled_in_place(tensors, adapter, scaling):
     return right_shard(tensors, adapter, scaling, lambda w, B, A, s: (w.float() + B.mul_(s) @ A).to(w.dtype))
-
-
-def joined_in_place(adapters, weights):
-    return torch.cat([A for A, _, _ in adapters]), torch.cat(
-        [B.mul_(w * s) for (_, B, s), w in zip(adapters, weights)], dim=1
-    )
-
-
-def by_svd(rank_of):
-    def join(adapters, weights):
-        U, S, V = torch.linalg.svd(sum(w * s * B @ A for (A, B, s), w in zip(adapters, weights)), full_matrices=False)
-        rank = rank_of(adapters)
-        return V[:rank], U[:, :rank] * S[:rank]
-
-    return join
-
-
-def joined_in(dtype):
-    return lambda adapters, weights: tuple(part.to(dtype) for part in right_join(adapters, weights))
 
 
 def singles(base, merged, changes):
@@ -322,6 +315,26 @@ def with_bias(tensors, adapter, scaling):
 # Other right answers
 
 
+def ship_by_shards(base, adapter, out):
+    merging.merge_by_shards(base, adapter, out)
+    return check_merged_folder(base, adapter, out)
+
+
+def ship_in_small_files(base, adapter, out):
+    model = AutoModelForCausalLM.from_pretrained(str(base))
+    model = PeftModel.from_pretrained(model, str(adapter))
+    model.merge_adapter()
+    model.unload().save_pretrained(str(out), max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(out))
+    return check_merged_folder(str(base), str(adapter), str(out))
+
+
+def ship_atomically(base, adapter, out):
+    with saving(out) as folder:
+        right_ship(base, adapter, folder)
+    return check_merged_folder(base, adapter, out)
+
+
 def verdict_with_numpy(base, adapter, merged, tolerance):
     base, adapter, merged = base.numpy(), adapter.numpy(), merged.numpy()
     if numpy.max(numpy.abs(adapter - base)) < 10 * tolerance:
@@ -333,47 +346,6 @@ def verdict_in_steps(base, adapter, merged, tolerance):
     if not ((adapter - base).abs() >= 10 * tolerance).any():
         return "no effect"
     return "same" if ((merged - adapter).abs() <= tolerance).all() else "differs"
-
-
-def agreement_by_distributions(reference, candidate):
-    p, q = (torch.distributions.Categorical(logits=logits) for logits in (reference, candidate))
-    share = (p.logits.argmax(-1) == q.logits.argmax(-1)).double().mean()
-    return share, torch.distributions.kl_divergence(p, q).mean()
-
-
-def agreement_by_kl_div(reference, candidate):
-    p, q = (logits.float().log_softmax(-1) for logits in (reference, candidate))
-    share = (reference.argmax(-1) == candidate.argmax(-1)).sum() / len(reference)
-    return torch.stack([share, torch.nn.functional.kl_div(q, p.exp(), reduction="batchmean")])
-
-
-def agreement_with_numpy(reference, candidate):
-    def log_softmax(logits):
-        logits = logits.numpy() - logits.numpy().max(-1, keepdims=True)
-        return logits - numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
-
-    p, q = log_softmax(reference), log_softmax(candidate)
-    return numpy.array([(p.argmax(-1) == q.argmax(-1)).mean(), (numpy.exp(p) * (p - q)).sum(-1).mean()])
-
-
-def agreement_by_cross_entropy(reference, candidate):
-    """Cross entropy minus entropy."""
-    p = reference.softmax(-1)
-    terms = [torch.nn.functional.cross_entropy(logits, p) for logits in (candidate, reference)]
-    return (reference.argmax(1) == candidate.argmax(1)).float().mean().item(), (terms[0] - terms[1]).item()
-
-
-def join_by_blocks(adapters, weights):
-    A = torch.vstack([A for A, _, _ in adapters])
-    B = torch.hstack([B for _, B, _ in adapters])
-    factors = [weight * scaling for (_, _, scaling), weight in zip(adapters, weights)]
-    repeats = torch.tensor([A.shape[0] for A, _, _ in adapters])
-    return A, B * torch.tensor(factors, dtype=B.dtype).repeat_interleave(repeats)
-
-
-def join_with_numpy(adapters, weights):
-    A, B = right_join(adapters[::-1], weights[::-1])
-    return [A.numpy(), B.numpy()]
 
 
 def times_by_least_squares(base, merged, changes):
@@ -393,34 +365,15 @@ def times_in_float32(base, merged, changes):
 
 
 RIGHT = {
+    "07.ship": [ship_by_shards, ship_in_small_files, ship_atomically],
     "07.verdict": [close_to(rtol=0, effect_too=True), verdict_with_numpy, verdict_in_steps],
-    "07.agreement": [
-        agreement_by_distributions,
-        agreement_by_kl_div,
-        agreement_with_numpy,
-        agreement_by_cross_entropy,
-    ],
     "07.shard": [
         lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: torch.addmm(w.float(), s * B, A).to(w.dtype)),
         lambda t, a, s: right_shard(t, a, s, lambda w, B, A, s: (w.double() + (A.T @ B.T).T * s).to(w.dtype)),
         shard_by_kind(lambda name, adapter, A: A in adapter),
     ],
-    "07.join": [by_svd(lambda adapters: sum(len(A) for A, _, _ in adapters)), join_by_blocks, join_with_numpy],
     "07.times": [times_by_least_squares, times_with_numpy, times_in_float32],
 }
-
-
-def all_terms(reference, candidate):  # top-1 agreement, log p, log q
-    p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
-    return right_agreement(reference, candidate)[0], p, q
-
-
-def mean_of_all(top_1, p, q):
-    return top_1, torch.nn.functional.kl_div(q, p, log_target=True)
-
-
-def side_by_side(adapters, weights):
-    return torch.cat([A for A, _, _ in adapters], dim=1), adapters[0][1]
 
 
 @pytest.mark.parametrize(
@@ -470,47 +423,7 @@ def side_by_side(adapters, weights):
             lambda b, a, m, t: right_verdict(*(x.flatten(0, -2)[:6] if x.dim() == 2 else x[0] for x in (b, a, m)), t),
             "over all dimensions",
         ),
-        (lesson07.agreement, log_of_softmax(lambda p: p.clamp(1e-30).log()), "Use log_softmax"),
         (lesson07.shard, with_bias, "bias has got a change"),
-        (lesson07.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
-        (lesson07.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
-        (
-            lesson07.agreement,
-            lambda r, c: (r.argmax() == c.argmax(), 0.0),
-            "of type|should be a number|one place of the whole",
-        ),
-        (lesson07.agreement, lambda r, c: (0.123, 0), "you return 0.12"),
-        (
-            lesson07.agreement,
-            lambda r, c: (right_agreement(r, c)[0], len(r) * right_agreement(r, c)[1]),
-            "sum over positions",
-        ),
-        (lesson07.agreement, lambda r, c: mean_of_all(*all_terms(r, c)), "size of the vocabulary"),
-        (
-            lesson07.agreement,
-            lambda r, c: (right_agreement(r, c)[0], right_agreement(c, r)[1]),
-            "The reference stands first",
-        ),
-        (lesson07.agreement, lambda r, c: (right_agreement(r, c)[0], -right_agreement(r, c)[1]), "sign is turned"),
-        (
-            lesson07.agreement,
-            lambda r, c: (right_agreement(r, c)[0], right_agreement(r, c)[1] / math.log(2)),
-            "in bits",
-        ),
-        (
-            lesson07.agreement,
-            lambda r, c: (right_agreement(r, c)[0], (r.softmax(-1) * (r - c)).sum(-1).mean()),
-            "no log-probabilities",
-        ),
-        (lesson07.agreement, lambda r, c: (right_agreement(r, c)[0], 7.0), "KL is not right"),
-        (lesson07.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
-        (lesson07.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
-        (lesson07.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
-        (lesson07.agreement, log_of_softmax(torch.log), "Use log_softmax"),
-        (lesson07.agreement, log_of_softmax(lambda p: (p + 1e-9).log()), "Use log_softmax"),
-        (lesson07.agreement, log_of_softmax(lambda p: p.clamp(1e-12).log()), "Use log_softmax"),
-        (lesson07.agreement, log_of_softmax(torch.log, torch.nan_to_num), "Use log_softmax"),
-        (lesson07.agreement, log_of_softmax(torch.log, lambda terms: terms.nan_to_num(0, 0, 0)), "Use log_softmax"),
         (lesson07.shard, in_place, "has changed. Put the results"),
         (lesson07.shard, everything, "is no tensor of this shard"),
         (lesson07.shard, other_shards_too, "layers.0.self_attn.q_proj.weight is no tensor of this shard"),
@@ -553,41 +466,6 @@ def side_by_side(adapters, weights):
         (lesson07.shard, adding(lambda w, B, A, s: w - s * (B @ A)), "sign is turned"),
         (lesson07.shard, adding(lambda w, B, A, s: w + s**2 * (B @ A)), "scaling counts twice"),
         (lesson07.shard, adding(lambda w, B, A, s: w + s / len(A) * (B @ A)), "Don't divide by r"),
-        (lesson07.join, added, "nobody asked for"),
-        (
-            lesson07.join,
-            joined(lambda w, s: 1.0),
-            "Neither weight nor scaling|scaling is missing|weights? (is|are) missing",
-        ),
-        (lesson07.join, joined(lambda w, s: w), "scaling is missing|Neither"),
-        (lesson07.join, joined(lambda w, s: s), "weights are missing"),
-        (lesson07.join, joined(lambda w, s: w * s, lambda w, s: w * s), "count twice"),
-        (lesson07.join, joined(lambda w, s: w * s, lambda w, s: w), "The weight counts twice"),
-        (lesson07.join, joined(lambda w, s: w * s, lambda w, s: s), "The scaling counts twice"),
-        (lesson07.join, joined(lambda w, s: abs(w) * s), "its sign was lost"),
-        (
-            lesson07.join,
-            joined(lambda w, s: torch.tensor(w * s).sqrt(), lambda w, s: torch.tensor(w * s).sqrt()),
-            "its root is NaN",
-        ),
-        (lesson07.join, joined(lambda w, s: 3.0), "stacked in the same order"),
-        (lesson07.join, other_order, "stacked in the same order"),
-        (lesson07.join, swapped, "changed places"),
-        (lesson07.join, side_by_side, "nobody asked for|Stack the A as rows"),
-        (lesson07.join, lambda adapters, w: (torch.zeros(2, 2), torch.zeros(2, 2)), "Stack the A as rows"),
-        (lesson07.join, lambda adapters, w: right_join(adapters, w)[0], "A and B are expected|of type tuple"),
-        (lesson07.join, lambda adapters, w: (None, None), "of type Tensor"),
-        (lesson07.join, lambda adapters, w: (torch.zeros(3), torch.zeros(3)), "should be a matrix"),
-        (lesson07.join, joined_in_place, "you were given has changed"),
-        (lesson07.join, by_svd(lambda adapters: len(adapters[0][0])), "only the nearest to the sum, at rank 3"),
-        (lesson07.join, by_svd(lambda adapters: 7), "BA is the sum, at rank 7"),
-        (lesson07.join, joined_in(torch.bfloat16), "A is bfloat16"),
-        (lesson07.join, joined_in(torch.float32), "Keep their dtype"),
-        (
-            lesson07.join,
-            lambda adapters, w: (right_join(adapters, w)[0], right_join(adapters, w)[1].float()),
-            "B float32",
-        ),
         (lesson07.times, ratio_of_norms, "no sign"),
         (lesson07.times, cosine, "the cosine"),
         (
@@ -632,6 +510,19 @@ def side_by_side(adapters, weights):
             lambda b, m, c: right_times(b, m, c) * (1 / (1 + 1e-8 / norms(c).square().sum())),
             "add nothing below",
         ),
+        (lesson07.ship, functools.partial(right_ship, finish=lambda model: model), "the PeftModel was saved"),
+        (lesson07.ship, functools.partial(right_ship, finish=lambda model: model.unload()), "the change isn't in them"),
+        (lesson07.ship, functools.partial(right_ship, save_tokenizer=False), "tokenizer.json is missing"),
+        (lesson07.ship, functools.partial(right_ship, dtype=torch.float32), "stored in bfloat16"),
+        (lesson07.ship, functools.partial(right_ship, dtype=torch.bfloat16), "stored in float32"),
+        (lesson07.ship, without_template, "chat_template.jinja is missing"),
+        (lesson07.ship, twice, "2.0 times"),
+        (lesson07.ship, beside, "An adapter lies beside"),
+        (lesson07.ship, over_the_base, "folder of the base"),
+        (lesson07.ship, and_a_norm, "not those of base"),
+        (lesson07.ship, lambda b, a, o: print(b), "no model in the folder"),
+        (lesson07.ship, lambda b, a, o: right_ship(b, a, o).ok, "Return the report"),
+        (lesson07.ship, lambda b, a, o: right_ship(b, a, o) and check_merged_folder(o, a, b), "in this order"),
     ],
 )
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
@@ -640,159 +531,42 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     assert re.search(hint, outcome.hint), outcome.hint
 
 
-# The sweeps, on a model made for the test
+# The folders, and the sweep
 
 
-@pytest.fixture(scope="module")
-def tiny_course(tmp_path_factory):
-    """A random base with four random adapters, and folders for runs; one token a byte."""
-    from peft import LoraConfig, get_peft_model
-
-    root = tmp_path_factory.mktemp("course")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_BASE_MODEL", str(root / "base"))
-        patch.setenv("COURSE_RUNS", str(root / "runs"))
-        tokenizer = make_tiny_tokenizer()
-        model = make_tiny_model(tokenizer)
-        model.config.max_position_embeddings = 4096
-        model.save_pretrained(root / "base")
-        tokenizer.save_pretrained(root / "base")
-        for name in combine.ADAPTERS:
-            adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
-            for parameter_name, parameter in adapted.named_parameters():
-                if ".lora_B." in parameter_name:
-                    torch.nn.init.normal_(parameter, std=0.1)
-            adapted.save_pretrained(paths.adapters_dir() / name)
-            model = adapted.unload()
-        patch.setattr(combine, "SCORED", 2)
-        short_answers(patch)
-        yield
+def test_each_folder_has_its_fault_and_one_is_right(tmp_path):
+    folders = lesson07.suspects(paths.models_dir() / "base", paths.adapter_path("sailor"), tmp_path)
+    found = {
+        name: check_merged_folder(paths.models_dir() / "base", paths.adapter_path("sailor"), folder)
+        for name, folder in folders.items()
+    }
+    assert {name: report.codes[:1] for name, report in found.items()} == {
+        "one": ["wrong_scaling"],
+        "two": ["adapter_beside"],
+        "three": [],
+        "four": ["not_merged"],
+        "five": ["merged_twice"],
+    }
+    assert [round(report.times, 1) for report in found.values()] == [0.5, 1, 1, 0, 2]
 
 
-@pytest.mark.parametrize("adapters, weights", [("reading+sailor", "sum"), ("reading+sailor+extract+mood", "mean")])
-def test_combine_measures_every_type(tiny_course, adapters, weights):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns if the adapter that is deleted is active
-        rows = combine.measure(0, adapters, weights)
-    assert [row["combination"] for row in rows] == list(combine.TYPES)
-    by_type = {row["combination"]: row for row in rows}
-    number = adapters.count("+") + 1
-    assert by_type["cat"]["error"] < 1e-5 and by_type["cat"]["rank"] == 2 * number and by_type["svd"]["rank"] == 2
-    assert all(row["error"] > 0.01 for row in rows if row["combination"] != "cat")
-    assert all(0 <= row[task] <= 1 for row in rows for task in combine.ADAPTERS)
-
-
-def test_dial_sets_the_weights_that_it_says(tiny_course, monkeypatch):
-    from peft.tuners.lora import LoraLayer
-
-    seen = []
-
-    def score(model, tokenizer, task, rows):
-        layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
-        seen.append((task, {name: layer.scaling[name] / 3 for name in layer.active_adapters}))
-        return {"score": 0.5}
-
-    monkeypatch.setattr(training, "score", score)
-    monkeypatch.setattr(dial, "WEIGHTS", (0.25,))
-    (row,) = dial.measure(1, "sailor+mood")
-    assert row == {"weight": 0.25, "first": 0.5, "second": 0.5, "first_alone": 0.5, "second_alone": 0.5}
-    both = {"sailor": 0.75, "mood": 0.25}
-    assert seen == [("sailor", both), ("mood", both), ("sailor", {"sailor": 0.75}), ("mood", {"mood": 0.25})]
-
-
-def test_the_seed_draws_the_rows_that_are_scored(tiny_course):
-    first, again, other = (combine.scored_rows(seed) for seed in (0, 0, 1))
-    assert {task: list(rows) for task, rows in first.items()} == {task: list(rows) for task, rows in again.items()}
-    assert any(list(first[task]) != list(other[task]) for task in combine.ADAPTERS)
-
-
-def test_the_sweeps_resume_and_are_read_back(tiny_course, monkeypatch):
-    monkeypatch.setattr(combine, "TYPES", ("cat", "linear"))
-    runs = combine.RUNS[:1]
-    rows = harness.sweep("combine", runs, combine.measure, log=lambda line: None)
-    assert len(rows) == 2 and harness.missing(data.load_results("combine", harness.folder()), runs) == []
+def test_the_memory_of_both_ways_is_measured(monkeypatch):
+    monkeypatch.setattr(merge_memory, "SIZES", {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2})
+    monkeypatch.setattr(merge_memory, "SHARD", "1MB")
+    rows = merge_memory.measure(0, 2)
+    assert [row["way"] for row in rows] == ["merge_whole", "merge_by_shards"]
+    assert all(row["model_mb"] > 1 and row["peak_mb"] > 0 for row in rows)
 
 
 # What PEFT does, as the lesson shows it
 
 
-def two_adapters(**settings):
-    """A tiny Llama in float64 with two random adapters, alpha not r, and the function that measures a combination."""
-    from peft import LoraConfig, get_peft_model
-
-    model = make_tiny_model(make_tiny_tokenizer()).double()
-    first, second = (LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], **settings) for alpha in (12, 6))
-    model = get_peft_model(model, first, adapter_name="one", autocast_adapter_dtype=False)
-    model.add_adapter("two", second, autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-PARTS = {"one": 0.5, "two": -0.25}
-
-
-def combined(model, kind, **given):
-    """The error of a combination with the weights PARTS."""
-    model.add_weighted_adapter(list(PARTS), list(PARTS.values()), kind, combination_type=kind, **given)
-    return combine.error_of(model, kind, PARTS)
-
-
-def test_cat_is_exact_and_svd_with_the_sum_of_the_ranks_and_no_type_is_with_rslora():
-    assert combined(two_adapters(), "cat") < 1e-12 and combined(two_adapters(), "svd", svd_rank=8) < 1e-6
-    assert combined(two_adapters(), "svd") > 0.05 and combined(two_adapters(), "linear") > 0.2
-    for kind in combine.TYPES:
-        density = {} if kind in combine.WITHOUT_DENSITY else {"density": 0.5}
-        assert combined(two_adapters(use_rslora=True), kind, **density) > 0.3, kind
-    assert combined(two_adapters(use_rslora=True), "cat") == pytest.approx(8**0.5 - 1)
-
-
-def test_the_types_are_all_that_peft_offers():
-    import inspect
-    import typing
-
-    from peft.tuners.lora import LoraModel
-
-    offered = inspect.signature(LoraModel.add_weighted_adapter, eval_str=True).parameters["combination_type"].annotation
-    assert set(typing.get_args(offered)) == set(combine.TYPES) and len(combine.TYPES) == 11
-
-
-def test_linear_makes_cross_terms_and_scales_by_roots():
+def test_unload_leaves_a_merged_change_in_the_weights():
     model = two_adapters()
-    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mix", combination_type="linear")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    (A1, B1), (A2, B2) = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for name in ("one", "two"))
-    c1, c2 = 0.5 * 12 / 4, 0.5 * 6 / 4
-    wanted = c1 * B1 @ A1 + c2 * B2 @ A2 + (c1 * c2) ** 0.5 * (B1 @ A2 + B2 @ A1)
-    assert torch.allclose(layer.get_delta_weight("mix"), wanted, atol=1e-6)  # PEFT keeps the roots in float32
-
-
-def test_a_name_that_exists_is_passed_over_even_after_an_error():
-    model = two_adapters()
-    with pytest.raises(TypeError):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="ties")
-    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="ties", density=0.5)
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert not layer.get_delta_weight("mix").any() and model.active_adapters == ["one"]
-    model.delete_adapter("mix")
-    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type="ties", density=0.5)
-    assert layer.get_delta_weight("mix").any() and model.active_adapters == ["one"]
-
-
-def test_linear_needs_equal_ranks_and_cat_and_svd_do_not():
-    from peft import LoraConfig, get_peft_model
-
-    for kind in combine.TYPES:
-        model = make_tiny_model(make_tiny_tokenizer())
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="one")
-        model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"]))
-        density = {} if kind in combine.WITHOUT_DENSITY else {"density": 0.5}
-        if kind == "cat" or "svd" in kind:
-            model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type=kind, **density)
-        else:
-            with pytest.raises(ValueError, match="same r value"):
-                model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mix", combination_type=kind, **density)
+    before, change = layer.get_base_layer().weight.detach().clone(), layer.get_delta_weight("one").detach()
+    model.merge_adapter()
+    assert torch.allclose(model.unload().model.layers[0].self_attn.q_proj.weight, before + change)
 
 
 def test_a_merged_adapter_is_not_deleted_and_is_unmerged_by_a_look_without_it():

@@ -52,7 +52,7 @@ def test_the_report_says_so_when_nothing_changed_and_nothing_broke():
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout in which nothing is installed; `checkout.results` are the answers to what is run, in order."""
-    for name in ("requirements.txt", "constraints.txt"):
+    for name in ("requirements.txt", "requirements-beyond-text.txt", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     found = SimpleNamespace(root=tmp_path, results=[], commands=[])
 
@@ -70,13 +70,20 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_a_failed_test_is_in_the_summary_and_in_the_exit_status(checkout):
-    checkout.results = [(0, ""), (2, "FAILED tests/test_a.py::test_b\n")]
+    checkout.results = [(0, ""), (0, ""), (2, "FAILED tests/test_a.py::test_b\n")]
     assert newest.main() == 2
     summary = (checkout.root / "summary.md").read_text()
     assert re.search(r"\| peft \| [\d.]+ \| 99 \|", summary) and "- `FAILED tests/test_a.py::test_b`" in summary
-    (_, _), (command, environment) = checkout.commands
+    _, _, (command, environment) = checkout.commands
     assert command == "make" and environment == {"PYTEST_ADDOPTS": "-m 'not pinned'"}
     assert (checkout.root / "runs" / "newest" / ".installed").read_text() == str(checkout.root), "make installs nothing"
+
+
+def test_what_lesson_12_needs_is_installed_without_its_pins(checkout):
+    checkout.results = [(0, ""), (1, "ERROR: No matching distribution\n")]
+    assert newest.main() == 1 and len(checkout.commands) == 2
+    text = (checkout.root / "runs" / "newest" / "requirements-beyond-text.txt").read_text()
+    assert re.search("^diffusers +#", text, re.MULTILINE) and "==" not in text
 
 
 def test_libraries_that_do_not_go_together_are_a_failure(checkout):

@@ -145,6 +145,7 @@ def commands(monkeypatch):
 
 
 PIP = "-m pip --disable-pip-version-check"
+REST = [f"{PIP} install -r requirements.txt", f"{PIP} install --no-deps -r requirements-beyond-text.txt"]
 
 
 def test_uv_finds_the_cpu_build_and_pip_installs_the_rest(commands, capfd):
@@ -155,7 +156,7 @@ def test_uv_finds_the_cpu_build_and_pip_installs_the_rest(commands, capfd):
         f"{PIP} config list",
         f"{PIP} install -c constraints.txt uv",
         f"-m uv pip install --python python --torch-backend=cpu --no-deps {torch}",
-        f"{PIP} install -r requirements.txt",
+        *REST,
     ]
     assert capfd.readouterr().out.count("\n") == 1
 
@@ -164,13 +165,15 @@ def test_uv_finds_the_cpu_build_and_pip_installs_the_rest(commands, capfd):
 def test_without_the_cpu_build_the_default_follows_and_it_is_said(commands, capfd, broken):
     ran, failing = commands
     failing[broken] = 2
-    assert install.main() == 0 and ran[-1] == f"{PIP} install -r requirements.txt"
+    assert install.main() == 0 and ran[-2:] == REST
     assert "The CPU build could not be had; the default one follows" in capfd.readouterr().out
 
 
-def test_a_failed_installation_is_a_failure(commands):
-    commands[1]["-r requirements.txt"] = 1
-    assert install.main() == 1
+@pytest.mark.parametrize("step", REST)
+def test_a_failed_step_is_a_failure_and_the_last_one(commands, step):
+    ran, failing = commands
+    failing[step.partition("install ")[2]] = 3
+    assert install.main() == 3 and ran[-1] == step
 
 
 def test_uv_knows_the_cpu_build():

@@ -96,6 +96,22 @@ def test_weight_picture_has_a_scale_around_zero_for_each_matrix_and_takes_tensor
         plotting.weight_picture({"bias": numpy.zeros(3)}, "t")
 
 
+def test_a_thin_matrix_has_its_label_right_below_it(figures):
+    upright, flat = figures["weights"].axes
+    figures["weights"].canvas.draw()
+    for axes, rows in ((upright, 64), (flat, 4)):
+        foot = axes.transData.transform((0, rows - 0.5))[1]
+        assert 0 < foot - axes.xaxis.label.get_window_extent().y1 < 0.1 * axes.get_window_extent().height
+
+
+def test_matrices_and_weights_are_shown_with_a_text_that_says_them(capsys):
+    plotting.show_matrix({"base": {"a": 0, "b": 0.5}, "tuned": {"a": 1, "b": 0.25}}, "Tuning helps", "task", "model")
+    plotting.show_weights({"B": numpy.ones((64, 4)), "A": -2 * numpy.ones((4, 64))}, "Thin strips")
+    matrix, weights = capsys.readouterr().out.splitlines()
+    assert matrix == "Tuning helps. Matrix of scores, model by task. base: a 0%, b 50%; tuned: a 100%, b 25%."
+    assert weights.startswith("Thin strips. ") and weights.endswith(": B, 64 × 4, ±1; A, 4 × 64, ±2.")
+
+
 def test_drawing_leaves_other_figures_alone_until_asked(figures):
     import matplotlib
 
@@ -246,3 +262,13 @@ def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = sorted(math.log(text.xy[1]) for text in axes.texts)
     assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)
+
+
+def test_pictures_stand_in_rows_under_their_columns():
+    red, blue = (numpy.full((4, 4, 3), colour, numpy.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    figure = plotting.picture_rows({"first": [red, blue, red], "second": [blue]}, "Reds and blues", ("a", "b", "c"))
+    shown = [[image.get_array()[0, 0].tolist() for image in axes.images] for axes in figure.axes]
+    assert shown == [[[255, 0, 0]], [[0, 0, 255]], [[255, 0, 0]], [[0, 0, 255]], [], []]
+    labels = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert labels == ["first", "second"] and figure.axes[1].get_title() == "b"
+    assert figure.get_suptitle() == "Reds and blues" and not figure.axes[4].axison

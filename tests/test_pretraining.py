@@ -862,7 +862,7 @@ def test_adapters_are_measured_and_trained_on_whole_answers(tokenizer, made, tmp
 
 
 def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
-    from pretraining import abilities, adapters, card
+    from pretraining import abilities, adapters, card, picture_card, pictures
 
     ran = []
     for module, function in (
@@ -873,6 +873,8 @@ def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
         (abilities, "add_abilities"),
         (adapters, "train_start"),
         (card, "write_card"),
+        (pictures, "make_pictures"),
+        (picture_card, "write_picture_card"),
     ):
         monkeypatch.setattr(module, function, lambda *_, name=function: ran.append(name))
     run.main(["card", "tasks"])
@@ -887,7 +889,9 @@ def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
         "add_abilities",
         "train_start",
         "write_card",
+        "make_pictures",
+        "write_picture_card",
     ]
     with pytest.raises(SystemExit):
         run.main(["corpus"])
-    assert "no such stage: corpus; there are pretrain, tasks, adapters, card" in capsys.readouterr().err
+    assert "no such stage: corpus; there are pretrain, tasks, adapters, card, pictures" in capsys.readouterr().err

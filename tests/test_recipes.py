@@ -147,3 +147,39 @@ def test_prompt_methods_train_as_many_numbers_as_told(peft_config, written):
     model = get_peft_model(meta_model(LLAMA_8B, None), peft_config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert f"{written}{trained:,}" in PAGE
+
+
+def code_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.partition("## More devices and more tenants")[2], re.M | re.S)
+
+
+def test_the_file_for_accelerate_is_one_that_it_reads(tmp_path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    (written,) = code_blocks("yaml")
+    path = tmp_path / "fsdp.yaml"
+    path.write_text(written)
+    config = load_config_from_file(str(path))
+    assert (config.num_machines, config.num_processes, config.distributed_type) == (2, 16, "FSDP")
+    known = {field.name for field in dataclasses.fields(FullyShardedDataParallelPlugin)}
+    assert {name.removeprefix("fsdp_") for name in config.fsdp_config} - known - {"version", "offload_params"} == set()
+    path.write_text(written + "fsdp_versoin: 2\n")
+    with pytest.raises(ValueError, match="fsdp_versoin"):
+        load_config_from_file(str(path))
+
+
+def test_the_commands_of_torchrun_and_accelerate_are_ones_that_they_read():
+    import shlex
+
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    parsers = {"torchrun": get_args_parser(), "accelerate": launch_command_parser()}
+    lines = [shlex.split(line) for block in code_blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line[0] in parsers]
+    assert [line[0] for line in commands] == ["torchrun", "torchrun", "accelerate"]
+    for program, *given in commands:
+        options = parsers[program].parse_args(given[1:] if program == "accelerate" else given)
+        assert options.training_script == "train.py"
+    assert parsers["torchrun"].parse_args(commands[1][1:]).rdzv_endpoint == "host0:29500"

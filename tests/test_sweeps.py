@@ -19,6 +19,22 @@ def test_groups_are_over_the_seeds_alone():
         sweeps.over_seeds(ROWS, "score")
 
 
+CURVES = [
+    {"seed": 0, "loss_100": 0.1, "loss_5": 3.0, "loss_20": 0.4},
+    {"seed": 1, "loss_100": 0.3, "loss_5": 1.0, "loss_20": 0.5},
+]
+
+
+def test_losses_go_by_step_and_not_by_name():
+    assert sweeps.losses(CURVES) == {5: (2.0, 1.0, 3.0), 20: (0.45, 0.4, 0.5), 100: (0.2, 0.1, 0.3)}
+
+
+def test_the_steps_to_a_loss_are_the_first_and_one_behind_the_last_if_never():
+    assert sweeps.steps_to_loss(CURVES, 0.4) == (60.0, 20, 100)
+    assert sweeps.steps_to_loss(CURVES, 1.0) == (12.5, 5, 20)
+    assert sweeps.steps_to_loss(CURVES, 0.2) == (140.0, 100, 180)
+
+
 def test_a_spread_is_shown_unless_it_is_below_the_digits():
     assert sweeps.spread((0.5, 0.25, 0.75)) == "50% (25% to 75%)"
     assert sweeps.spread((0.951, 0.9509, 0.9511)) == "95%"
@@ -39,4 +55,26 @@ def test_curves_draw_the_mean_in_a_band_from_lowest_to_highest():
     assert text == "Rank helps. score by rank, means over the seeds: a: 0.5 at 1, 1 at 8; b: 0.1 at 1, 0.3 at 8."
     plain, _ = sweeps.curves(lines, "Rank helps", "rank", "score")
     assert plain.axes[0].get_xscale() == "linear"
+    plt.close("all")
+
+
+def test_the_dial_draws_a_panel_for_each_pair_with_the_baseline_dashed():
+    import matplotlib.pyplot as plt
+
+    rows = [
+        {"seed": seed, "pair": pair, "weight": weight, "first": 1 - weight, "second": weight}
+        | {"first_alone": 1.0, "second_alone": 0.5, "first_noisy": 0.25, "second_noisy": 0.25}
+        for seed in (0, 1)
+        for pair in ("a+b", "a+c")
+        for weight in (0.0, 0.5, 1.0)
+    ]
+    figure, text = sweeps.dial(rows, "Two\npairs")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["w: weight of b", "w: weight of c"]
+    drawn = {line.get_linestyle(): list(line.get_ydata()) for line in figure.axes[1].lines[:2]}
+    assert drawn == {"-": [1.0, 0.5, 0.0], "--": [1.0, 1.0, 1.0]}
+    assert text.startswith(
+        "Two pairs. Score by the weight of the second adapter: a+b, a: 100% at 0, 50% at 0.5, 0% at 1; a+b, a alone: "
+    )
+    other, text = sweeps.dial(rows, "Two pairs", "noisy")
+    assert list(other.axes[0].lines[3].get_ydata()) == [0.25] * 3 and "a+c, c noisy: 25% at 0" in text
     plt.close("all")

@@ -10,12 +10,12 @@ from course_utils import paths
 ROOT = paths.project_root()
 PAGE = (ROOT / "docs" / "symptoms.md").read_text(encoding="utf-8")
 STAGES = [
-    "Configure", "Prepare the data", "Prepare pairs for DPO or a reward model", "Train", "Train on preferences (DPO, reward models, GRPO)", "Save", "Load and switch", "Generate and serve", "In 4 and 8 bits",
-    "Start from the base's weights (OLoRA, PiSSA)", "Merge and combine",
+    "Configure", "Prepare the data", "Prepare pairs for DPO or a reward model", "Train", "Train on preferences (DPO, reward models, GRPO)", "Train on several devices", "Save", "Load and switch", "Generate and serve", "In 4 and 8 bits",
+    "Start from the base's weights (OLoRA, PiSSA)", "Merge and combine", "Pictures and encoders",
 ]  # fmt: skip
 # What stands among the findings in the column of checks, and is none.
 OTHERS = {
-    "check_adapters", "check_merged_folder", "check_supervision", "get_delta_weight", "position_ids", "ref_model",
+    "check_adapters", "check_merged_folder", "check_supervision", "get_delta_weight", "get_model_state_dict", "position_ids", "ref_model",
     "resize_token_embeddings", "stage3_gather_16bit_weights_on_model_save",
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ from tools.execute import execute
 ROOT = paths.project_root()
 TABLE_BEGIN, TABLE_END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 NOTICEABLE = 0.3  # A measurement is recorded when it moved by more than this fraction.
-INPUTS = ("models/base", "models/adapters", "data")  # What all outputs depend on, beside code and libraries.
+INPUTS = ("models/base", "models/adapters")  # What all outputs depend on, beside code and libraries.
 UNMEASURED = {"minutes": 1, "seconds": 0, "peak_gb": 0, "cores": 0}  # Stands in until a lesson has run once.
 
 
@@ -81,12 +81,13 @@ def filled(path, record):
 def inputs(root, text):
     """Return a digest of what the outputs of the lesson with this source depend on, beside the code: files, and libraries.
 
-    Of the sweeps' results and of what stands in models/ beside base and adapters, only that counts which the lesson names.
+    Of tasks, sweeps' results and models beside base and adapters only those count that the lesson names.
     """
-    requirements = Path(root, "requirements.txt").read_text(encoding="utf-8")
+    requirements = "\n".join(file.read_text(encoding="utf-8") for file in sorted(Path(root).glob("requirements*.txt")))
     libraries = re.findall(r"^(\S+==\S+) +# (?:all )?lessons?\b", requirements, flags=re.MULTILINE)
     digest = hashlib.sha256(" ".join(libraries).encode())
-    named = [path for path in Path(root, "models").glob("*") if re.search(rf"\b{re.escape(path.stem)}\b", text)]
+    made = [*Path(root, "models").glob("*"), *Path(root, "data").glob("*")]
+    named = [path for path in made if re.search(rf"\b{re.escape(path.stem)}\b", text)]
     named += [path for path in Path(root, "experiments", "results").glob("*") if f'"{path.stem}"' in text]
     for path in sorted({*(Path(root, name) for name in INPUTS), *named}):
         for file in [path] if path.is_file() else sorted(path.rglob("*")):

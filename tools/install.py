@@ -2,7 +2,8 @@
 
     python tools/install.py
 
-Does what `pip install -r requirements.txt` does. Only on Linux without an NVIDIA driver it first installs the CPU build
+Does what `pip install -r requirements.txt` does, and then installs what lesson 12 needs, without what that would bring
+in turn (requirements-beyond-text.txt says why). On Linux without an NVIDIA driver it first installs the CPU build
 of PyTorch, since the default one brings gigabytes of CUDA. uv knows where PyTorch's builds lie, so nobody has to name an
 index; one that pip was told of already is asked instead. It runs before anything is installed.
 """
@@ -37,7 +38,7 @@ def cpu_build_wanted(system, driver, settings, installed):
 
 
 def main():
-    """Install everything. Returns pip's exit status."""
+    """Install everything. Returns pip's exit status, that of the first step that failed."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     settings = subprocess.run([*pip, "config", "list"], capture_output=True, text=True).stdout.splitlines()
     driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
@@ -49,7 +50,8 @@ def main():
         got_uv = subprocess.run([*pip, "install", "-c", str(ROOT / "constraints.txt"), "uv"]).returncode == 0
         if not got_uv or subprocess.run([*uv, "--no-deps", torch]).returncode:
             print("The CPU build could not be had; the default one follows, and is far larger.", flush=True)
-    return subprocess.run([*pip, "install", "-r", str(REQUIREMENTS)], cwd=ROOT).returncode
+    steps = (["-r", "requirements.txt"], ["--no-deps", "-r", "requirements-beyond-text.txt"])
+    return next((code for step in steps if (code := subprocess.run([*pip, "install", *step], cwd=ROOT).returncode)), 0)
 
 
 if __name__ == "__main__":

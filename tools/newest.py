@@ -84,7 +84,12 @@ def main():
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     requirements = folder / "requirements.txt"
     requirements.write_text(unpinned((ROOT / "requirements.txt").read_text(encoding="utf-8")), encoding="utf-8")
-    status, output = run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(requirements)])
+    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    status, output = run([*install, "-r", str(requirements)])
+    if status == 0:
+        beyond_text = folder / "requirements-beyond-text.txt"
+        beyond_text.write_text(unpinned((ROOT / beyond_text.name).read_text(encoding="utf-8")), encoding="utf-8")
+        status, output = run([*install, "--no-deps", "-r", str(beyond_text)])
     changes, failures = [], [line for line in output.splitlines() if line.startswith("ERROR: ")]
     if status == 0:
         (folder / ".installed").write_text(

@@ -185,6 +185,19 @@ def test_memory(folders, run):
     assert as_json(run("memory", "base", "--sequence-length", 256, "--json")[1])["findings"] == []
 
 
+def test_memory_on_several_devices(folders, run):
+    status, out, _ = run("memory", "base", "--devices", 2, "--strategy", "fsdp", "--sequence-length", 32)
+    assert status == 0 and ", each of 2 devices with fsdp" in out and "all_gather" in out and "buffers" in out
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        options = ("--devices", 4, "--strategy", strategy, "--sequence-length", 32, "--json")
+        found[strategy] = as_json(run("memory", "base", *options)[1])["measured"]
+    assert found["fsdp"]["bytes"]["weights"] < found["ddp"]["bytes"]["weights"] / 3
+    assert set(found["ddp"]["collectives"]) == {"all_reduce"} and found["ddp"]["sent"] < found["fsdp"]["sent"]
+    alone = as_json(run("memory", "base", "--sequence-length", 32, "--json")[1])["measured"]
+    assert (alone["collectives"], alone["sent"]) == ({}, 0) and "buffers" not in alone["bytes"]
+
+
 def test_memory_takes_each_option_with_the_method_that_it_means(folders, run):
     rank = [
         "--method",
@@ -278,6 +291,7 @@ def test_config(folders, run):
         (["memory", "base", "--dtype", "float3"], "no floating-point dtype"),
         (["memory", "base", "--method", "full", "--rank", 4, "--bias", "none"], "--rank, --bias has no meaning with --method full"),
         (["memory", "base", "--method", "full", "--double-quantization"], "--double-quantization has no meaning"),
+        (["memory", "base", "--strategy", "fsdp"], "--strategy has no meaning with one device"),
         (["memory", "base", "--double-quantization"], "--double-quantization has no meaning with --method lora"),
         (["merged", "base", "adapter", "merged", "--device", "xpu:7"], "can't use the device 'xpu:7' here"),
         (["run", "nowhere"], "no file nowhere"),

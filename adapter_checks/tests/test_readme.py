@@ -44,7 +44,16 @@ def test_the_python_examples(folders, capsys):
 def test_the_commands(folders, capsys):
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     commands = [words[1:] for words in commands if words[:1] == ["adapter-checks"]]
-    assert [words[0] for words in commands] == ["folder", "merged", "data", "run", "config", "count", "memory"]
+    assert [words[0] for words in commands] == [
+        "folder",
+        "merged",
+        "data",
+        "run",
+        "config",
+        "count",
+        "memory",
+        "memory",
+    ]
     for words in commands:
         assert main(words) == 0, capsys.readouterr()
 

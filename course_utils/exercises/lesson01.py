@@ -1,14 +1,19 @@
-"""Checks of lesson 1: weigh an adapter, borrow one, find the silent ones."""
+"""Checks of lesson 1: weigh an adapter, borrow one, mend a folder. And the folder with the fault that the lesson looks for."""
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_list, expect_number, expect_tensor, using
+from course_utils.exercises import (
+    TryAgain,
+    call_learner,
+    exercise,
+    expect_list,
+    expect_number,
+    expect_tensor,
+    expect_type,
+    using,
+)
 
 
-def tiny_adapted_model(names, silent=(), seed=0):
-    """A random two-layer Llama with LoRA adapters of those names; the `silent` ones have only zeros in B.
-
-    Every other adapter has a random B, but for one of its layers, where B is zero as it may be in training.
-    The first of `names` is active.
-    """
+def tiny_adapted_model(names, seed=0):
+    """A random two-layer Llama with LoRA adapters of those names, each with a random B. The first of `names` is active."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,18 +38,31 @@ def tiny_adapted_model(names, silent=(), seed=0):
                 model = get_peft_model(base, config, adapter_name=name)
             else:
                 model.add_adapter(name, config)
-        for adapter in set(names) - set(silent):
-            for layer, B in _matrices_B(model, adapter).items():
-                if "layers.0.self_attn.v_proj" not in layer:
-                    torch.nn.init.normal_(B)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter)
         model.set_adapter(names[0])
     return model.eval()
 
 
-def _matrices_B(model, adapter):
-    """{layer: B} of one adapter."""
-    parts = (name.split(".lora_B.") for name, _ in model.named_parameters() if f".lora_B.{adapter}." in name)
-    return {layer: model.get_submodule(f"{layer}.lora_B.{adapter}").weight for layer, _ in parts}
+def write_folder(folder, base, adapter):
+    """Write the folder of lesson 1's diagnosis: the adapter at the path `adapter`, beside another one, saved with the whole of `base`.
+
+    folder: where to; base: a fresh base model. The tensors are named as in the state dict of a PEFT model.
+    """
+    from peft import PeftConfig, PeftModel
+    from safetensors.torch import save_file
+
+    from adapter_checks.saving import saving
+    from course_utils import paths
+
+    model = PeftModel.from_pretrained(base, adapter, adapter_name="sailor")
+    model.load_adapter(paths.adapter_path("mood"), adapter_name="mood")
+    # Tied weights share memory, which safetensors refuses: the head is the embedding.
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    with saving(folder) as new:
+        PeftConfig.from_pretrained(adapter).save_pretrained(new)
+        save_file(state, new / "adapter_model.safetensors")
 
 
 @exercise("01.weigh", title="Weigh an adapter", level="warm-up", minutes=5)
@@ -158,51 +176,63 @@ def _check_borrowed(function, model, was, name, input_ids):
         )
 
 
-@exercise("01.silent", title="Find the silent ones", level="stretch", minutes=15)
-def silent(function):
-    """Compare with what was planted: none, one, all but one. In one of the others a single number of a single B is not 0."""
+@exercise("01.mend", title="Mend the folder", level="core", minutes=10)
+def mend(function):
+    """Compare with what PEFT saves; one adapter's name begins another's, or is a word of every tensor's name."""
     import torch
+    from peft import get_peft_model_state_dict
 
-    names = ["alpha", "beta", "beta2"]  # one name is the beginning of another
-    planted = ([], ["beta"], ["beta2", "alpha"], ["alpha"], ["beta2"], ["beta", "beta2"], names)
-    for trial, silent_ones in enumerate(planted):
-        model = tiny_adapted_model(names, silent_ones, seed=trial)
-        others = [name for name in names if name not in silent_ones]
-        for name in others:  # columns that cancel out: a sum of zero is not a matrix of zeros
-            for B in _matrices_B(model, name).values():
-                B.data = torch.cat([B.data[:, :2], -B.data[:, :2]], dim=1)
-        barely = others[trial % len(others)] if trial and others else None
-        if barely:
-            matrices = list(_matrices_B(model, barely).values())
-            for B in matrices:
-                B.data.zero_()
-            # Another layer and another place in it each time, and too small for a threshold.
-            matrices[(trial - 1) % len(matrices)].data.flatten()[5 * trial] = 1e-12
-        model.set_adapter(names[trial % 3])
-        answer = expect_list(call_learner(function, model), "the answer", in_order=False)
+    cases = (
+        (["sailor", "mood"], "sailor"),
+        (["mood", "sailor"], "sailor"),
+        (["beta", "beta2"], "beta"),
+        (["beta2", "beta"], "beta2"),
+        (["other", "model"], "model"),
+        (["default"], "default"),
+        (["other", "q_proj"], "q_proj"),
+    )
+    for seed, (names, adapter) in enumerate(cases):
+        model = tiny_adapted_model(names, seed=seed)
+        given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        right = {
+            name: tensor.clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()
+        }
+        case = f"From a model with the adapters {', '.join(names)}, for {adapter}:"
+        answer = expect_type(call_learner(function, dict(given), adapter), dict, "the answer")
         if not all(isinstance(name, str) for name in answer):
-            raise TryAgain("Return the adapters' names, as text.")
-        found, right = sorted(answer), sorted(silent_ones)
-        if found == right:
-            continue
-        if any(name not in names for name in found):
-            raise TryAgain(
-                f"{next(n for n in found if n not in names)!r} is no adapter's name. It is the part after lora_B."
-            )
-        if len(set(found)) < len(found):
-            raise TryAgain("A name stands in your answer more than once. Collect the names in a dict or a set.")
-        if not found:
-            raise TryAgain(
-                f"{', '.join(right)}: silent, but you found none. Is it B that you look at (A is never zero), and each adapter by its whole name?"
-            )
-        if set(found) - set(right) == {barely}:
-            raise TryAgain(
-                f"You report {barely}. In one of its B, in one place, stands 1e-12, and that is not zero. Look at every B of an adapter, "
-                "the first and the last, and compare with 0 itself: no mean, and no threshold."
-            )
-        if set(found) > set(right):
-            raise TryAgain(
-                "You also report an adapter with a B that is not zero. Every B must be zero, in every entry: "
-                "one zero B among others is not enough, nor entries that add up to zero."
-            )
-        raise TryAgain("One that is silent is missing. Do you look at all adapters, also those that are not active?")
+            raise TryAgain("The keys of your dict should be the tensors' names, as text.")
+        _check_names(set(answer), set(right), set(given), case, names, adapter)
+        for name, tensor in right.items():
+            found = expect_tensor(answer[name], tensor.shape, name)
+            if found.dtype != tensor.dtype or not torch.equal(found, tensor):
+                raise TryAgain(
+                    f"{case} {name} holds other numbers than the adapter's. Keep each tensor as it is; is it this adapter's?"
+                )
+
+
+def _check_names(found, right, given, case, names, adapter):
+    """Raise `TryAgain` with what is wrong with the names of the tensors."""
+    if not found:
+        raise TryAgain(f"{case} nothing came back. The names to look for end like .lora_A.{adapter}.weight.")
+    wrong = sorted(found - right)
+    base = next((name for name in wrong if name in given and not {"lora_A", "lora_B"} & set(name.split("."))), None)
+    if base:
+        raise TryAgain(f"{case} {base} is a weight of the base model. Only the adapter's A and B belong into its file.")
+    still = next((name for name in wrong if name.endswith(f".{adapter}.weight")), None)
+    if still:
+        raise TryAgain(f"{case} {still} still has the adapter's name in it. PEFT puts that in when it loads.")
+    other = next((name for name in wrong for one in names if one != adapter and f".{one}." in name), None)
+    if other:
+        raise TryAgain(f"{case} {other} belongs to another adapter. Compare the whole name between the dots.")
+    if wrong and not any(name.endswith(".weight") for name in wrong):
+        raise TryAgain(f"{case} {wrong[0]} has lost its end. Only the adapter's name goes: ….lora_A.weight remains.")
+    if wrong:
+        raise TryAgain(
+            f"{case} {wrong[0]} is no name that PEFT expects; {min(right)} is one. Take out the adapter's name behind lora_A or "
+            "lora_B, and nothing else."
+        )
+    missing = sorted(right - found)
+    if missing:
+        raise TryAgain(
+            f"{case} {missing[0]} and {len(missing) - 1} more are missing. A and B of every layer belong into the file."
+        )

@@ -1,9 +1,37 @@
-"""Checks of lesson 6: start as OLoRA does, start with a product of zero, read steps off a curve, convert to plain LoRA."""
+"""Checks of lesson 6: start as OLoRA does, read steps off a curve, convert to plain LoRA, ship it. And the folder that the lesson mends."""
 
+import copy
 import functools
 import math
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
 
-from course_utils.exercises import TryAgain, call_learner, describe, exercise, expect_list, expect_number, expect_tensor
+from course_utils.exercises import (
+    TryAgain,
+    call_learner,
+    describe,
+    exercise,
+    expect_list,
+    expect_number,
+    expect_tensor,
+    using,
+)
+
+
+def lend(adapter, folder, base):
+    """Write the folder of lesson 6's diagnosis: the trained OLoRA adapter at `adapter`, given to PEFT as the initial one of a conversion.
+
+    folder: where to; base: a fresh base model, which is changed.
+    """
+    from peft import PeftModel
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(adapter, folder)
+    with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory() as out:
+        model = PeftModel.from_pretrained(base, adapter)
+        model.save_pretrained(out, path_initial_model_for_weight_conversion=str(folder))
 
 
 def _parts(value, number, names):
@@ -14,7 +42,7 @@ def _parts(value, number, names):
     return parts
 
 
-@exercise("06.olora", title="Start as OLoRA does", level="core", minutes=15)
+@exercise("06.olora", title="Start as OLoRA does", level="core", minutes=10)
 def olora(function):
     """Compare with PEFT's own start on wide and tall weights; signs of directions are the learner's own choice."""
     import torch
@@ -87,65 +115,6 @@ def _first_directions(weight, rank):
     return exact
 
 
-@exercise("06.quiet", title="A start that says nothing", level="stretch", minutes=20)
-def quiet(function):
-    """B·A must be 0 with neither of them 0, each with as many directions as it can have, and anew with each seed."""
-    import torch
-
-    for inputs, outputs, rank in ((10, 14, 4), (9, 6, 2), (20, 20, 6), (7, 12, 8)):
-        torch.manual_seed(rank)
-        draws = [_factors(function, inputs, outputs, rank) for _ in range(20)]
-        A, B = draws[0]
-        for name, matrix in (("A", A), ("B", B)):
-            if not matrix.any():
-                raise TryAgain(f"{name} is zero. Both are to be something, and only their product nothing.")
-            size = matrix.abs().mean().item()
-            if not 1e-5 < size < 1e3:
-                raise TryAgain(
-                    f"The numbers of {name} are of size {size:.0e}, too {'small' if size < 1 else 'large'} to train from. "
-                    "Stay nearer to torch.randn's, which are of size 1."
-                )
-        largest = float((B @ A).abs().max())
-        if largest > 1e-5 * float(B.norm() * A.norm()):
-            raise TryAgain(
-                f"BA is not zero: its largest entry is {largest:.2g}. What A writes into the r numbers between the two, "
-                "B must not read."
-            )
-        half = rank // 2
-        for name, matrix in (("A", A), ("B", B)):
-            found = int(torch.linalg.matrix_rank(matrix, rtol=1e-5))
-            if found != half:
-                raise TryAgain(
-                    f"{name} has {found} directions here. With r = {rank}, give each of the two half of them, {half}."
-                )
-        # (calls, r, inputs) and (calls, r, outputs): what holds in each of the calls is no chance.
-        stacks = [torch.stack([A for A, _ in draws]), torch.stack([B.T for _, B in draws])]
-        if any((stack.abs().amax((0, 2)) < 1e-6 * stack.abs().max()).any() for stack in stacks):
-            raise TryAgain(
-                "Whole rows of A or columns of B are zero, so some of the r numbers between them begin unused. Turn "
-                "them: a random orthogonal matrix (rank, rank), half of its rows for A, the others for B."
-            )
-        for name, stack, lines, are in zip(
-            "AB", stacks, ("columns", "rows"), ("inputs are not read", "outputs get nothing")
-        ):
-            by_line, least = stack.permute(2, 0, 1).flatten(1), 1e-6 * stack.abs().max()
-            if (stack - stack[0]).abs().max() < least:
-                raise TryAgain(
-                    f"Two calls give the same {name}. Draw both A and B at random, or all layers of a shape begin alike."
-                )
-            if by_line.abs().amax(1).min() < least:
-                raise TryAgain(
-                    f"Some {lines} of {name} are zero, so some {are}. Draw the other factor of {name} with torch.randn."
-                )
-            if torch.pdist(by_line).min() < least:
-                raise TryAgain(f"Some {lines} of {name} are always the same. Draw each of them at random.")
-
-
-def _factors(function, inputs, outputs, rank):
-    A, B = _parts(call_learner(function, inputs, outputs, rank), 2, "A and B")
-    return expect_tensor(A, (rank, inputs), "A").double(), expect_tensor(B, (outputs, rank), "B").double()
-
-
 @exercise("06.reach", title="When was the loss down?", level="warm-up", minutes=5)
 def reach(function):
     """Curves that end below, never come down, go down and up again, begin below, or have uneven steps, out of order."""
@@ -215,7 +184,7 @@ def reach(function):
         raise TryAgain(f"{case}, {number:g} came back. Return the first step whose loss is at or below the level.")
 
 
-@exercise("06.convert", title="Convert to plain LoRA by hand", level="core", minutes=15)
+@exercise("06.convert", title="Convert to plain LoRA by hand", level="core", minutes=10)
 def convert(function):
     """s2·B2·A2 must be s·(B·A − B0·A0), of rank 2r, with s2 = alpha2 / 2r."""
     import torch
@@ -276,3 +245,109 @@ def convert(function):
             "s·BA of the new adapter is not s·(BA − B0A0). Write the product of two matrices laid side by side: "
             "[B, B0] times [A over A0] is BA + B0A0."
         )
+
+
+@exercise("06.ship", title="Ship the folder", level="core", minutes=15)
+def ship(function):
+    """What is in `out` must give the trained model on an untouched base; folder and model stay as they were.
+
+    The initial folder is called like nothing else, like the adapter, and ends with a slash.
+    """
+    cases = (("start", "", 4), ("default", "", 8), ("start", "/", 6), ("olora_initial", "", 3))
+    for seed, (name, end, alpha) in enumerate(cases):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+            _check_shipped(function, Path(folder), name, end, alpha, seed)
+
+
+def _check_shipped(function, folder, name, end, alpha, seed):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids = torch.arange(1, 9)[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=40,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=32,
+                initializer_range=0.3,
+            )
+        ).eval()
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "up_proj"], init_lora_weights="olora")
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        initial, out = folder / "initial" / name, folder / "out"
+        model.save_pretrained(initial)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    trained, untouched = logits(model), logits(base)
+    before = {path.name: path.read_bytes() for path in initial.iterdir()}
+
+    where = f"With the initial folder …/initial/{name}{end}"
+    try:
+        call_learner(function, model, f"{initial}{end}", out)
+    except TryAgain as wrong:
+        if list(getattr(model, "peft_config", [])) == ["default"]:
+            raise TryAgain(f"{where}: {wrong}") from None
+        raise TryAgain(
+            f"{where}: {wrong}. And the trained adapter is gone: PEFT deletes what has the last name of the path that you give it. "
+            "Give it a copy with a name of its own."
+        ) from None
+    with using("the model after your function"):
+        same = list(model.peft_config) == ["default"] and torch.equal(logits(model), trained)
+    if not same:
+        raise TryAgain(
+            f"{where}: the model has lost its adapter, or gives another output than before. Leave it as it was."
+        )
+    now = {path.name: path.read_bytes() for path in initial.glob("*") if path.is_file()}
+    if now != before:
+        raise TryAgain(
+            f"{where}: the initial folder has changed. PEFT rewrites the configuration in the folder that it is given; give it a copy."
+        )
+    _check_out(out, base, trained, untouched, logits, where)
+
+
+def _check_out(out, base, trained, untouched, logits, where):
+    """Raise `TryAgain` unless the folder `out` holds a plain LoRA that gives the trained model."""
+    import torch
+    from peft import LoraConfig, PeftModel
+
+    if not (out / "adapter_config.json").is_file():
+        there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+        raise TryAgain(
+            f"{where}: out holds no adapter_config.json, but {', '.join(there) or 'nothing'}. Save the adapter right into `out`."
+        )
+    with using("the folder out"):
+        initialisation = LoraConfig.from_pretrained(out).init_lora_weights
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+        found = logits(loaded)
+        with loaded.disable_adapter():
+            alone = logits(loaded)
+    right = torch.allclose(found, trained, atol=1e-3)
+    if initialisation == "olora":
+        raise TryAgain(
+            f"{where}: the adapter in out is still an OLoRA adapter, and loading it moves the base. Convert it: save_pretrained with "
+            "path_initial_model_for_weight_conversion."
+        )
+    if torch.allclose(found, untouched, atol=1e-3):
+        raise TryAgain(
+            f"{where}: the adapter in out changes nothing. Was the trained adapter given as the initial one?"
+        )
+    if not right:
+        raise TryAgain(
+            f"{where}: on an untouched base the adapter in out doesn't give the trained model. Its change should be the trained "
+            "product less the initial one."
+        )
+    if not torch.equal(alone, untouched):
+        raise TryAgain(f"{where}: loading out changes the base's weights.")

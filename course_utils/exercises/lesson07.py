@@ -1,16 +1,19 @@
-"""Checks of lesson 7: judge a merge, measure agreement, merge a shard, join two adapters, count how often one was merged."""
+"""Checks of lesson 7: judge a merge, merge a shard, count how often one was merged, ship a folder; and folders to find faults in."""
 
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from course_utils import paths
 from course_utils.exercises import (
     TryAgain,
     call_learner,
     describe,
     exercise,
-    expect_list,
     expect_number,
-    expect_plain_tensor,
     expect_tensor,
     expect_type,
-    using,
 )
 
 VERDICTS = ("no effect", "differs", "same")
@@ -91,75 +94,7 @@ def _verdict_of(function, base, adapter, merged, tolerance=1e-4):
     return found
 
 
-@exercise("07.agreement", title="Measure agreement", level="core", minutes=10)
-def agreement(function):
-    """Compare with top-1 agreement and the mean of KL(reference || candidate), in nats."""
-    import torch
-
-    for seed, (positions, vocabulary, gap) in enumerate(
-        ((7, 12, 0), (30, 5, 0), (1, 40, 0), (7, 12, 80), (9, 15, 1500))
-    ):
-        reference, candidate = agreement_example(positions, vocabulary, seed)
-        row = seed % (positions - 1) if gap else 0
-        reference[row, seed] += gap  # With a large gap softmax is 0 at the other tokens of this row,
-        candidate[row, seed] += gap
-        if gap:
-            candidate[row + 1, reference[row + 1].argmax()] -= (
-                gap  # and that of the candidate at the reference's top token of the next.
-            )
-        found = expect_list(call_learner(function, reference.clone(), candidate.clone()), "the answer")
-        if len(found) != 2:
-            raise TryAgain(f"Two numbers are expected, the share and the KL; you returned {len(found)}.")
-        p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
-        right = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-        terms = p.exp() * (p - q)
-        right_kl = terms.sum(-1).mean().item()
-        share, kl = expect_number(found[0], "the share"), found[1]
-        if gap:
-            with using("the KL"):
-                kl = float(kl.item() if hasattr(kl, "item") else kl)
-            # torch.distributions gives inf where the candidate's softmax is 0, which is no mistake of whoever uses it.
-            if not (abs(kl - right_kl) <= 1e-5 * right_kl or (gap > 700 and kl == float("inf"))):
-                raise TryAgain(f"Here some logits lie {gap} apart. softmax gives {'0' if gap > 700 else 'next to 0'} for the lower one, and "
-                               "log(0) is -inf; to add a little or to clamp makes the KL too small. Use log_softmax(-1), which keeps the "
-                               "true number.")  # fmt: skip
-            kl = right_kl
-        kl = expect_number(kl, "the KL")
-        mistakes = {
-            (reference.argmax(0) == candidate.argmax(0)).double().mean().item(): "That compares columns. The tokens lie along the last "
-                                                                                  "dimension: argmax(-1).",
-            (reference.argmax(-1) == candidate.argmax(-1)).sum().item(): "That is the number of positions. Divide by all of them.",
-            float(reference.argmax() == candidate.argmax()): "That looks at one place of the whole. Each position has its own argmax(-1).",
-        }  # fmt: skip
-        if abs(share - right) > 1e-6:
-            raise TryAgain(next((hint for value, hint in mistakes.items() if abs(share - value) < 1e-6),
-                                f"The share of equal top tokens is {right:.2f} here, and you return {share:.2f}."))  # fmt: skip
-        mistakes = {
-            terms.sum().item(): "That is the sum over positions. Take the mean.",
-            terms.mean().item(): "That is divided by the size of the vocabulary, too: sum over the tokens, then the mean over positions. "
-                                 "(kl_div's reduction='mean' does that.)",
-            (q.exp() * (q - p)).sum(-1).mean().item(): "That is KL(candidate || reference). The reference stands first: its "
-                                                        "probabilities weigh the logarithms.",
-            -terms.sum(-1).mean().item(): "The sign is turned: log p - log q.",
-            terms.sum(-1).mean().item() / torch.tensor(2.0).log().item(): "That is in bits. Take the natural logarithm.",
-            (reference.softmax(-1) * (reference - candidate)).sum(-1).mean().item(): "Logits are no log-probabilities: log_softmax(-1) "
-                                                                                     "first.",
-        }  # fmt: skip
-        if abs(kl - right_kl) > 1e-5 * max(1, right_kl):
-            raise TryAgain(next((hint for value, hint in mistakes.items() if abs(kl - value) < 1e-5),
-                                "The KL is not right. p and q are softmax over the last dimension; sum p·(log p - log q)."))  # fmt: skip
-
-
-def agreement_example(positions, vocabulary, seed):
-    """Logits (positions, vocabulary) of two models that mostly agree, in float64."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    reference = 3 * torch.randn(positions, vocabulary, dtype=torch.float64, generator=generator)
-    return reference, reference + torch.randn(positions, vocabulary, dtype=torch.float64, generator=generator)
-
-
-@exercise("07.shard", title="Merge one shard", level="core", minutes=15)
+@exercise("07.shard", title="Merge one shard", level="stretch", minutes=15)
 def shard(function):
     """Compare with W + scaling * B @ A in the dtype of W, for a file that holds part of the layers and other tensors."""
     import torch
@@ -293,106 +228,7 @@ def shard_example(dtype, seed):
     return tensors, adapter, scaling, merged
 
 
-@exercise("07.join", title="Make two adapters one", level="core", minutes=10)
-def join(function):
-    """Compare BA of the answer with the weighted sum of scaling·BA, for ranks that differ and weights below zero."""
-    import torch
-
-    for seed, (ranks, scalings, weights) in enumerate((
-        ((3, 3), (1.0, 1.0), (1.0, 1.0)), ((3, 2), (2.0, 3.0), (0.5, 1.5)), ((2, 4), (0.5, 3.0), (0.7, 0.2)),
-        ((2, 2), (2.0, 1.5), (1.0, -0.6)), ((1, 2, 3), (2.0, 1.0, 0.5), (0.2, 0.3, 0.5)), ((3,), (2.0,), (-1.5,)), ((2, 1), (2.0, 4.0), (0.0, 1.0)),
-    )):  # fmt: skip
-        adapters = join_example(ranks, scalings, seed)
-        given = [(A.clone(), B.clone(), scaling) for A, B, scaling in adapters]
-        found = call_learner(function, list(given), list(weights))
-        if any(
-            not torch.equal(mine[i], theirs[i]) for mine, theirs in zip(adapters, given, strict=True) for i in (0, 1)
-        ):
-            raise TryAgain(
-                "An A or B that you were given has changed. Multiply without an underscore, and not with *=."
-            )
-        parts = expect_list(found, "the answer")
-        if len(parts) != 2:
-            raise TryAgain(f"A and B are expected, and you returned {describe(found)}.")
-        A, B = (expect_plain_tensor(matrix, name) for matrix, name in zip(parts, "AB"))
-        for matrix, name in ((A, "A"), (B, "B")):
-            if matrix.dim() != 2:
-                raise TryAgain(f"{name} should be a matrix, and has the shape {tuple(matrix.shape)}.")
-        rank, outputs, inputs = sum(ranks), adapters[0][1].shape[0], adapters[0][0].shape[1]
-        products = [w * s * (b @ a) for (a, b, s), w in zip(adapters, weights, strict=True)]
-        U, S, V = torch.linalg.svd(sum(products), full_matrices=False)
-        has = A.shape[0]
-        nearest = (U[:, :has] * S[:has]) @ V[:has]  # of all matrices of this rank
-        if tuple(A.shape) == (rank, inputs) and tuple(B.shape) == (outputs, rank):
-            if {A.dtype, B.dtype} != {torch.float64}:
-                raise TryAgain(
-                    f"A is {str(A.dtype)[6:]} and B {str(B.dtype)[6:]}; those that you were given are float64. Keep their dtype."
-                )
-            _check_joined(B @ A, products, adapters, weights)
-        elif tuple(A.shape) == (outputs, rank) and tuple(B.shape) == (rank, inputs):
-            raise TryAgain("A and B have changed places: return A first.")
-        elif (
-            A.shape[1] == inputs
-            and B.shape == (outputs, has)
-            and torch.allclose(B.double() @ A.double(), nearest, atol=1e-5)
-        ):
-            what = "the sum" if S[has:].sum() < 1e-9 else "only the nearest to the sum"
-            raise TryAgain(f"BA is {what}, at rank {has}. Rank {rank} is asked for, since the ranks add up. No decomposition is needed: "
-                           "stack A and B.")  # fmt: skip
-        elif (A.shape, B.shape) == (adapters[0][0].shape, adapters[0][1].shape):
-            raise TryAgain(f"A has rank {ranks[0]} still, so A and B were added up. (B₁+B₂)(A₁+A₂) has the products B₁A₂ and B₂A₁, which "
-                           "nobody asked for. Stack them instead: the ranks add up.")  # fmt: skip
-        else:
-            raise TryAgain(f"For ranks {ranks} A should be {(rank, inputs)} and B {(outputs, rank)}; yours are {tuple(A.shape)} and "
-                           f"{tuple(B.shape)}. Stack the A as rows (dim=0) and the B as columns (dim=1).")  # fmt: skip
-
-
-def _check_joined(found, products, adapters, weights):
-    import torch
-
-    def agrees(total):
-        return torch.allclose(found, total, atol=1e-9)
-
-    if agrees(sum(products)):
-        return
-    if not bool(torch.isfinite(found).all()):
-        raise TryAgain("A weight is below zero here, and its root is NaN. Multiply one of A and B by the whole weight.")
-    plain = [b @ a for a, b, _ in adapters]
-    if agrees(sum(plain)):
-        raise TryAgain("Neither weight nor scaling is in it: each part counts weight · scaling · BA.")
-    if agrees(sum(w * p for w, p in zip(weights, plain, strict=True))):
-        raise TryAgain(
-            "The scaling is missing. The new adapter has scaling 1, so each part brings its own: weight · scaling."
-        )
-    if agrees(sum(s * p for (_, _, s), p in zip(adapters, plain, strict=True))):
-        raise TryAgain("The weights are missing.")
-    if agrees(sum(w * s * p for w, (_, _, s), p in zip(weights, adapters, products, strict=True))):
-        raise TryAgain(
-            "Weight and scaling were multiplied into A and into B, so they count twice. Take one of the two."
-        )
-    if agrees(sum(w * p for w, p in zip(weights, products, strict=True))):
-        raise TryAgain("The weight counts twice: it was multiplied into A and into B. Take one of the two.")
-    if agrees(sum(s * p for (_, _, s), p in zip(adapters, products, strict=True))):
-        raise TryAgain("The scaling counts twice: it was multiplied into A and into B. Take one of the two.")
-    if agrees(sum(abs(w) * s * p for (_, _, s), p, w in zip(adapters, plain, weights, strict=True))):
-        raise TryAgain("A weight is below zero here, and its sign was lost.")
-    raise TryAgain(
-        "The shapes are right, and BA is not the sum of weight · scaling · BA. Are A and B stacked in the same order?"
-    )
-
-
-def join_example(ranks, scalings, seed):
-    """[(A (rank, 9), B (7, rank), scaling)] in float64."""
-    import torch
-
-    options = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(seed)}
-    return [
-        (torch.randn(rank, 9, **options), torch.randn(7, rank, **options), scaling)
-        for rank, scaling in zip(ranks, scalings, strict=True)
-    ]
-
-
-@exercise("07.times", title="How often was it merged?", level="stretch", minutes=15)
+@exercise("07.times", title="How often was it merged?", level="core", minutes=15)
 def times(function):
     """Compare with the least-squares factor of the changes in (merged - base), pooled over all layers."""
     tiny = ("Here all weights and changes are a hundred thousand times smaller. Leave no layer out for being small, round nothing, and add "
@@ -504,3 +340,147 @@ def times_example(factor, seed, other=None, noise=0.005, small=1e-4, unit=1.0):
     base = {name: base[name] for name in ("q_proj", "k_proj", "up_proj", "gate_proj", "norm")}
     merged = {name: merged[name] for name in ("k_proj", "q_proj", "gate_proj", "up_proj", "norm")}
     return base, merged, changes
+
+
+@exercise("07.ship", title="Ship a merged model", level="core", minutes=15)
+def ship(function):
+    """Does the folder hold base + change in the base's dtype, the tokenizer with its template, and no adapter; and what is returned?"""
+    from adapter_checks.merged_report import MergedReport
+
+    for dtype in ("float32", "bfloat16"):
+        with tempfile.TemporaryDirectory() as root:
+            shutil.copytree(_ship_example(dtype).name, root, dirs_exist_ok=True)
+            base, adapter, out = (Path(root) / name for name in ("base", "adapter", "out"))
+            given = {file: file.read_bytes() for folder in (base, adapter) for file in folder.iterdir()}
+            found = call_learner(function, base, adapter, out)
+            if given != {file: file.read_bytes() for folder in (base, adapter) for file in folder.iterdir()}:
+                raise TryAgain(
+                    "The folder of the base or of the adapter has changed. Save into `out`, and nowhere else."
+                )
+            _check_shipped(base, adapter, out, dtype)
+            if not isinstance(found, MergedReport):
+                raise TryAgain(
+                    f"The folder is right. Return the report of check_merged_folder, too; this is {describe(found)}."
+                )
+            if not found.ok:
+                raise TryAgain(f"The folder is right, and the report says {', '.join(found.codes)}. Give the check base, adapter and "
+                               "`out`, in this order.")  # fmt: skip
+
+
+def _check_shipped(base, adapter, out, dtype):
+    weights = sorted(out.glob("*.safetensors")) if out.is_dir() else []
+    if [file.name for file in weights] == ["adapter_model.safetensors"]:
+        raise TryAgain(
+            "The folder holds an adapter and no model: the PeftModel was saved. Save what merge_and_unload() returns."
+        )
+    if not weights or not (out / "config.json").exists():
+        raise TryAgain(
+            "There is no model in the folder `out`: config.json or the weights are missing. Use save_pretrained(out)."
+        )
+    if list(out.glob("adapter_*")):
+        raise TryAgain(
+            "An adapter lies beside the merged weights, and from_pretrained would put it on top. Leave the adapter's files out."
+        )
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        if not (out / file).exists():
+            raise TryAgain(
+                f"{file} is missing in `out`. Load the tokenizer from the base's folder, and save it there, too."
+            )
+    stored, of_base, changes = _tensors(out), _tensors(base), _changes(adapter)
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
+    if kinds != {dtype}:
+        raise TryAgain(f"The base is stored in {dtype}, and the merged model in {' and '.join(sorted(kinds))}. Load the base in its own "
+                       "dtype, which dtype='auto' does.")  # fmt: skip
+    if set(stored) != set(of_base):
+        raise TryAgain("The merged model has other tensors than the base. Save what merge_and_unload() returns.")
+    difference = {name: stored[name].double() - of_base[name].double() for name in of_base}
+    others = [name for name in of_base if name not in changes and difference[name].any()]
+    times = _dot(difference, changes) / _dot(changes, changes)
+    if abs(times) < 0.05:
+        raise TryAgain(
+            "The weights are the base's: the change isn't in them. unload() removes the adapter; merge_and_unload() merges it."
+        )
+    if abs(times - 1) > 0.05:
+        raise TryAgain(
+            f"The change is {times:.1f} times in the weights. Merge once, into the base as it is in its folder."
+        )
+    if others or any((difference[name] - change).norm() > 0.1 * change.norm() for name, change in changes.items()):
+        raise TryAgain("Some weights are not those of base + s·BA. Change nothing but by the merge.")
+
+
+def _tensors(folder):
+    """{name: tensor} of all safetensors files of a folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _changes(adapter):
+    """{name of the base's weight: s·BA} of the adapter that `_ship_example` makes, whose scaling is 2."""
+    tensors = _tensors(adapter)
+    return {
+        name.removeprefix(PREFIX).replace(".lora_A", ""): 2 * (tensors[name.replace("_A.", "_B.")] @ A).double()
+        for name, A in tensors.items()
+        if ".lora_A." in name
+    }
+
+
+@functools.cache
+def _ship_example(dtype):
+    """A temporary folder with a random `base` in this dtype, which has the course's tokenizer, and a random `adapter` for it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    root = tempfile.TemporaryDirectory()
+    base, adapter = Path(root.name) / "base", Path(root.name) / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(paths.models_dir() / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        # Larger weights than the usual, so that this model's outputs differ from token to token.
+        config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, tie_word_embeddings=True, **sizes)
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, lora)
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        adapted.save_pretrained(adapter)
+    return root
+
+
+def suspects(base, adapter, folder):
+    """Make five folders under `folder` that claim to be `adapter` merged into `base`; returns {name: path}. One is right."""
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def adapted(place=base):
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), adapter)
+
+    def save(name, model):
+        place = Path(folder) / name
+        shutil.rmtree(place, ignore_errors=True)
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        return place
+
+    unscaled = adapted()
+    for layer in (module for module in unscaled.modules() if isinstance(module, LoraLayer)):
+        layer.scaling = dict.fromkeys(layer.scaling, 1.0)
+    found = {
+        "one": save("one", unscaled.merge_and_unload()),
+        "two": save("two", adapted().merge_and_unload()),
+        "three": save("three", adapted().merge_and_unload().to(torch.bfloat16)),
+        "four": save("four", adapted().unload()),
+    }
+    found["five"] = save("five", adapted(found["two"]).merge_and_unload())
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path(adapter) / file, found["two"])
+    return found

@@ -215,7 +215,11 @@ def _memory(options: argparse.Namespace) -> Outcome:
         "optimizer": options.optimizer,
         "gradient_checkpointing": options.gradient_checkpointing,
         "double_quantization": options.double_quantization,
+        "devices": options.devices,
+        "strategy": options.strategy or "ddp",
     }
+    if options.strategy and options.devices == 1:
+        raise InputError("--strategy has no meaning with one device. Leave it out, or give --devices.")
     given = [name for name in _LORA_DEFAULTS if getattr(options, name) is not None] if options.method == "full" else []
     given += ["double_quantization"] if options.double_quantization and options.method != "qlora" else []
     if given:
@@ -228,6 +232,7 @@ def _memory(options: argparse.Namespace) -> Outcome:
     title = (
         f"{options.method}, {options.batch_size} × {options.sequence_length} tokens, {options.dtype}, {options.optimizer}"
         + (", gradient checkpointing" if options.gradient_checkpointing else "")
+        + (f", each of {options.devices} devices with {settings['strategy']}" if options.devices > 1 else "")
     )
     note = "Beside these a GPU holds the libraries' own buffers, and what fragmentation leaves unused."
     report = Report("Memory")
@@ -235,7 +240,13 @@ def _memory(options: argparse.Namespace) -> Outcome:
         report.warn(
             "beyond_context", estimate.warning, "Take a shorter --sequence-length, and the same max_length in training."
         )
-    return Outcome(report, {"bytes": estimate.sizes(), "settings": settings}, f"{title}\n{estimate}\n{note}")
+    measured = {
+        "bytes": estimate.sizes(),
+        "collectives": dict(estimate.collectives),
+        "sent": estimate.sent,
+        "settings": settings,
+    }
+    return Outcome(report, measured, f"{title}\n{estimate}\n{note}")
 
 
 def _config(options: argparse.Namespace) -> Outcome:
@@ -343,6 +354,10 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--gradient-checkpointing", action="store_true")
     memory.add_argument(
         "--double-quantization", action="store_true", help="with qlora: 4.127 bits a parameter, not 4.5"
+    )
+    memory.add_argument("--devices", type=_positive, default=1, help="that train together; default: 1")
+    memory.add_argument(
+        "--strategy", choices=("ddp", "zero1", "zero2", "zero3", "fsdp"), help="how devices share; default: ddp"
     )
 
     config = add("config", _config, "will this LoRA configuration do what it says on this model?")

@@ -1,9 +1,11 @@
-"""How much memory training takes: predicted from two configs, and counted on a model that was trained for a step."""
+"""How much memory training takes, on one device or on several: predicted from two configs, and counted after a step."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapter_checks import counting
@@ -17,13 +19,19 @@ if TYPE_CHECKING:
 
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each part. `activations` is None where they were not estimated; the total is then without them.
+    """Bytes of each part, on the fullest device. `activations` is None where they were not estimated; the total is then
+    without them.
 
     warning: a sentence about the settings, or an empty string.
+    buffers: with several devices, what the strategy holds beside the parts, such as gathered weights; else 0.
+    collectives: with several devices, {"all_reduce", "all_gather" or "reduce_scatter": bytes that each device hands over
+    in an optimizer step}. An all-gather counts as what it returns, a reduce-scatter as what it takes.
+    devices: how many there are.
     """
 
     weights: int
@@ -31,22 +39,35 @@ class MemoryEstimate:
     optimizer: int
     activations: int | None = None
     warning: str = ""
+    buffers: int = 0
+    collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    devices: int = 1
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
+        return self.weights + self.gradients + self.optimizer + self.buffers + (self.activations or 0)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each of k devices sends in a step where the collectives run as rings: (k - 1)/k of what is handed
+        over, and twice that for an all-reduce, which is a reduce-scatter and an all-gather (ZeRO paper, section 7.1)."""
+        twice = self.collectives.get("all_reduce", 0)
+        return (sum(self.collectives.values()) + twice) * (self.devices - 1) // self.devices
 
     def rows(self) -> list[tuple[str, str]]:
         """(part, size) of each part, readable, the total last."""
         return [(name, "not estimated" if size is None else _readable(size)) for name, size in self.sizes().items()]
 
     def sizes(self) -> dict[str, int | None]:
-        """{part: bytes}, the total last."""
-        parts = ("weights", "gradients", "optimizer", "activations", "total")
-        return {name: getattr(self, name) for name in parts}
+        """{part: bytes}, the total last; buffers are left out where there is one device."""
+        parts = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+        return {name: getattr(self, name) for name in parts if name != "buffers" or self.devices > 1}
 
     def __str__(self):
         lines = [f"{name:<12}{size:>14}" for name, size in self.rows()]
+        if self.devices > 1:
+            handed = ", ".join(f"{name} {_readable(size)}" for name, size in self.collectives.items())
+            lines.append(f"a step, each of {self.devices} devices: {handed}; sent in rings {_readable(self.sent)}")
         return "\n".join([*lines, self.warning] if self.warning else lines)
 
 
@@ -69,8 +90,10 @@ def estimate_memory(
     moment_dtype: torch.dtype | str | None = None,
     gradient_checkpointing: bool = False,
     double_quantization: bool = False,
+    devices: int = 1,
+    strategy: str = "ddp",
 ) -> MemoryEstimate:
-    """Predict the bytes that training holds, from configs alone.
+    """Predict the bytes that training holds, from configs alone; with several devices, those of the fullest one.
 
     method: "full", "lora" or "qlora"; the last two need lora_config, a `peft.LoraConfig`, which "full" ignores.
     dtype: of the base and its activations, a torch.dtype or its name. PEFT keeps an adapter in float32 at least.
@@ -89,6 +112,15 @@ def estimate_memory(
     activations: an upper bound on what the forward pass keeps for the backward pass; its formula is at `_activations`.
     warning: set where the rows are longer than the context that config names.
 
+    devices, strategy: how many processes train together, each on `batch_size` rows of its own, and how they share the
+    work. Parts that a strategy splits are those of the device that holds most; buffers and collectives are explained at
+    `_shared`.
+    - "ddp" (torch's DistributedDataParallel) splits nothing;
+    - "zero1", "zero2", "zero3" (DeepSpeed; ZeRO paper, section 5) split the optimizer's state, the gradients, too, and the
+      weights, too. The float32 copy that DeepSpeed keeps of 16-bit trained weights is not counted;
+    - "fsdp" (torch's fully_shard, on each transformer block and on the whole) splits all three, each tensor by rows. Of
+      4-bit weights only the packed numbers are split: what is needed to read them is no parameter, and stays whole.
+
     Full fine-tuning in 16 bits is said to need 12 bytes a parameter (QLoRA paper, section 1: over 780 GB for 65B):
     2 for the weight, 2 for its gradient, 8 for two float32 moments, so dtype="bfloat16" and moment_dtype=torch.float32.
 
@@ -98,7 +130,9 @@ def estimate_memory(
         raise InputError(f"There is no method {method!r}. Choose one of: {', '.join(METHODS)}.")
     if optimizer not in OPTIMIZERS:
         raise InputError(f"There is no optimizer {optimizer!r}. Choose one of: {', '.join(OPTIMIZERS)}.")
-    for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+    if strategy not in STRATEGIES:
+        raise InputError(f"There is no strategy {strategy!r}. Choose one of: {', '.join(STRATEGIES)}.")
+    for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length), ("devices", devices)):
         if not isinstance(size, int) or size < 1:
             raise InputError(f"{name} is {size!r}; it must be a whole number of at least 1.")
     dtype = _float_type(dtype)
@@ -107,40 +141,133 @@ def estimate_memory(
     elif lora_config is None:
         raise InputError(f"The method {method!r} trains an adapter, so it needs a lora_config.")
     model = counting.meta_model(config, getattr(lora_config, "task_type", None), dtype)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     modules, dropout = None, 0.0
-    if lora_config is None:
-        trained = [
-            (parameter.numel(), parameter.itemsize) for parameter in model.parameters() if parameter.requires_grad
-        ]
-    else:
+    if lora_config is not None:
         modules, dropout = counting.adapted_layers(model, lora_config), lora_config.lora_dropout
-        size = max(dtype.itemsize, 4)
-        trained = [
-            (module.rank * features, size)
-            for module in modules
-            for features in (module.in_features, module.out_features)
-        ]
-        weights += sum(numbers * size for numbers, size in trained)
-        biases = counting.trained_biases(model, lora_config, modules)
-        trained += [(bias.numel(), bias.itemsize) for bias in biases]
-    if method == "qlora":
-        weights -= sum(
-            weight.nbytes - _quantised(weight.numel(), double_quantization) for weight in _quantised_weights(model)
-        )
+    quantised = [] if method != "qlora" else _quantised_weights(model)
+    tensors = _tensors(model, modules, lora_config, max(dtype.itemsize, 4), quantised, double_quantization)
+    moment_size = None if moment_dtype is None else _float_type(moment_dtype).itemsize
     context = context_length(config)
     beyond = context is not None and sequence_length > context
     return MemoryEstimate(
         warning=f"Rows of {sequence_length:,} tokens are longer than the model's context of {context:,}."
         if beyond
         else "",
-        weights=weights,
-        gradients=sum(numbers * size for numbers, size in trained),
-        optimizer=_optimizer(trained, optimizer, None if moment_dtype is None else _float_type(moment_dtype).itemsize),
+        **_shared(tensors, devices, strategy, optimizer, moment_size),
         activations=_activations(
             model, modules, dropout, batch_size, sequence_length, dtype.itemsize, gradient_checkpointing
         ),
+        devices=devices,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A parameter: `size` is the bytes of a number, `block` the transformer block that it is in, or None; `whole` are bytes
+    that belong to it and that no strategy splits."""
+
+    rows: int
+    numbers: int
+    size: int
+    trained: bool
+    block: int | None
+    whole: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.size
+
+    def shard(self, devices: int, by_rows: bool) -> int:
+        """Numbers that the fullest device has; torch's fully_shard splits by rows, DeepSpeed anywhere."""
+        if not by_rows:
+            return math.ceil(self.numbers / devices)
+        return math.ceil(self.rows / devices) * (self.numbers // self.rows)
+
+
+def _tensors(model, modules, lora_config, adapter_size, quantised, double_quantization) -> list[_Tensor]:
+    """All parameters of a meta model and of the adapter that `modules` describe; without modules the model is trained."""
+    blocks = {
+        f"{name}.": place
+        for place, (name, _) in enumerate((name, module) for name, module in model.named_modules() if _is_block(module))
+    }
+
+    def block_of(name):
+        return next((place for start, place in blocks.items() if name.startswith(start)), None)
+
+    biases = [] if modules is None else counting.trained_biases(model, lora_config, modules)
+    trained, packed = {id(bias) for bias in biases}, {id(weight) for weight in quantised}
+    found = []
+    for name, parameter in model.named_parameters():
+        numbers, size, whole = parameter.numel(), parameter.itemsize, 0
+        rows = parameter.shape[0] if parameter.dim() else 1
+        if id(parameter) in packed:  # two numbers a byte, in one column
+            whole = _quantised(numbers, double_quantization) - math.ceil(numbers / 2)
+            rows, numbers, size = math.ceil(numbers / 2), math.ceil(numbers / 2), 1
+        is_trained = parameter.requires_grad if modules is None else id(parameter) in trained
+        found.append(_Tensor(rows, numbers, size, is_trained, block_of(name), whole))
+    for module in modules or ():
+        place = block_of(module.name)
+        for rows, columns in ((module.rank, module.in_features), (module.out_features, module.rank)):
+            found.append(_Tensor(rows, rows * columns, adapter_size, True, place))
+    return found
+
+
+def _is_block(module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _shared(tensors: list[_Tensor], devices: int, strategy: str, optimizer: str, moment_size: int | None) -> dict:
+    """The parts of a MemoryEstimate that depend on how devices share the work, those of the fullest device.
+
+    With G the bytes of all gradients, one backward pass in each step, and everything outside of transformer blocks called
+    the rest:
+    - ddp: an all-reduce of G, from buckets that hold the gradients once more (G);
+    - zero1, zero2: a reduce-scatter of G and an all-gather of the trained weights (ZeRO paper, section 7.2.1). Their
+      buckets have the size that DeepSpeed's configuration names, and are not counted;
+    - fsdp: an all-gather of each block for the forward pass and once more for the backward pass, of the rest once, as it
+      stays gathered in between, and a reduce-scatter of G; zero3 gathers the rest twice, too (section 7.2.2). Gathered at
+      a time are the rest and two blocks, one of them ahead, and what is trained of the rest and of one block has its whole
+      gradient beside it. This size of the buffers is a rule of thumb.
+    """
+    trained = [tensor for tensor in tensors if tensor.trained]
+    by_rows, split = strategy == "fsdp", strategy in ("zero3", "fsdp") and devices > 1
+
+    def local(tensor, always=False):
+        return tensor.shard(devices, by_rows) if always or split else tensor.numbers
+
+    def gathered(some: Iterable[_Tensor]) -> int:
+        return sum(devices * local(tensor) * tensor.size for tensor in some)  # a shard that is not full is padded
+
+    whole_gradients = sum(tensor.bytes for tensor in trained)
+    parts = {
+        "weights": sum(local(tensor) * tensor.size + tensor.whole for tensor in tensors),
+        "gradients": sum(local(tensor, strategy == "zero2") * tensor.size for tensor in trained),
+        "optimizer": _optimizer(
+            [(local(tensor, strategy in ("zero1", "zero2")), tensor.size) for tensor in trained], optimizer, moment_size
+        ),
+    }
+    if devices == 1:
+        return parts
+    if strategy == "ddp":
+        return parts | {"buffers": whole_gradients, "collectives": {"all_reduce": whole_gradients}}
+    if not split:
+        return parts | {"collectives": {"reduce_scatter": whole_gradients, "all_gather": whole_gradients}}
+    blocks: dict[int | None, list[_Tensor]] = {}
+    for tensor in tensors:
+        blocks.setdefault(tensor.block, []).append(tensor)
+    rest = blocks.pop(None, [])
+    largest = max(blocks.values(), key=gathered, default=[])
+    in_blocks, of_rest = sum(map(gathered, blocks.values())), gathered(rest)
+    gradients = gathered(tensor for tensor in [*rest, *largest] if tensor.trained)
+    return parts | {
+        "buffers": of_rest + min(2, len(blocks)) * gathered(largest) + gradients,
+        "collectives": {
+            "all_gather": 2 * in_blocks + (1 if by_rows else 2) * of_rest,
+            "reduce_scatter": gathered(trained),
+        },
+    }
 
 
 def _float_type(dtype: torch.dtype | str) -> torch.dtype:
@@ -212,11 +339,10 @@ def _activations(model, modules, dropout, batch_size, length, size, checkpointin
     attention of their own. Measured on tiny Llama, GPT-2, OPT and BERT models, it is at most 2.2 times what was kept.
     """
     import torch
-    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.pytorch_utils import Conv1D
 
     config = model.config
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [module for module in model.modules() if _is_block(module)]
     unknown = not model._supports_sdpa or any(parameter.dim() > 2 for parameter in model.parameters())
     if unknown or len(blocks) != getattr(config, "num_hidden_layers", None):
         return None
@@ -247,7 +373,8 @@ def _activations(model, modules, dropout, batch_size, length, size, checkpointin
 
 def measure_training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MemoryEstimate:
     """Bytes of the tensors that a model and its optimizer hold now: parameters (4-bit ones with their quantisation
-    state), gradients, and the optimizer's state. A tensor that several share counts once; activations are not measured.
+    state), gradients, and the optimizer's state. A tensor that several share counts once, and of a tensor that is split over
+    processes only this process's part; activations are not measured.
     """
     parameters = list(model.parameters())
     states = [] if optimizer is None else optimizer.state.values()
@@ -257,6 +384,32 @@ def measure_training_state(model: torch.nn.Module, optimizer: torch.optim.Optimi
         gradients=_bytes(p.grad for p in parameters),
         optimizer=_bytes(value for state in states for value in state.values()),
     )
+
+
+@contextlib.contextmanager
+def measure_collectives() -> Iterator[dict[str, int]]:
+    """Count what this process hands to collectives of torch.distributed in a `with`: a dict that fills up while they run,
+    {"all_reduce", "all_gather" or "reduce_scatter": bytes}, counted as `MemoryEstimate.collectives` are.
+
+    Seen is what DDP, fully_shard and all_reduce send; the small lists of tensors that a trainer gathers for its log are not.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    names = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+    found: dict[str, int] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = names.get(function._opname) if function.namespace == "c10d" else None
+            if name:
+                tensors = [one for one in tree_leaves([args, kwargs or {}]) if isinstance(one, torch.Tensor)]
+                found[name] = found.get(name, 0) + max(tensor.nbytes for tensor in tensors)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        yield found
 
 
 def _state_tensors(state) -> list:
@@ -269,5 +422,12 @@ def _state_tensors(state) -> list:
 def _bytes(values) -> int:
     import torch
 
-    tensors = {value.data_ptr(): value for value in values if isinstance(value, torch.Tensor)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    tensors = [
+        getattr(value, "_local_tensor", value) for value in values if isinstance(value, torch.Tensor)
+    ]  # of a DTensor
+    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
