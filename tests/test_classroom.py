@@ -852,6 +852,7 @@ def test_the_hand_out_has_what_a_learner_needs_and_no_answer(real):
         "requirements.txt",
         "requirements-beyond-text.txt",
         "tools/check_python.py",
+        "tools/install.py",
         "tools/lab.py",
         "models/base/config.json",
         "course_utils/runtime.py",
