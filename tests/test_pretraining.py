@@ -873,6 +873,9 @@ def test_the_adapters_of_another_base_are_trained_measured_and_found(tiny_base, 
         return rows if part is None else rows.select(range(0, len(rows), len(rows) // 8))
 
     monkeypatch.setattr(data, "load_task", few_rows)
+    monkeypatch.setattr(
+        adapters.runtime, "quiet_imports", lambda: None
+    )  # it would stay quiet for the tests that follow
     monkeypatch.setattr(adapters, "STEPS", dict.fromkeys(adapters.STEPS, 2))
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
     monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
