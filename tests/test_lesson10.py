@@ -6,7 +6,9 @@ import numpy
 import pytest
 import torch
 
+from course_utils import data
 from course_utils.exercises import lesson10
+from course_utils.sweeps import over_seeds
 
 
 def right_prepend(prompt, embedding, input_ids, attention_mask, labels):
@@ -120,7 +122,12 @@ def count_by_shapes(method, layers, width, feed_forward, tokens, rank):
 
 
 RIGHT = {
-    "10.prepend": [prepend_row_by_row, prepend_by_filling, prepend_with_numpy_and_more],
+    "10.prepend": [
+        prepend_row_by_row,
+        prepend_by_filling,
+        prepend_with_numpy_and_more,
+        prepend_with(attention_mask=lambda part, *_: part.bool()),
+    ],
     "10.count": [count_by_ifs, count_with_numpy, count_by_shapes],
     "10.choose": [
         choose_with(d="IA3"),
@@ -246,7 +253,9 @@ def test_mistakes_in_counting_get_their_own_hint(wrong, hint):
     "wrong, hint",
     [
         (choose_with(a="prompt tuning"), "Situation a, prompt tuning: .*nothing is left once PEFT is gone"),
-        (choose_with(a="IA3"), "Situation a, IA3: .*far below LoRA"),
+        (choose_with(a="IA3"), "Situation a, IA3: .*far below that of LoRA"),
+        (choose_with(a="layer norms"), "Situation a, layer norms: .*far below that of LoRA"),
+        (choose_with(a="VeRA"), "Situation a, VeRA: .*far below that of LoRA"),
         (choose_with(a="a written prompt"), "it has to learn it"),
         (choose_with(b="LoRA"), "Situation b, LoRA: .*nobody may touch these"),
         (choose_with(b="prefix tuning"), "each layer's cache"),
@@ -283,3 +292,11 @@ def test_what_the_hints_say_of_sizes_is_so():
     for method, number in counts.items():
         assert method == "layer norms" or f"{number:,}" in said[method], method
     assert 4 * counts["layer norms"] < 10_000 and min(4 * number for method, number in counts.items() if method != "layer norms") > 10_000  # fmt: skip
+
+
+def test_what_the_hints_say_of_scores_is_so():
+    score = over_seeds(data.load_results("prompts"), "test", "task", "method")
+    merged = {method: score["sailor", method][0] for method in ("ia3", "norms", "vera", "lora_8")}
+    assert all(merged[method] < merged["lora_8"] - 0.3 for method in merged if method != "lora_8"), merged
+    five = over_seeds(data.load_results("prompts_start"), "test", "tokens", "start", "rate")[5, "TEXT", "best"][0]
+    assert five < score["reading", "norms"][0] < score["reading", "prompt"][0] + 0.02
