@@ -739,12 +739,10 @@ assert p_tuned[2] - p_tuned[1] > 0.2, "differ so much"
 # For P-tuning the scores of `reading` say nothing, because its three runs differ so much: from {{p_tuned[1]:.0%}} to {{p_tuned[2]:.0%}}.
 
 # %% [markdown]
-# ### 2 · Errors that say little
+# ### 2 · Four errors, and one helpful message
 #
 # Four mistakes stop at once: prefix tuning on a model with activation checkpointing, no `task_type`, `TEXT` without a
-# tokenizer, and loading a soft prompt with `is_trainable=True`.
-#
-# **Predict:** which message tells you what to change?
+# tokenizer, and loading a soft prompt with `is_trainable=True`. Read the four messages before you read on.
 
 # %%
 folder = paths.runs_dir() / "lesson10" / "soft"
