@@ -1,9 +1,11 @@
-"""The layers of a model as rows of a table: those of its blocks, those with an adapter; and what a training step keeps of them."""
+"""The layers of a model in tables: those of its blocks, and those with an adapter; and what a training step keeps of them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import TYPE_CHECKING
+
+from course_utils import plotting
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,15 @@ def of_the_blocks(model) -> dict[str, list[str]]:
             names = parts[above.rpartition(".")[2]]
             names += [last] * (last not in names)
     return dict(parts)
+
+
+def show_blocks(models) -> None:
+    """Show what `of_the_blocks` finds in each of {name: model}, a line for each model."""
+    rows = []
+    for model_name, model in models.items():
+        parts = [f"**{part}**: {', '.join(names)}" for part, names in of_the_blocks(model).items()]
+        rows.append([model_name, "; ".join(parts)])
+    plotting.table(["model", "linear layers of the blocks"], rows)
 
 
 def adapted(model) -> list[list]:
@@ -51,6 +62,30 @@ def adapted(model) -> list[list]:
         ]
         for (name, sides, rank, scaling), found in groups.items()
     ]
+
+
+def as_code(setting) -> str:
+    """{"r": 4} as the Markdown text `r=4`, the way that it is given to a LoraConfig."""
+    written = ", ".join(f"{key}={value!r}" for key, value in setting.items())
+    return f"`{written}`".replace(r"\\", "\\")  # as it was typed, in a raw string
+
+
+def show_adapted(settings, models) -> None:
+    """Show which layers of each model have an adapter; settings: what stands beside each, as for `as_code`."""
+    rows = []
+    for setting, model in zip(settings, models):
+        for line, row in enumerate(adapted(model)):
+            rows.append(["" if line else as_code(setting), *row])
+    plotting.table(["setting", *COLUMNS], rows)
+
+
+def count_trained(model) -> tuple[int, int]:
+    """How many numbers are trained in the matrices *A* and *B*, and how many elsewhere."""
+    counts = [0, 0]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[".lora_A." not in name and ".lora_B." not in name] += parameter.numel()
+    return counts[0], counts[1]
 
 
 def loss_and_kept(model, batch) -> tuple[torch.Tensor, int]:

@@ -186,6 +186,17 @@ def describe(series, title, xlabel, ylabel, points=6) -> str:
     return f"{title}. {ylabel} by {xlabel}: {'; '.join(told)}."
 
 
+def show_curves(series, title, xlabel, ylabel, ticks=None, log=None) -> None:
+    """Show `curves` with the text of `describe`. ticks: the x that are marked; log: the base of a logarithmic x axis."""
+    fig = curves(series, title, xlabel, ylabel)
+    axes = fig.axes[0]
+    if log:
+        axes.set_xscale("log", base=log)
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    show(fig, describe(series, " ".join(title.split()), xlabel, ylabel))
+
+
 def stacked_bars(bars, title, xlabel):
     """(figure, its text): a horizontal bar for each of `bars`, {name: {part: size}}, the first on top, its parts side by side.
 
@@ -223,6 +234,15 @@ def stacked_bars(bars, title, xlabel):
         for name, sizes in bars.items()
     )
     return fig, f"{title}. {xlabel}. {told}."
+
+
+def show_memory(estimates, title, what) -> None:
+    """Show `adapter_checks.memory` estimates, {name: MemoryEstimate}, as `stacked_bars` in GB; `what` says of what they are."""
+    bars = {
+        name: {part: size / 1e9 for part, size in estimate.sizes().items() if part != "total"}
+        for name, estimate in estimates.items()
+    }
+    show(*stacked_bars(bars, title, f"GB, {what}"))
 
 
 def spectra(panels, title):

@@ -143,6 +143,17 @@ def budget_if(fits):
     return within
 
 
+def budget_estimated_with(**changes):
+    return lambda config, budget: next(
+        (
+            for_rank(rank)
+            for rank in (64, 32, 16, 8, 4)
+            if needed(config, for_rank(rank), **changes).total <= 0.9 * budget
+        ),
+        None,
+    )
+
+
 @pytest.mark.parametrize(
     "check, wrong, hint",
     [
@@ -153,7 +164,11 @@ def budget_if(fits):
         (lesson04.targets, but("gpt2", ["attn"]), "gpt2: target_modules match transformer.h.0.attn"),
         (lesson04.targets, but("gpt_neox", ["query_key_value"]), "gpt_neox: attention.dense is a layer"),
         (lesson04.targets, but("gpt_neox", r".*dense.*"), "is adapted as well"),
-        (lesson04.targets, but("bert", ["query", "key", "value", "dense"]), "bert: .* is adapted as well"),
+        (
+            lesson04.targets,
+            but("bert", ["query", "key", "value", "dense"]),
+            "bert: intermediate.dense is adapted as well",
+        ),
         (lesson04.targets, but("bert", ["query", "key", "value"]), "bert: attention.output.dense"),
         (lesson04.targets, but("phi3", ["q_proj", "k_proj", "v_proj", "o_proj"]), "phi3: self_attn.qkv_proj"),
         (lesson04.targets, but("llama", "all-linear"), "llama: mlp"),
@@ -181,7 +196,7 @@ def budget_if(fits):
         (lesson04.count, lambda shapes, rank: right_count(shapes[:1], rank), "first layer only"),
         (lesson04.count, lambda shapes, rank: right_count(shapes, rank) + 1, "for one layer first"),
         (lesson04.count, lambda shapes, rank: [right_count(shapes, rank)], "should be a number"),
-        (lesson04.budget, budget_with(lora_alpha=lambda rank: 16), "alpha is an int: 16; twice the rank"),
+        (lesson04.budget, budget_with(lora_alpha=lambda rank: 16), "alpha is 16; twice the rank"),
         (lesson04.budget, budget_with(lora_alpha=lambda rank: rank), "twice the rank was asked for"),
         (lesson04.budget, budget_with(target_modules=lambda rank: ["q_proj", "v_proj"]), 'give "all-linear"'),
         (lesson04.budget, budget_with(task_type=lambda rank: None), "task_type is None"),
@@ -204,6 +219,8 @@ def budget_if(fits):
             lambda config, budget: getattr(right_budget(config, budget), "r", None),
             "of type LoraConfig",
         ),
+        (lesson04.budget, budget_estimated_with(gradient_checkpointing=False), "compare its settings"),
+        (lesson04.budget, budget_estimated_with(dtype="float32"), "compare its settings"),
         (lesson04.budget, lambda config, budget: for_rank(10), "Choose from 64, 32, 16, 8, 4"),
         (lesson04.budget, lambda config, budget: print(end=""), "Is a return missing"),
     ],
@@ -260,6 +277,48 @@ def test_layers_of_the_blocks_are_named_once_and_leave_out_the_head():
     named = layers.of_the_blocks(lesson04.architecture("bert"))
     assert named == {"self": ["query", "key", "value"], "output": ["dense"], "intermediate": ["dense"]}
     assert layers.of_the_blocks(nn.Sequential(nn.Linear(2, 3))) == {"": ["0"]}, "a number is what tells a block"
+
+
+def test_tables_of_layers_name_the_model_or_the_setting_once(capsys):
+    layers.show_blocks({"GPT-2": lesson04.architecture("gpt2")})
+    setting = {"target_modules": r".*\.(q|v)_proj", "r": 4}
+    layers.show_adapted([setting], [get_peft_model(lesson02.tiny_model(), LoraConfig(**setting))])
+    blocks, adapted = capsys.readouterr().out.split("| model | linear layers of the blocks |")[1].split("| setting ")
+    assert "| GPT-2 | **attn**: c_attn, c_proj; **mlp**: c_fc, c_proj |" in blocks
+    first, second = adapted.splitlines()[2:]
+    assert first.startswith(r"| `target_modules='.*\.(q\|v)_proj', r=4` | q_proj |") and second.startswith(
+        "|  | v_proj |"
+    )
+
+
+def test_what_is_trained_is_counted_in_a_and_b_and_elsewhere():
+    model = get_peft_model(
+        lesson02.tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["v_proj"])
+    )
+    assert layers.count_trained(model) == (128, 256)  # two blocks of 2 x (16 + 16), and of 16 x 8
+
+
+def test_the_loop_puts_loss_on_answers_pads_on_the_right_and_trains():
+    from transformers import AutoTokenizer
+
+    from course_utils import data, loop, paths
+
+    tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
+    rows = list(data.load_task("sailor", "train").select(range(5)))
+    first, second = loop.batches(tokenizer, rows, size=3)
+    assert [len(batch["labels"]) for batch in (first, second)] == [3, 2]
+    for row, ids, labels, mask in zip(rows, first["input_ids"], first["labels"], first["attention_mask"]):
+        length = int(mask.sum())
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+        assert (ids[length:] == tokenizer.pad_token_id).all() and (labels[length:] == -100).all()
+        answer = tokenizer.decode(ids[:length][labels[:length] != -100], skip_special_tokens=True)
+        assert answer.strip() == row["completion"][0]["content"]
+    tiny = lesson02.tiny_model()
+    frozen = tiny.lm_head.weight.requires_grad_(False).clone()
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.arange(12).reshape(2, 6)}
+    losses = loop.train(tiny, [batch] * 5, learning_rate=1e-2)
+    assert len(losses) == 5 and losses[-1] < losses[0] and not tiny.training
+    assert torch.equal(tiny.lm_head.weight, frozen)
 
 
 @pytest.mark.parametrize("width, blocks", [(1024, 24), (1280, 36)])

@@ -271,6 +271,25 @@ def test_the_text_of_curves_has_their_ends_and_some_points_between():
     assert text == "Rising. loss by step: a: 0.1 at 1, 5.1 at 51, 10 at 100; b: 2 at 5."
 
 
+def test_curves_are_shown_with_marked_places_and_their_text(figures, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plotting, "show", lambda fig, alt: shown.append((fig, alt)))
+    plotting.show_curves({"a": ([1, 4, 64], [1, 2, 3])}, "Two\nlines", "rank", "score", ticks=(1, 4, 64), log=2)
+    ((figure, alt),) = shown
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log" and [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4", "64"]
+    assert alt == "Two lines. score by rank: a: 1 at 1, 2 at 4, 3 at 64."
+
+
+def test_estimates_of_memory_are_bars_of_their_parts_in_gb(figures, capsys):
+    from adapter_checks.memory import MemoryEstimate
+
+    plotting.show_memory({"LoRA": MemoryEstimate(16_000_000_000, 500_000_000, 1_000_000_000, 0)}, "Most", "of a Llama")
+    assert capsys.readouterr().out.strip() == (
+        "Most. GB, of a Llama. LoRA: weights 16, gradients 0.5, optimizer 1, activations 0, in all 17.5."
+    )
+
+
 def test_pictures_stand_in_rows_under_their_columns():
     red, blue = (numpy.full((4, 4, 3), colour, numpy.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     figure = plotting.picture_rows({"first": [red, blue, red], "second": [blue]}, "Reds and blues", ("a", "b", "c"))

@@ -50,7 +50,7 @@ def targets(function):
             raise TryAgain(f"{kind}: {error}") from None
         wanted = {name for name, layer in model.named_modules() if _is_attention(name) and hasattr(layer, "weight")}
         wanted = {name for name in wanted if model.get_submodule(name).weight.dim() == 2}
-        missing, extra = (sorted(_in_a_block(names)) for names in (wanted - found, found - wanted))
+        missing, extra = (_in_a_block(names) for names in (wanted - found, found - wanted))
         if extra:
             raise TryAgain(
                 f"{kind}: {extra[0]} is adapted as well, and it is no layer of the attention. Where two names end in the same "
@@ -71,8 +71,11 @@ def _is_attention(name):
 
 
 def _in_a_block(names):
-    """The names from behind the block's number on, which is where blocks are alike."""
-    return {re.sub(r"^.*?\.\d+\.", "", name) for name in names}
+    """The names from behind the block's number on, which is where blocks are alike; those outside the blocks come last."""
+    split = [re.split(r"^.*?\.\d+\.", name) for name in names]  # ["", rest] in a block, else [name]
+    return sorted({parts[1] for parts in split if len(parts) > 1}) + sorted(
+        parts[0] for parts in split if len(parts) == 1
+    )
 
 
 @exercise("04.count", title="Count before you train", level="warm-up", minutes=5)
@@ -127,11 +130,11 @@ def budget(function):
 
 
 def _llama(hidden):
-    """The config of a Llama with one block of this width."""
+    """The config of a Llama with two blocks of this width."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=40, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=40, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2
     )
 
 
@@ -151,6 +154,11 @@ def _needed(hidden):
     }
 
 
+_SETTINGS = (
+    "If your estimate is another, compare its settings with those of the task, such as gradient_checkpointing=True."
+)
+
+
 def _judge(found, wanted, bytes_free, needed):
     """Is `found` the LoraConfig with the rank `wanted`, or None where that is wanted?"""
     from peft import LoraConfig
@@ -163,7 +171,10 @@ def _judge(found, wanted, bytes_free, needed):
             f"{budget_text} even rank 4 needs more than nine tenths, {needed[4] / 1e6:.2f} MB. Return None where nothing fits."
         )
     if found is None:
-        raise TryAgain(f"{budget_text} rank {wanted} fits, and you returned None. Is a return missing?")
+        raise TryAgain(
+            f"{budget_text} rank {wanted} fits with {needed[wanted] / 1e6:.2f} MB, and you returned None. Is a return missing? "
+            f"{_SETTINGS}"
+        )
     found = expect_type(found, LoraConfig, "the answer")
     with using("your LoraConfig"):
         rank, alpha, targets = found.r, found.lora_alpha, found.target_modules
@@ -179,10 +190,11 @@ def _judge(found, wanted, bytes_free, needed):
             )
         if rank < wanted:
             raise TryAgain(
-                f"{budget_text} rank {wanted} fits, too, with {needed[wanted] / 1e6:.2f} MB. Return the highest rank that fits."
+                f"{budget_text} rank {wanted} fits, too, with {needed[wanted] / 1e6:.2f} MB. Return the highest rank that fits. "
+                f"{_SETTINGS}"
             )
         if alpha != 2 * rank:
-            raise TryAgain(f"At rank {rank} alpha is {describe(alpha)}; twice the rank was asked for.")
+            raise TryAgain(f"At rank {rank} alpha is {alpha!r}; twice the rank was asked for.")
         if targets != "all-linear" and set(targets or ()) != _ALL_LINEAR:
             raise TryAgain(f'target_modules is {targets!r}. For all linear layers give "all-linear".')
         if task != "CAUSAL_LM":
