@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Configure LoRA and plan its cost
 #
-# You have a model, some rows, and a GPU with so much memory. **Which settings do you give LoRA, and how do you know beforehand
-# that training will fit?** Much of the answer can be computed from the model's config alone, before you download a single
-# weight. The rest takes a short run and a look at one table.
+# You have a model, rows to train on, and a GPU with a certain amount of memory. **Which settings do you give LoRA, and how do
+# you know beforehand that training will fit?** You can compute much of the answer from the model's config alone, before you
+# download a single weight. For the rest, you train for a few steps.
 #
 # | | |
 # |---|---|
-# | **What you'll do** | choose target modules for printed models; see what rank, alpha and other settings change; find the fault in a slow run; count parameters and memory of models that you don't have; write a configuration within a budget |
+# | **What you'll do** | choose target modules for five architectures; see what rank, alpha and other settings change; find the fault in a slow run; count parameters and memory of models that you don't have; write a configuration within a budget |
 # | **What you'll learn** | which layers a name matches, and what happens when it matches none; how rank and alpha belong together; what must be saved besides *A* and *B*; where the memory goes, and what to do when it runs out |
 # | **What you'll need** | [lesson 2](02_lora_from_scratch.ipynb) for *A*, *B* and the scaling; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
@@ -18,7 +18,7 @@ import warnings
 
 from adapter_checks import counting, memory
 from adapter_checks.errors import InputError
-from course_utils import data, layers, paths, plotting, runtime, sweeps, validation
+from course_utils import data, layers, loop, paths, plotting, runtime, sweeps, validation
 from course_utils.exercises import lesson04, progress
 
 runtime.quiet_imports()
@@ -34,8 +34,6 @@ from transformers import (
     AutoTokenizer,
 )
 
-from course_utils.progress import ProgressLine
-
 runtime.seed_everything(1)
 device = runtime.device()
 print(
@@ -46,10 +44,10 @@ print(
 # %% [markdown]
 # ## Look at the layers before you name them
 #
-# `target_modules` names the layers that get an adapter. Architectures call the same thing by different names, so the first step
-# is to print them. You don't need the weights for that: `counting.meta_model` builds a model from its config on PyTorch's [meta
-# device](../docs/glossary.md#meta-device), where tensors have a shape and no numbers. The six models below are small ones of
-# real architectures; larger ones have the same names.
+# `target_modules` names the layers that get an adapter. Each architecture has its own names for them, so print them first. You
+# don't need the weights for that: `counting.meta_model` builds a model from its config on PyTorch's [meta
+# device](../docs/glossary.md#meta-device), where tensors have a shape but no numbers. The six models below are small; large
+# ones have the same names in more blocks.
 
 
 # %%
@@ -67,27 +65,16 @@ printed = {
     "Qwen3-MoE": model_of("qwen3_moe", **small, num_experts=4, moe_intermediate_size=64),
     "Qwen3-Next": model_of("qwen3_next", **small, num_experts=4, moe_intermediate_size=64),
 }
-plotting.table(
-    ["model", "linear layers of the blocks"],
-    [
-        [
-            name,
-            "; ".join(
-                f"**{part}**: {', '.join(names)}"
-                for part, names in layers.of_the_blocks(model).items()
-            ),
-        ]
-        for name, model in printed.items()
-    ],
-)
+layers.show_blocks(printed)
 
 # %% [markdown]
 # Llama has separate layers for query, key and value. GPT-2, Pythia and Phi-3 have all three in one layer. Qwen3-MoE is a
-# mixture of experts, whose experts are stacked into one tensor and are no linear layers, so they don't appear. Qwen3-Next mixes
-# two kinds of attention.
+# mixture of experts: each block has several feed-forward parts, the experts. Their weights are stacked into one tensor, which
+# is no linear layer, so they don't appear. Qwen3-Next has two kinds of attention, `linear_attn` in some blocks and `self_attn`
+# in the others.
 #
-# **Predict:** a recipe for a Llama says `target_modules=["q_proj", "v_proj"]`. On which of the six does this adapt two layers
-# in every block, where is it an error, and where does it do less than you would think, without an error?
+# **Predict:** a recipe for a Llama says `target_modules=["q_proj", "v_proj"]`. On which of the six models does it adapt two
+# layers in every block? Where is it an error? And where does it adapt less than you would think, without an error?
 
 # %%
 rows = []
@@ -103,25 +90,32 @@ for name, model in printed.items():
 plotting.table(["model", "PEFT", "`check_lora_config` says"], rows)
 
 # %% [markdown]
-# An error is the better outcome, because you notice it. On Qwen3-Next the recipe adapts one block of four, since only that one
-# has a `q_proj`. The run would start and train a quarter of the blocks. The check says `few_layers` there. On Qwen3-MoE it
-# adapts the attention and leaves all experts as they are.
+# PEFT refuses the recipe on GPT-2, Pythia and Phi-3, which is the better outcome, because you notice an error. On Qwen3-Next
+# the recipe adapts one block of four, since only that one has a `q_proj`. The run would start, and train a quarter of the
+# blocks; `check_lora_config` reports this as `few_layers`. On Qwen3-MoE the recipe adapts the attention of every block, and
+# leaves all experts as they are.
 #
-# Names that match nothing are an error only if *all* of them do. On GPT-2, for example, `["c_attn", "v_proj"]` is accepted:
+# A list is an error only if *none* of its names matches a layer. On GPT-2, for example, PEFT accepts `["c_attn", "v_proj"]`,
+# although there is no `v_proj`:
 
 # %%
 half_right = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "v_proj"])
 print(validation.check_lora_config(printed["GPT-2"], half_right))
 
 # %% [markdown]
-# So run `check_lora_config(model, config)` before every training; it reads both and changes nothing.
+# So run `check_lora_config(model, config)` before every training. It reads both and changes nothing.
 #
 # ### Write targets in four ways
 #
-# A list holds the ends of names, up to a dot: `"attn.c_proj"` matches `transformer.h.0.attn.c_proj`. A string is a regular
-# expression for the *whole* name. `"all-linear"` takes every linear layer but the output layer. `exclude_modules` and
-# `layers_to_transform` take some away again. (The latter takes the first number in a name for the block's; on a model with
-# several, `layers_pattern` says which one.) Below, each is tried on a small Llama with four blocks, numbered from 0 to 3.
+# You can say in four ways which layers you mean:
+#
+# 1. A list holds the ends of names, cut at a dot: `"attn.c_proj"` matches `transformer.h.0.attn.c_proj`.
+# 2. A string is a regular expression for the *whole* name.
+# 3. `"all-linear"` takes every linear layer except the output layer. `exclude_modules` leaves some of them out again.
+# 4. `layers_to_transform` restricts the choice to the blocks whose numbers you list. PEFT reads a block's number from the first
+#    number in a layer's name. If names on your model hold several numbers, `layers_pattern` says which one to read.
+#
+# Below, each of these is tried on a small Llama whose four blocks are numbered from 0 to 3.
 
 # %%
 tiny = transformers.LlamaForCausalLM(
@@ -137,15 +131,11 @@ tiny = transformers.LlamaForCausalLM(
 
 
 def show_adapted(*settings):
-    """Wrap a copy of the tiny Llama with each setting, and show which layers got an adapter."""
-    rows = []
-    for setting in settings:
-        config = LoraConfig(**{"r": 4, "lora_alpha": 8, **setting})
-        adapted = layers.adapted(get_peft_model(copy.deepcopy(tiny), config))
-        written = ", ".join(f"{key}={value!r}" for key, value in setting.items())
-        labels = [f"`{written}`".replace(r"\\", "\\")] + [""] * (len(adapted) - 1)
-        rows += [[label, *row] for label, row in zip(labels, adapted)]
-    plotting.table(["setting", *layers.COLUMNS], rows)
+    """Give a copy of the tiny Llama an adapter with each setting, and show its adapted layers."""
+    defaults = {"r": 4, "lora_alpha": 8}
+    configs = [LoraConfig(**(defaults | setting)) for setting in settings]
+    models = [get_peft_model(copy.deepcopy(tiny), config) for config in configs]
+    layers.show_adapted(settings, models)
 
 
 show_adapted(
@@ -158,24 +148,19 @@ show_adapted(
 # %% [markdown]
 # ### Which layers are worth it?
 #
-# The LoRA paper adapts attention only, and says that query and value together do best for a given budget. Its table 5 does not
-# bear that out: all four attention matrices at rank 2 reach the same 73.7 on WikiSQL, and are ahead on MNLI with 91.7 against
-# 91.3. [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/) finds all linear layers better than attention alone. The
-# sweep below compares three choices on this course's model, each with about the same number of parameters.
+# The LoRA paper adapts attention only, and concludes that query and value together do best for a given number of parameters.
+# Its table 5 supports that only in part: all four attention matrices at rank 2 are as good on one of its tasks, WikiSQL (73.7),
+# and better on another, MNLI (91.7 against 91.3). [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/) finds that all
+# linear layers do better than attention alone.
+#
+# The table below compares three choices on this course's model, with ranks at which each trains about the same number of
+# parameters. The task is `sailor` from lesson 2: say a sentence in the speech of sailors. `feed forward` means the three layers
+# of a Llama's `mlp`.
 
 # %%
-scores = sweeps.over_seeds(data.load_results("targets"), "test", "targets", "rank")
-plotting.table(
-    [
-        "adapted layers",
-        "rank",
-        "right on test rows of `sailor`, mean (lowest to highest of three seeds)",
-    ],
-    [
-        [targets.replace("_", " "), rank, sweeps.spread(group)]
-        for (targets, rank), group in scores.items()
-    ],
-)
+by_choice = data.load_results("targets")
+right = "right on test rows, mean (lowest to highest of three seeds)"
+sweeps.table(by_choice, ("targets", "rank", "trainable"), {right: ("test", ".1%")})
 
 # %% tags=["claim"]
 from tools.claims import swept
@@ -186,15 +171,15 @@ assert by_targets["all_linear"][1] > max(
 ), "best in every seed"
 
 # %% [markdown]
-# All linear layers are best in every seed, so `"all-linear"` is a good first choice where you have no reason for another one. A
-# reason can be memory, or a server that supports attention only.
+# All linear layers are best in every seed: their lowest score is above the highest of the others. So `"all-linear"` is a good
+# first choice if you have no reason for another one, such as memory, or a server that runs adapters on attention only.
 
 # %% [markdown]
 # ### Exercise: choose targets for five architectures (core, 15 min)
 #
 # A colleague wants adapters on **all linear layers of the attention, and on no other layer**. Return `target_modules` for the
-# architecture that is given: `"llama"`, `"gpt2"`, `"gpt_neox"`, `"phi3"` or `"bert"`. The table above has the names of the
-# first four. In each block of BERT they are, in full:
+# given architecture: `"llama"`, `"gpt2"`, `"gpt_neox"`, `"phi3"` or `"bert"`. The first table of this lesson has the names of
+# the first four. The linear layers in each block of BERT are, in full:
 #
 # > attention.self.query, attention.self.key, attention.self.value, attention.output.dense, intermediate.dense, output.dense
 #
@@ -235,36 +220,40 @@ for _kind, _number in (("llama", 8), ("gpt2", 4), ("gpt_neox", 4), ("phi3", 4), 
 # %% [markdown]
 # ## Set rank and alpha together
 #
-# The change is scaled by α/r. So if you raise the rank alone, you also lower the scaling. `rank_pattern` and `alpha_pattern`
-# set other values for single layers, and `use_rslora=True` divides alpha by √r instead of r.
+# LoRA multiplies its change by the scaling α/r. So if you raise the rank alone, you also lower the scaling. `rank_pattern` and
+# `alpha_pattern` set other values for single layers, and `use_rslora=True` divides alpha by √r instead of r.
 #
-# **Predict:** what is the scaling of each row?
+# **Predict:** what is the scaling in each row that the next cell prints? In its last setting, only `v_proj` gets another rank.
 
 # %%
 show_adapted(
     {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 8},
     {"target_modules": ["q_proj"], "r": 16, "lora_alpha": 8},
     {"target_modules": ["q_proj"], "r": 16, "lora_alpha": 8, "use_rslora": True},
-    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 16}},
+    {
+        "target_modules": ["q_proj", "v_proj"],
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"v_proj": 16},
+    },
 )
 
 # %% [markdown]
-# The first three are 2, 0.5 and, as √16 is 4, again 2. In the last setting `v_proj` has rank 16 but keeps alpha 8, so its
-# scaling falls to 0.5. If you change the rank, revisit alpha. A habit that does this by itself is alpha = 2r, which keeps the
-# scaling at 2.
+# The first three are 2, 0.5 and, since √16 is 4, again 2. In the last setting `v_proj` has rank 16 but keeps alpha 8, so its
+# scaling falls to 0.5. If you change the rank, revisit alpha. With alpha = 2r the scaling is always 2.
 #
-# Two more numbers belong here. `lora_dropout` drops a share of the adapter's inputs, in training mode only, against
-# overfitting. And a rank above a layer's smaller side is accepted, though *A* and *B* then have more numbers than the layer
-# itself; `check_lora_config` says `rank_too_large`.
+# Two more things to know: `lora_dropout` sets a share of the adapter's inputs to zero at random during training, against
+# [overfitting](../docs/glossary.md#overfitting). And PEFT accepts a rank above the smaller side of a layer, although *A* and
+# *B* then hold more numbers than the layer; `check_lora_config` reports that as `rank_too_large`.
 #
-# Why does LoRA divide by the rank at all? The paper says: so that one learning rate serves every rank (section 4.1). You can
-# test that. The next cells train adapters of four ranks for eight steps each, and measure how far their
-# [logits](../docs/glossary.md#logits) move. The rate of 1e-3 suits the course's model, while models of billions of parameters
-# take about 1e-4.
+# Why does LoRA divide by the rank at all? The paper (section 4.1) says that you then need no new learning rate when you change
+# the rank. You can test that. The next cells train adapters of four ranks for eight steps each, and measure how far their
+# [logits](../docs/glossary.md#logits) move. The module `loop` has the training loop of lesson 2. Its learning rate of 1e-3
+# suits the course's small model, while models of billions of parameters take about 1e-4.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
-pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+batches = loop.batches(tokenizer, data.load_task("sailor", "train").select(range(640)), size=16)
 
 
 def load_base():
@@ -274,49 +263,9 @@ def load_base():
     )
 
 
-def encode(row):
-    """One conversation as token ids, with labels on the answer only."""
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-    ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
-    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
-
-
-def collate(rows):
-    """Rows of different lengths -> tensors (batch, longest), padded on the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    filled = {"input_ids": pad_id, "labels": -100, "attention_mask": 0}
-    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    return {
-        key: torch.tensor(
-            [row[key] + [fill] * (longest - len(row[key])) for row in rows], device=device
-        )
-        for key, fill in filled.items()
-    }
-
-
-def train(model, batches, learning_rate=1e-3):
-    """A bare loop over the batches, as in lesson 2. Returns the losses."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    line, losses = ProgressLine(len(batches)), []
-    model.train()
-    for step, batch in enumerate(batches):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        line.update(step + 1, f"loss {losses[-1]:.3f}")
-    model.eval()
-    return losses
-
-
-examples = [encode(row) for row in data.load_task("sailor", "train").select(range(640))]
-batches = [collate(examples[start : start + 16]) for start in range(0, 640, 16)]
-
 # %% [markdown]
-# **Predict:** alpha is 4 throughout. From rank 1 to rank 64, does the change of the logits grow, shrink or stay, with α/r and
-# with α/√r?
+# **Predict:** alpha is 4 throughout. Does the change of the logits grow, shrink or stay the same from rank 1 to rank 64 if the
+# scaling is α/r? And if it is α/√r?
 
 # %%
 base_model = load_base()
@@ -331,70 +280,67 @@ for label, use_rslora in (("α/r", False), ("α/√r", True)):
             r=rank, lora_alpha=4, use_rslora=use_rslora, target_modules="all-linear"
         )
         model = get_peft_model(load_base(), config)
-        train(model, batches[:8])
+        loop.train(model, batches[:8])
         with torch.no_grad():
             moved[label].append((model(**probe).logits - base_logits).abs().mean().item())
 
 # %%
 growth = {label: values[-1] / values[0] for label, values in moved.items()}
-title = "From rank 1 to 64 the change becomes\n" + " and ".join(
-    f"{factor:.1f} times as large with {label}" for label, factor in growth.items()
+title = (
+    f"From rank 1 to 64 the change becomes\n{growth['α/r']:.1f} times as large with α/r"
+    f" and {growth['α/√r']:.1f} times as large with α/√r"
 )
 series = {label: (ranks, values) for label, values in moved.items()}
-axes = "rank (alpha 4)", "mean change of a logit"
-figure = plotting.curves(series, title, *axes)
-figure.axes[0].set_xscale("log", base=2)
-figure.axes[0].set_xticks(ranks, ranks)
-plotting.show(figure, plotting.describe(series, title, *axes))
+plotting.show_curves(series, title, "rank (alpha 4)", "mean change of a logit", ticks=ranks, log=2)
 
 # %% [markdown]
-# With α/r the change stays nearly the same at every rank, so the paper is right for these first steps. The reason is Adam: its
-# step has about the same size for every entry of *B*, so *r* of them add up to *r* times the change, and α/r divides that out.
-# With α/√r the change grows with the rank. [rsLoRA](https://arxiv.org/abs/2312.03732) argues that long training at high ranks
-# needs this; eight steps can't show it.
+# With α/r the change stays nearly the same at every rank, so the paper is right for these first steps. The reason is Adam,
+# whose first steps have about the same size for every number in *B*. At rank r, *B* has r columns, which together make about r
+# times the change of one, and α/r divides by that r. With α/√r the change grows with the rank.
+# [rsLoRA](https://arxiv.org/abs/2312.03732) argues that long training at high ranks needs this, which eight steps can't show.
 #
 # ### Find the fault in a run that learns slowly
 #
-# A colleague read that "a scaling of 2 is usual", and sends you this configuration and its losses. There was no error and no
-# warning.
+# A colleague has read that "a scaling of 2 is usual", and sends you the configuration in the next cell's first line, with its
+# losses. There was no error and no warning.
 #
 # **Predict:** what is wrong with the configuration?
 
 # %%
 colleagues = LoraConfig(r=32, lora_alpha=2, target_modules="all-linear", task_type="CAUSAL_LM")
 runtime.seed_everything(1)
-slow = train(get_peft_model(load_base(), copy.deepcopy(colleagues)), batches[:20])
+slow = loop.train(get_peft_model(load_base(), copy.deepcopy(colleagues)), batches[:20])
 print("losses:", ", ".join(f"{loss:.2f}" for loss in slow[::3]))
 print(validation.check_lora_config(base_model, colleagues))
 
 # %% [markdown]
-# Alpha was taken for the scaling itself. It is divided by the rank, so the scaling is 2/32 where 2 was meant, 32 times too
-# small. The loss falls all the same, only slowly, and one would look for the fault in the data. The same run with alpha 64:
+# The colleague took alpha for the scaling itself. But alpha is divided by the rank, so the scaling is 2/32 instead of 2, which
+# is 32 times too small. `check_lora_config` warns of that. The loss falls all the same, only slowly, so you might look for the
+# fault in the data. The next cell repeats the run with alpha 64.
 
 # %%
 runtime.seed_everything(1)
 mended = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
-fast = train(get_peft_model(load_base(), mended), batches[:20])
-series = {
-    f"alpha {alpha}, scaling {alpha / 32:g}": (range(1, 21), losses)
-    for alpha, losses in ((2, slow), (64, fast))
-}
+fast = loop.train(get_peft_model(load_base(), mended), batches[:20])
+steps = range(1, 21)
+series = {"alpha 2, scaling 0.0625": (steps, slow), "alpha 64, scaling 2": (steps, fast)}
 title = f"With alpha 64 the loss falls to {fast[-1]:.2f}, with alpha 2 to {slow[-1]:.2f}"
-axes = "step", "training loss (nats)"
-figure = plotting.curves(series, title, *axes)
-figure.axes[0].set_xticks((1, 5, 10, 15, 20))
-plotting.show(figure, plotting.describe(series, title, *axes))
+plotting.show_curves(series, title, "step", "training loss (nats)", ticks=(1, 5, 10, 15, 20))
 
 # %% [markdown]
 # ## Train more than A and B
 #
-# Some settings train other numbers as well. The next cell tries five on a tiny OPT, which has biases in its layers (a Llama has
-# none): DoRA ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)), which also trains a size for each output; biases; a layer
-# that is trained whole (`modules_to_save`); and single rows of the embedding (`trainable_token_indices`), for tokens that you
-# added.
+# Some settings train other numbers beside *A* and *B*. The next cell tries four of them on a tiny model of another
+# architecture, OPT, because its layers have biases and a Llama's have none.
 #
-# **Predict:** after one training step the adapter is switched off with `disable_adapter()`. Which settings don't give
-# back the base model?
+# - `use_dora`: [DoRA](../docs/glossary.md#dora) ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)) puts one more trained
+#   number beside each output of an adapted layer.
+# - `bias`: the model's biases are trained in place, here those of the adapted layers.
+# - `modules_to_save`: a copy of a whole layer is trained.
+# - `trainable_token_indices`: copies of single rows of the embedding are trained, for example those of tokens that you added.
+#
+# **Predict:** after one training step the adapter is switched off with `disable_adapter()`. Which of these settings leave a
+# model that no longer gives the base model's output?
 
 # %%
 opt_config = transformers.OPTConfig(
@@ -420,32 +366,35 @@ for setting in (
     with torch.no_grad():
         before = opt(ids).logits
     model = get_peft_model(opt, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **setting))
-    numbers = {"A and B": 0, "others": 0}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = "A and B" if ".lora_A." in name or ".lora_B." in name else "others"
-            numbers[group] += parameter.numel()
-    train(model, [{"input_ids": ids, "labels": ids}])
+    in_a_and_b, elsewhere = layers.count_trained(model)
+    loop.train(model, [{"input_ids": ids, "labels": ids}])
     with torch.no_grad(), warnings.catch_warnings(record=True), model.disable_adapter():
         restored = torch.equal(model(ids).logits, before)
-    rows.append([f"`{setting}`", *(f"{count:,}" for count in numbers.values()), restored])
-plotting.table(["setting", "in A and B", "in others", "switched off, equals the base"], rows)
+    label = layers.as_code(setting) if setting else "LoRA alone"
+    rows.append([label, f"{in_a_and_b:,}", f"{elsewhere:,}", restored])
+plotting.table(
+    ["setting", "trained in A and B", "trained elsewhere", "switched off, equals the base"], rows
+)
 
 # %% [markdown]
-# Only biases don't come back. PEFT keeps a copy beside a layer that it trains whole, but it trains biases in place, so
-# switching the adapter off can't restore them. With `bias="none"`, the default, this can't happen.
+# Only `bias` doesn't give the base back. The other settings train copies, or further numbers beside the base's own. Biases are
+# trained in place, so switching the adapter off can't restore them. PEFT warns of that (the cell hides the warning). With
+# `bias="none"`, the default, it can't happen.
 #
 # ### A new head
 #
-# A classifier needs an output layer that the base model doesn't have, a **head**. It starts at random numbers, and LoRA freezes
-# it like the rest unless you say otherwise. The task is `mood`: is a guest's review happy? Below, LoRA trains around a frozen
-# head, and with a trained one. Then each adapter is saved and loaded on five copies of the model, as on other days, each with
-# new random numbers in its head.
+# A classifier needs an output layer that the base model doesn't have, called a **head**. It begins with random numbers, and
+# LoRA freezes it like the rest unless you say otherwise. The task is `mood`: is the guest who wrote a review happy? The next
+# cells train LoRA around a frozen head, and then with a trained head, for which there are two settings. Each adapter is then
+# loaded into five fresh copies of the model, whose heads have new random numbers, as in a program that starts again.
 #
 # **Predict:** can LoRA learn around a frozen random head? What is left of its accuracy after loading?
 
 
 # %%
+pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 def classifier(seed):
     """The base with a new, random head of two outputs."""
     runtime.seed_everything(seed)
@@ -460,12 +409,13 @@ def classifier(seed):
 def reviews(rows):
     """Token ids (batch, longest) with their mask, and labels (batch): 1 is happy."""
     texts = [row["prompt"][0]["content"] for row in rows]
-    batch = collate([{"input_ids": tokenizer(text)["input_ids"], "labels": []} for text in texts])
+    ids = [{"input_ids": tokenizer(text)["input_ids"], "labels": []} for text in texts]
     happy = [int(row["completion"][0]["content"] == "happy") for row in rows]
-    return {**batch, "labels": torch.tensor(happy, device=device)}
+    return {**loop.collate(tokenizer, ids), "labels": torch.tensor(happy, device=device)}
 
 
 def accuracy(model, batch):
+    """The share of reviews that get the right label."""
     with torch.no_grad():
         return (model.eval()(**batch).logits.argmax(-1) == batch["labels"]).float().mean().item()
 
@@ -484,7 +434,7 @@ for label, setting in {
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, **setting)
     model = get_peft_model(classifier(seed=1), copy.deepcopy(config))
-    train(model, train_batches, learning_rate=3e-3)
+    loop.train(model, train_batches, learning_rate=3e-3)
     saved = get_peft_model_state_dict(model)
     found = []
     for seed in range(2, 7):
@@ -499,20 +449,20 @@ plotting.table(
 )
 
 # %% [markdown]
-# LoRA learns around a frozen random head. But what it learned fits that one head, and the head is not in the file. On five new
-# heads the accuracy is no better than guessing, and with one of them far worse, because that head swaps the labels. No error
-# says so. With `modules_to_save` the head is trained and saved with the adapter, and `task_type="SEQ_CLS"` does the same for
-# heads that are called `classifier` or `score`. **If a layer is new, it must be trained and saved.**
+# LoRA does learn around a frozen random head. But what it learned fits that one head, and the head is not in the file. With
+# five new heads the accuracy is no better than guessing, and with one of them far worse, because that head swaps the labels.
+# You get no error message. With `modules_to_save` the head is trained and saved with the adapter. `task_type="SEQ_CLS"` does
+# the same for heads that are called `classifier` or `score`. **If a layer is new, it must be trained and saved.**
 #
 # ## Count parameters from the config
 #
-# Each adapted layer gets an *A* of shape (r, inputs) and a *B* of shape (outputs, r). So shapes are enough to
+# Each adapted layer gets an *A* of shape (r, inputs) and a *B* of shape (outputs, r). So the shapes of the layers are enough to
 # count what LoRA will train.
 #
 # ### Exercise: count before you train (warm-up, 5 min)
 #
-# You get the shapes of the layers to adapt, a list of (inputs, outputs), and the rank. Return how many parameters
-# LoRA trains. Expected for `[(256, 256), (256, 576)]` and rank 8: 10752.
+# You get the shapes of the layers to adapt, a list of (inputs, outputs), and the rank. Return how many parameters LoRA trains.
+# Expected for `[(256, 256), (256, 576)]` and rank 8: 10752.
 #
 # <details><summary>My count is far too large</summary>
 # <em>A</em> and <em>B</em> are two matrices: their sizes add up.
@@ -542,12 +492,8 @@ assert count_lora([(64, 64), (64, 128)] * 4, 3) == _trained
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# `counting.count_lora_parameters` does this for a whole model: it builds the model on the meta device, and asks PEFT's rules
-# which layers get an adapter. The next cell compares it with what PEFT really trains on our model, and then counts a model of
-# 175 billion parameters. GPT-3's weights are not public, but its sizes are: 96 layers of width 12,288.
-#
-# **Predict:** the LoRA paper says that it trains "10,000 times" fewer parameters, other texts say "up to 99% fewer", and
-# "adapters of a few megabytes". Which of these hold for all rows below?
+# `counting.count_lora_parameters` does this for a whole model: it builds the model on the meta device, and asks PEFT which
+# layers would get an adapter. The next cell compares it with what PEFT really trains.
 
 # %%
 config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -555,6 +501,12 @@ model = get_peft_model(load_base(), config)
 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 own = counting.count_lora_parameters(base_model.config, config)
 print(f"course model, r = 8: PEFT trains {trained:,}, counted are {own.trainable:,}")
+
+# %% [markdown]
+# Both counts are the same. Now count for models that you don't have. GPT-3's weights are not public, but its sizes are: 96
+# layers of width 12,288. The next cell writes down these sizes, and those of Llama 3.1 8B.
+
+# %%
 gpt3 = AutoConfig.for_model(
     "opt",
     hidden_size=12288,
@@ -575,39 +527,39 @@ llama = AutoConfig.for_model(
     vocab_size=128256,
     max_position_embeddings=131072,
 )
+
+# %% [markdown]
+# **Predict:** you may read that LoRA trains "10,000 times fewer" parameters than full fine-tuning, that it trains "99% fewer",
+# and that its files have "a few megabytes". Which of these hold for GPT-3 at rank 4, Llama 3.1 8B at ranks 8 and 64, and the
+# course's model at rank 8?
+
+# %%
 cases = {
     "GPT-3, q and v, r = 4": (gpt3, 4, ["q_proj", "v_proj"]),
     "Llama 3.1 8B, q and v, r = 8": (llama, 8, ["q_proj", "v_proj"]),
     "Llama 3.1 8B, all linear, r = 64": (llama, 64, "all-linear"),
     "this course's model, all linear, r = 8": (base_model.config, 8, "all-linear"),
 }
-sizes = {
-    case: counting.count_lora_parameters(shape, LoraConfig(r=rank, target_modules=targets))
-    for case, (shape, rank, targets) in cases.items()
-}
-plotting.table(
-    ["", "LoRA's parameters", "share of all", "times fewer", "file in 16 bits"],
-    [
-        [
-            case,
-            f"{size.adapter:,}",
-            f"{size.share:.3%}",
-            f"{size.base / size.adapter:,.0f}",
-            f"{2 * size.adapter / 1e6:,.1f} MB",
-        ]
-        for case, size in sizes.items()
-    ],
-)
+rows = []
+for case, (shape, rank, targets) in cases.items():
+    size = counting.count_lora_parameters(shape, LoraConfig(r=rank, target_modules=targets))
+    times, megabytes = size.base / size.adapter, 2 * size.adapter / 1e6
+    rows.append(
+        [case, f"{size.adapter:,}", f"{size.share:.3%}", f"{times:,.0f}", f"{megabytes:,.1f} MB"]
+    )
+plotting.table(["", "LoRA's parameters", "share of all", "times fewer", "file in 16 bits"], rows)
 
 # %% tags=["claim"]
 fewer = 175e9 / (96 * 2 * 4 * (12288 + 12288))
 assert 9000 < fewer < 10_000, "rounded up"
 
 # %% [markdown]
-# None holds for all. "10,000 times" is GPT-3 with rank 4, rounded up from {{fewer:,.0f}}; it depends on the width and the rank.
-# "Up to 99%" is too little for the first two rows and too much for the last two. "A few megabytes" holds for narrow adapters.
+# None of them holds in all cases. "10,000 times" is the LoRA paper's figure for GPT-3 at rank 4: 175 billion divided by the
+# adapter's parameters is {{fewer:,.0f}}, rounded up. (The config in the cell has slightly fewer than 175 billion.) A narrow
+# model or a high rank gives far less. "99% fewer" means a share of 1%: the first two rows are far below it, and the last two
+# above. "A few megabytes" holds for Llama at rank 8 and for ours, but not for the other two.
 #
-# The same count can check a paper. These are figures of the LoRA paper, with our count beside them.
+# You can check a paper with the same count. The next table has figures that the LoRA paper prints, with ours beside them.
 
 # %%
 bert = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
@@ -647,16 +599,16 @@ for _printed, _width, _blocks in (("0.35", 1024, 24), ("0.77", 1280, 36)):
     )
 
 # %% [markdown]
-# Most agree. For GPT-2, no whole rank on these layers gives the printed figures. Appendix D.4 gives rank 2 for 37.7M, where the
-# paper's own table 15 has 4, and 4 agrees. It pays to count for yourself.
+# Most agree. For GPT-2, no whole rank on these layers gives the printed figures. For GPT-3, appendix D.4 states rank 2 for
+# 37.7M parameters, where the paper's own table 15 has rank 4, and 4 agrees with the count.
 #
 # ## Plan the memory
 #
-# Training holds four things: the weights, their gradients, the optimizer's state, and the
-# [activations](../docs/glossary.md#activations), the intermediate results that the backward pass needs. Adam keeps two numbers
-# for each trained parameter. So in float32 a trained parameter takes 4 + 4 + 8 = 16 bytes, and a frozen one takes 4.
-# `memory.estimate_memory` predicts all four parts from the config, the last as an upper bound. The next cell compares it with a
-# real training step of the course's model, on a batch of 16 rows.
+# Training holds four things in memory: the weights, their gradients, the optimizer's state, and the
+# [activations](../docs/glossary.md#activations), which are intermediate results that the backward pass needs. Adam's state is
+# two numbers for each trained parameter. So in float32 a trained parameter takes 4 + 4 + 8 = 16 bytes, and a frozen one takes
+# 4. `memory.estimate_memory` predicts all four parts from the config, the activations as an upper bound. The next cell compares
+# it with a real training step of the course's model, on a batch of 16 rows.
 #
 # **Predict:** LoRA trains under 4% of the parameters here. How much memory does it take, compared with training all weights:
 # 4%, a quarter, or most of it?
@@ -682,12 +634,13 @@ print(f"LoRA takes {total['lora'] / total['full']:.0%} of the memory of full fin
 
 # %% [markdown]
 # Most of it. LoRA reduces gradients and optimizer state to almost nothing, but the weights stay in memory, and so do most of
-# the activations. These grow with the number of tokens in a batch, and on a small model with 16 rows they are the largest part.
-# (The prediction for activations is an upper bound, so the measured ones are smaller.)
+# the activations. Activations grow with the number of tokens in a batch, and on a small model with 16 rows they are the largest
+# part.
 #
-# On a model of 8 billion parameters the proportions are others. The bars show the predictions for Llama 3.1 8B in bfloat16,
-# with one row of 1,024 tokens at a time. QLoRA holds the frozen weights in 4 bits, which is lesson 5's theme. [Gradient
-# checkpointing](../docs/glossary.md#gradient-checkpointing) drops most activations and computes them again in the backward
+# On a model of 8 billion parameters the proportions are different. The next cell draws predictions for Llama 3.1 8B in
+# bfloat16, which takes 2 bytes a number, with one row of 1,024 tokens. There are four bars: training all weights, LoRA,
+# [QLoRA](../docs/glossary.md#qlora), and QLoRA with [gradient checkpointing](../docs/glossary.md#gradient-checkpointing). QLoRA
+# holds the frozen weights in 4 bits (lesson 5). Checkpointing drops most activations, and computes them again in the backward
 # pass.
 #
 # **Predict:** which part is the largest in each of the first three bars?
@@ -710,43 +663,35 @@ bars = {
         "qlora", double_quantization=True, gradient_checkpointing=True
     ),
 }
-parts = {
-    name: {
-        part: getattr(bar, part) / 1e9
-        for part in ("weights", "gradients", "optimizer", "activations")
-    }
-    for name, bar in bars.items()
-}
 title = "LoRA removes gradients and optimizer state, QLoRA most of the weights"
-figure, alt = plotting.stacked_bars(
-    parts, title, "GB, for Llama 3.1 8B and one row of 1,024 tokens"
-)
-plotting.show(figure, alt)
+plotting.show_memory(bars, title, "for Llama 3.1 8B and one row of 1,024 tokens")
 
 # %% tags=["claim"]
 paper_bytes = 1.2e12 / 175e9  # per parameter: section 4.2 of the paper, GPT-3 with Adam
-assert 175e9 * 2 == 350e9, "are the frozen weights in 16 bits"
-assert 6.5 < paper_bytes < 7, "under 7 bytes"
+assert 175e9 * 2 == 350e9, "350 GB are the frozen weights at 2 bytes each"
+assert 6.5 < paper_bytes < 7, "less than 7 bytes"
+assert 2 + 2 + 2 * 4 == 12, "take 12 bytes"
 
 # %% [markdown]
-# For all weights the optimizer's state is the largest part. LoRA shrinks it and the gradients to almost nothing, so the frozen
-# weights are the largest part that is left. In 4 bits they shrink too, and the activations lead, which neither LoRA nor QLoRA
-# reduces.
+# If all weights are trained, the optimizer's state is the largest part. LoRA shrinks it and the gradients to almost nothing, so
+# the frozen weights are the largest part in the second bar. In 4 bits they shrink too, and the activations lead. Neither LoRA
+# nor QLoRA reduces those: here they even grow, because each adapted layer keeps its input in float32.
 #
-# "Memory to a third" is the LoRA paper's case of GPT-3, 350 GB instead of 1.2 TB. The 350 GB are the frozen weights in 16 bits,
-# and that agrees. The 1.2 TB are under 7 bytes a parameter, though weights and gradients in 16 bits and two moments in 32 bits
-# take 12. Counted so, LoRA saves more than the paper says.
+# You may read that LoRA cuts memory "to a third". The LoRA paper reports 350 GB instead of 1.2 TB for GPT-3. The 350 GB are the
+# frozen weights at 2 bytes each. But 1.2 TB are less than 7 bytes a parameter, while weights and gradients in 16 bits and
+# Adam's state in 32 bits take 12 bytes. Counted with 12, LoRA saves more than the paper says.
 #
-# The bars are bytes of tensors. A GPU also needs some for its CUDA context, and loses some between tensors
-# (fragmentation). So leave about a tenth free; that is a rule of thumb, which we did not measure.
+# The bars count bytes of tensors. A GPU also needs memory for CUDA itself, and loses some in gaps between tensors
+# (fragmentation). So leave about a tenth free. That is a rule of thumb, which we did not measure.
 #
 # ### When memory runs out
 #
 # ![A ladder of six rungs. From the bottom: LoRA instead of all weights; one row at a time with gradient accumulation; gradient checkpointing; the base in 4 bits; shorter rows; a smaller model. Each rung names what it shrinks and what it costs](../images/memory_ladder.png)
 #
-# Go up one rung at a time, because each one costs something. The second rung keeps the *effective* batch: with
-# `per_device_train_batch_size=1` and `gradient_accumulation_steps=16` the optimizer still steps after 16 rows. The last column
-# of the table says which size of GPU would do.
+# If training doesn't fit, go up this ladder one rung at a time, because each one costs something. The second rung keeps the
+# [effective batch](../docs/glossary.md#effective-batch): with `per_device_train_batch_size=1` and
+# `gradient_accumulation_steps=16` the optimizer still steps after 16 rows. Each row of the table adds one rung to the row
+# above, and its last column says which size of GPU would do.
 
 # %%
 ladder = {
@@ -759,20 +704,12 @@ ladder = {
         "qlora", tokens=512, double_quantization=True, gradient_checkpointing=True
     ),
 }
-plotting.table(
-    ["Llama 3.1 8B", "GB in all", "with a tenth left free, fits into"],
-    [
-        [
-            name,
-            f"{rung.total / 1e9:,.1f}",
-            next(
-                (f"{gb} GB" for gb in (8, 12, 16, 24, 48, 80) if rung.total <= 0.9 * gb * 1e9),
-                "none of 8 to 80 GB",
-            ),
-        ]
-        for name, rung in ladder.items()
-    ],
-)
+rows = []
+for rung, needed in ladder.items():
+    large_enough = [gb for gb in (8, 12, 16, 24, 48, 80) if needed.total <= 0.9 * gb * 1e9]
+    card = f"{large_enough[0]} GB" if large_enough else "none of 8 to 80 GB"
+    rows.append([rung, f"{needed.total / 1e9:,.1f}", card])
+plotting.table(["Llama 3.1 8B", "GB in all", "with a tenth left free, fits into"], rows)
 
 # %% [markdown]
 # ### Exercise: write a configuration within a budget (core, 15 min)
@@ -826,30 +763,24 @@ assert config_within(llama, 24e9).lora_alpha == 128
 # %% [markdown]
 # ## Recap
 #
-# Print the model's layers, name targets that exist on it, and let `check_lora_config` confirm that each name matches; without a
-# reason for other layers take all linear ones. Choose a rank and let alpha follow it, because the scaling is α/r. Train and
-# save whatever is new, such as a head. Whether training fits you can compute from the config: LoRA removes gradients and
+# Print the model's layers, name targets that exist on it, and let `check_lora_config` confirm that each name matches. Without a
+# reason for other layers, take all linear ones. Choose a rank and let alpha follow it, because the scaling is α/r. Train and
+# save whatever is new, such as a head. You can compute from the config whether training fits: LoRA removes gradients and
 # optimizer state of the frozen weights, a 4-bit base removes most of the weights, and smaller batches and checkpointing reduce
 # the activations.
 
 # %%
+scores = sweeps.over_seeds(by_choice, "test", "targets")
+three_bars = ", ".join(f"{bar.total / 1e9:.0f} GB" for bar in list(bars.values())[:3])
 plotting.table(
     ["", "measured or computed"],
     [
-        [
-            "right on `sailor`: all linear layers, attention alone",
-            f"{sweeps.spread(scores['all_linear', 8])}, {sweeps.spread(scores['attention', 18])}",
-        ],
+        ["right on `sailor`: all linear layers", sweeps.spread(scores["all_linear"], ".1%")],
+        ["right on `sailor`: attention alone", sweeps.spread(scores["attention"], ".1%")],
         ["loss after 20 steps at rank 32: alpha 2, alpha 64", f"{slow[-1]:.2f}, {fast[-1]:.2f}"],
         ["trained parameters of the course's model, r = 8", f"{own.share:.1%} of all"],
-        [
-            "memory of LoRA against all weights, course model",
-            f"{total['lora'] / total['full']:.0%}",
-        ],
-        [
-            "Llama 3.1 8B, one row: all weights, LoRA, QLoRA",
-            ", ".join(f"{bar.total / 1e9:.0f} GB" for bar in list(bars.values())[:3]),
-        ],
+        ["LoRA's memory, all weights = 100%", f"{total['lora'] / total['full']:.0%}"],
+        ["Llama 3.1 8B, one row: all weights, LoRA, QLoRA", three_bars],
     ],
 )
 progress("04")
@@ -857,8 +788,8 @@ progress("04")
 # %% [markdown]
 # ## Take it to work
 #
-# Put the folder or the hub id of a model of yours between the quotes, and your own configuration below it. Only the config is
-# read, no weights.
+# Put the folder or the hub id of one of your models between the quotes, and your own configuration below it. The cell reads
+# only the model's config, no weights.
 
 # %%
 my_model = ""
@@ -876,16 +807,16 @@ print(
 # ## Quiz
 #
 # <details><summary>1 · You raise the rank from 8 to 64 and leave alpha alone. What else has changed?</summary>
-# The scaling, to an eighth of what it was. In the first steps that makes little difference to the size of the change, because
-# Adam's steps grow with the rank, but the two settings are no longer those of your first run. Decide on alpha, too.
+# The scaling, which is now an eighth of what it was. In the first steps the size of the change stays about the same, because Adam's
+# steps add up over the larger rank. But you have changed two settings at once, so decide on alpha, too.
 # </details>
 # <details><summary>2 · LoRA trains one parameter in a hundred. Why doesn't it take a hundredth of the memory?</summary>
 # Gradients and optimizer state shrink with the trained parameters. The frozen weights stay in memory, and so do nearly all
 # activations. These two are what 4-bit weights, checkpointing and smaller batches reduce.
 # </details>
 # <details><summary>3 · A recipe for a Llama runs on another model without an error. Is it right there?</summary>
-# Not necessarily. PEFT refuses only if no name matches. One that matches nothing is passed over, and names that exist in some
-# blocks only adapt only those. Look at the table of adapted layers, or let <code>check_lora_config</code> do so.
+# Not necessarily. PEFT raises an error only if no name matches. It passes over a single name that matches nothing, and a name that
+# only some blocks have adapts only those. Look at the table of adapted layers, or let <code>check_lora_config</code> do so.
 # </details>
 #
 # ## Where to read on
@@ -895,5 +826,5 @@ print(
 # - [A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA](https://arxiv.org/abs/2312.03732), Kalajdzievski 2023
 # - [Recipes](../docs/recipes.md) with values for real models, and [Decide](../docs/decide.md)
 #
-# Next: [lesson 5](05_qlora.ipynb) trains on a base in four bits. [Lesson 3](03_lora_finetuning.ipynb) is where ranks and rates
-# are swept. Why a low rank can be enough is the theme of a [deep dive](deep_low_rank.ipynb).
+# Next: [lesson 5](05_qlora.ipynb) trains on a base in four bits. [Lesson 3](03_lora_finetuning.ipynb) compares ranks and
+# learning rates. A [deep dive](deep_low_rank.ipynb) looks at why a low rank can be enough.
