@@ -180,7 +180,8 @@ half = {
 }
 title = (
     "Directions more than half as strong as the first, at most in a layer:"
-    f"\n{half['reading']} for reading, {half['sailor']} for sailor, {half['noise']} for random numbers"
+    f"\n{half['reading']} for reading, {half['sailor']} for sailor,"
+    f" {half['noise']} for random numbers"
 )
 figure, alt = plotting.spectra({**panels, "random numbers": noise}, title)
 plotting.show(figure, alt)
