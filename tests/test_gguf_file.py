@@ -1,0 +1,78 @@
+"""A model written as GGUF is, read back, the model that was written."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapter_checks.errors import InputError
+from architectures import ARCHITECTURES
+from course_utils import paths
+from course_utils.gguf_file import write_gguf
+
+BASE = paths.models_dir() / "base"
+
+
+def read(path):
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def test_weights_tokens_and_template_come_back_as_they_were(tmp_path):
+    write_gguf(BASE, tmp_path / "model.gguf")
+    back, base = read(tmp_path / "model.gguf"), AutoModelForCausalLM.from_pretrained(BASE)
+    weights = base.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in back.state_dict().items())
+    ours = AutoTokenizer.from_pretrained(BASE)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Zoë's 3 maps\n are WHERE?"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == ours.apply_chat_template(messages, tokenize=False)
+    text = ours.apply_chat_template(messages, tokenize=False)
+    assert theirs(text)["input_ids"] == ours(text)["input_ids"]
+    assert (back.config.eos_token_id, theirs.eos_token) == (ours.eos_token_id, ours.eos_token)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_without_the_permutation_only_queries_and_keys_differ(tmp_path):
+    write_gguf(BASE, tmp_path / "model.gguf", permute=False)
+    back, weights = read(tmp_path / "model.gguf"), AutoModelForCausalLM.from_pretrained(BASE).state_dict()
+    other = {name for name, weight in back.state_dict().items() if not torch.equal(weight, weights[name])}
+    assert other == {name for name in weights if "q_proj" in name or "k_proj" in name}
+
+
+def test_fewer_heads_of_keys_than_of_queries(tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    config = model.config
+    config.num_key_value_heads = 2
+    grouped = AutoModelForCausalLM.from_config(config)
+    grouped.save_pretrained(tmp_path / "base")
+    write_gguf(tmp_path / "base", tmp_path / "model.gguf")
+    back, weights = read(tmp_path / "model.gguf"), grouped.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in back.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["architecture", "rope", "tokenizer"])
+def test_others_are_refused(tmp_path, change):
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    if change == "architecture":
+        config = AutoTokenizer.from_pretrained(BASE)
+        ARCHITECTURES["Qwen2"].make().save_pretrained(folder)
+        config.save_pretrained(folder)
+    elif change == "rope":
+        text = (
+            (folder / "config.json")
+            .read_text()
+            .replace('"rope_type": "default"', '"rope_type": "linear", "factor": 2.0')
+        )
+        (folder / "config.json").write_text(text)
+    else:
+        text = (
+            (folder / "tokenizer.json").read_text(encoding="utf-8").replace('"use_regex":true', '"use_regex":false', 1)
+        )
+        text = text.replace('"use_regex": true', '"use_regex": false', 1)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="convert_hf_to_gguf"):
+        write_gguf(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
