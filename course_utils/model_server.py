@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from adapter_checks.errors import InputError
 from course_utils.launch import end_processes
 
 _OWNER = "COURSE_SERVER_OF"  # in the environment of each server: the process that started it
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 _LOCALHOST = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
 )  # no proxy stands between a machine and itself
@@ -61,6 +63,11 @@ def serving(*arguments: str, seconds: float = 120) -> Iterator[str]:
         try:
             _wait(run, f"http://127.0.0.1:{port}/health", seconds, log)
             yield f"http://127.0.0.1:{port}/v1"
+        except Exception:
+            # A client is told "Error code: 500" and no more.
+            if error := next((line for line in reversed(_lines(log)) if _ERROR.match(line)), None):
+                print(f"The server's last error: {error}", flush=True)
+            raise
         finally:
             end_processes(run)
 
@@ -101,7 +108,11 @@ def _wait(run, address, seconds, log) -> None:
     )
 
 
-def _last_line(log) -> str:
+def _lines(log) -> list[str]:
     log.seek(0)
-    lines = [line.strip(" │╭╰─╯") for line in log.read().decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "it wrote nothing.")
+    lines = (line.strip(" │╭╰─╯") for line in log.read().decode(errors="replace").splitlines())
+    return [line for line in lines if line]
+
+
+def _last_line(log) -> str:
+    return (_lines(log) or ["it wrote nothing."])[-1]

@@ -169,7 +169,7 @@ def planted(fault, number, desk):
         if fault == "empty reply":
             row["reply"] = rng.choice(["", " ", "\n"])
         elif fault == "too long":  # an earlier correspondence hangs below
-            older = " ".join(desk.message(kind, desk.facts()) for _ in range(30))
+            older = " ".join(desk.message(kind, desk.facts()) for _ in range(12))
             row["text"] += f" > {older}"
         elif fault == "wrong reply":
             row["reply"] = desk.reply(kind, facts | wrong(rng, desk.facts(), facts))
