@@ -105,3 +105,20 @@ def _interleaved(weight, heads: int):
     """The rows of each head in llama.cpp's order: 0, half, 1, half + 1, …"""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
+
+
+def rounded_to_4_bits(model):
+    """Round the matrices of a model, in place, to what a GGUF file of type Q4_0 holds, and return it.
+
+    A block of 32 numbers shares one scale, in float16, and each number takes 4 bits. Vectors, such as norms, stay as they are.
+    """
+    import gguf
+    import torch
+
+    kind = gguf.GGMLQuantizationType.Q4_0
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                packed = gguf.quantize(weight.float().cpu().numpy(), kind)
+                weight.copy_(torch.from_numpy(gguf.dequantize(packed, kind)))
+    return model

@@ -31,6 +31,7 @@ LESSONS = {
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
     "11": ("serving",),
     "12": ("picture_classifier", "picture_style", "picture_subject", "house_words"),
+    "13": ("engines",),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 

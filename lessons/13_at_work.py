@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Take it to work
 #
-# On Monday somebody hands you a file and asks for a model that answers like it. Nothing in the file is ready, nobody says
-# how good is good enough, and in the end the model has to answer on a server. **How do you get from a messy file of rows
-# to a served model, and how do you know at each station that nothing went wrong?** You will do one such project from
-# end to end. It runs offline on the course's small model, and on a real one if you change a variable.
+# On Monday somebody hands you a file and asks for a model that answers like it. In the end the model has to answer on a
+# server. **How do you get from a messy file of rows to a served model, and how do you know at each station that nothing
+# went wrong?** You will do one such project from end to end, offline on the course's small model. With one variable
+# changed it runs on a real one.
 #
 # | | |
 # |---|---|
@@ -16,16 +16,18 @@
 # %%
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 from adapter_checks import memory
 from adapter_checks.generation import generate
 from adapter_checks.saving import saving
 from course_utils import evaluation, paths, plotting, runtime, validation
 from course_utils.exercises import lesson13, progress
-from course_utils.gguf_file import write_gguf
+from course_utils.gguf_file import rounded_to_4_bits, write_gguf
 from course_utils.judging import biased_judge
 from course_utils.model_server import serving
 
@@ -39,6 +41,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from openai import OpenAI
 from peft import LoraConfig, PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -57,23 +60,22 @@ print(
 # The lost-property desk of Skerrow has kept its messages and replies. Each line is one JSON object, with the number of
 # the case. Three people wrote the replies, each in words of their own.
 #
-# To take a file of your own through this lesson, name it in `MY_FILE`. Each line needs a `text` and a `reply`, or
-# `messages` as in a chat; rows that belong together, for example of one customer, should have the same `case`. 60 rows are
-# enough to see every station. Change `SYSTEM` to your task.
+# To take a file of your own through this lesson, name it in `MY_FILE`, and change `SYSTEM` to your task. Each line needs a
+# `text` and a `reply`, or `messages`. Rows that belong together, for example of one customer, should have the same `case`.
 
 # %%
 MY_FILE = None
 SYSTEM = "You answer for the lost-property desk."
 desk = paths.data_dir() / "lost_property"
-lines = (MY_FILE or desk / "messages.jsonl").open(encoding="utf-8").read().splitlines()
+lines = Path(MY_FILE or desk / "messages.jsonl").read_text(encoding="utf-8").splitlines()
 print(len(lines), "lines, for example:", *lines[2:6], sep="\n")
 
 # %% [markdown]
 # ## Clean it, and count
 #
-# The first step makes every row look alike. Some lines hold a whole conversation, some of these with a system
-# message that somebody wrote in passing. A **system message** tells a chat model its role, and a model that was
-# trained with one expects it. So each row gets the same one, which the server will send later.
+# Some lines hold a whole conversation, and some of these a system message of their own. A **system message** tells a chat
+# model its role, and a model that was trained with one expects it. So each row gets the same one, which the server will
+# send later.
 #
 # ### Exercise: make chat messages of a row (core, 15 min)
 #
@@ -118,8 +120,7 @@ assert len(_row["messages"]) == 2 and _row["messages"][1]["content"] == "\tHi "
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Personal data must not get into the weights, because nobody can take it out again. Some messages contain an e-mail
-# address or a phone number.
+# Personal data must not get into the weights, because nobody can take it out again.
 #
 # ### Exercise: take personal data out of a text (warm-up, 10 min)
 #
@@ -154,9 +155,8 @@ assert mask("at 10:30 on 1999-12-31, 123456 steps") == "at 10:30 on 1999-12-31, 
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The other steps look at all rows. `words` are the words of a text, and `COMMON` those that stand in at least 8% of the replies,
-# such as "dear" and "the". A reply that has any other word which nobody wrote before it was probably meant for another
-# case.
+# `COMMON` will hold the words that stand in at least 8% of the replies, such as "dear" and "the". If a reply has any other word
+# that nobody wrote before it, it was probably meant for another case.
 #
 # **Predict:** of 875 lines, how many can be used as they are?
 
@@ -212,27 +212,36 @@ for row in rows:
             found["personal data"].append(row["number"])
         message["content"] = text
 
+
+# %%
 planted = {} if MY_FILE else json.loads((desk / "faults.json").read_text(encoding="utf-8"))
 plotting.table(
     ["fault", "planted", "found", "what becomes of the row"],
     [
-        [fault, len(planted.get(fault, [])), len(numbers), "masked" if "data" in fault else "left out"]
+        [
+            fault,
+            len(planted.get(fault, [])),
+            len(numbers),
+            "masked" if "data" in fault else "left out",
+        ]
         for fault, numbers in found.items()
     ],
 )
-print(f"{len(rows)} rows are left. A reply to another case:")
-print(wrong[0]["messages"][1]["content"], "→", wrong[0]["messages"][2]["content"]) if wrong else None
+print(f"{len(rows)} rows are left.")
+if wrong:
+    *_, message, reply = wrong[0]["messages"]
+    print(f"A wrong reply: {message['content']} → {reply['content']}")
 assert MY_FILE or all(found[fault] == planted[fault] for fault in planted)
 
 # %% [markdown]
-# 770 of 875 lines are used as they are, 31 more after masking. All planted faults were found, on exactly their lines. In
-# a file of your own nobody tells you how many there are, so read a few rows of each kind before you leave them out. Here
+# 770 of 875 lines are used as they are, and 31 more after masking. All planted faults were found, on exactly their lines. In a
+# file of your own nobody tells you how many there are, so read some rows of each kind before you leave them out. Here
 # somebody answered Jana as Nora.
 #
 # ## Split without a leak
 #
-# People wrote more than once about the same thing. If one such message is trained on and the other one is in the test,
-# then the test partly asks what the model has seen. This is a **leak**.
+# Some people wrote twice about the same thing. If one of these messages is trained on and the other one is in the test, then the
+# test asks what the model has seen. This is a **leak**.
 #
 # **Predict:** you draw one row in six at random for the test. What share of these rows has a case that is also in the
 # training rows?
@@ -273,7 +282,9 @@ assert len({(case, bool(mark)) for case, mark in zip(_cases, _marks)}) == 5
 ### END HIDDEN TESTS
 
 # %%
-by_row = lesson13.held_out(list(range(len(rows))), 1 / 6, 0)  # as if each row were a case of its own
+by_row = lesson13.held_out(
+    list(range(len(rows))), 1 / 6, 0
+)  # as if each row were a case of its own
 trained_cases = {row["case"] for row, out in zip(rows, by_row) if not out}
 drawn = [row for row, out in zip(rows, by_row) if out]
 leaked = sum(row["case"] in trained_cases for row in drawn) / len(drawn)
@@ -286,24 +297,27 @@ marks = lesson13.held_out([row["case"] for row in rest], 1 / 12, 1)
 train_rows = [row for row, out in zip(rest, marks) if not out]
 validation_rows = [row for row, out in zip(rest, marks) if out]
 lengths = sorted(length(row["messages"]) for row in train_rows)
-print(f"{len(train_rows)} rows to train on, {len(validation_rows)} to validate, {len(test_rows)} to test")
+print(
+    f"{len(train_rows)} rows to train on, {len(validation_rows)} to validate, {len(test_rows)} to test"
+)
 print(f"tokens of a row: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
 
 # %% [markdown]
 # ## See what the model will read
 #
-# A **chat template** turns messages into the tokens that a model reads. Each family of models has its own, and most
-# failures on a server are a difference between the template in training and the one in use. So print it once, with
-# the tokens that carry loss. We train on whole conversations with `assistant_only_loss`, so *every* reply of the desk
-# counts, also the question in the middle. That needs a template with
-# [generation markers](../docs/glossary.md#generation-markers).
+# A **chat template** turns messages into the tokens that a model reads. Each family of models has its own, and a server
+# must use the one of the training. So print it once, with the tokens that carry loss. With `assistant_only_loss` *every*
+# reply of the desk counts, also a question in the middle. That needs a template with [generation
+# markers](../docs/glossary.md#generation-markers).
 
 # %%
 talk = next(row["messages"] for row in train_rows if len(row["messages"]) > 3)
 encoded = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
 pieces, carries = [], None
 for token, loss in zip(encoded["input_ids"], encoded["assistant_masks"]):
-    pieces.append(("]" if carries else "") * (loss != carries) + ("[" if loss and not carries else ""))
+    pieces.append(
+        ("]" if carries else "") * (loss != carries) + ("[" if loss and not carries else "")
+    )
     pieces.append(tokenizer.decode([token]))
     carries = loss
 print("".join(pieces) + "]")
@@ -314,8 +328,8 @@ print(report)
 assert report.ok
 
 # %% [markdown]
-# What stands in brackets carries loss: both replies, and the token `<|end|>` that ends each. Families differ in what you
-# should look for here:
+# What stands in brackets carries loss: both replies, and the token `<|end|>` that ends each. On other models, look for
+# this:
 #
 # | Family | Look for |
 # |---|---|
@@ -373,7 +387,16 @@ steps = 3 * -(-len(train_rows) // 16)
 print(f"three epochs of {len(train_rows)} rows, 16 a step: {steps} steps")
 
 # %% [markdown]
-# PLAN
+# No: 16 rows at once need 41 GB. Walk down this ladder until the run fits with a few GB to spare, because CUDA itself and
+# fragmentation take memory that no formula knows:
+#
+# 1. Take fewer rows at once and **accumulate** their gradients: 4 rows, four times, are still an
+#    [effective batch](../docs/glossary.md#effective-batch) of 16.
+# 2. Switch on activation checkpointing, which computes activations twice and keeps few.
+# 3. Quantise the base to four bits ([lesson 5](05_qlora.ipynb)).
+# 4. Shorten rows, if what you cut is not the answer.
+#
+# An **epoch** is one pass over all rows. Three epochs would be 114 steps. We take 60, which is enough here.
 #
 # ## Train, and watch
 #
@@ -386,7 +409,9 @@ print(f"three epochs of {len(train_rows)} rows, 16 a step: {steps} steps")
 
 # %%
 tracked = runs / "tracked"
-shutil.rmtree(tracked, ignore_errors=True)  # the log of an earlier run would be drawn beside this one
+shutil.rmtree(
+    tracked, ignore_errors=True
+)  # the log of an earlier run would be drawn beside this one
 
 
 def as_dataset(some):
@@ -421,7 +446,8 @@ trainer = SFTTrainer(
     peft_config=config,
 )
 for check in (validation.check_supervision, validation.check_training):
-    assert (report := check(trainer)).ok, report
+    report = check(trainer)
+    assert report.ok, report
 Progress().attach(trainer).train()
 tuned = trainer.model.eval()
 
@@ -431,20 +457,31 @@ curves = {
     label: tuple(zip(*[(event.step, event.value) for event in events.Scalars(tag)]))
     for tag, label in (("train/loss", "training"), ("eval/loss", "validation"))
 }
-title = "Read back from the tracker's file: both curves level off above 0"
+masks = tokenizer.apply_chat_template(
+    [row["messages"] for row in validation_rows],
+    return_dict=True,
+    return_assistant_tokens_mask=True,
+)["assistant_masks"]
+floor = len(validation_rows) * math.log(3) / sum(map(sum, masks))
+print(f"the choice among three wordings alone costs {floor:.3f} nats per token")
+title = "Read back from the tracker's file: the loss levels off above 0"
 plotting.show(
     plotting.curves(curves, title, "step", "loss, nats per token"),
     f"{title}. Validation loss {curves['validation'][1][0]:.3f} at step 15, {curves['validation'][1][-1]:.3f} at 60.",
 )
 
 # %% [markdown]
-# FLOOR
+# It can't reach 0. If nothing tells which of three people will answer, even the best guess costs ln 3 ≈ 1.1 nats a reply,
+# FLOORTEXT If your loss stops above 0, ask what in your rows is a matter of taste before you train longer.
+#
+# Stop when the validation loss has risen or stood still for a few evaluations. If the machine stops a run,
+# `trainer.train(resume_from_checkpoint=True)` goes on from the last checkpoint.
 #
 # ## Score replies that have no single right wording
 #
-# **Exact match** counts a reply only if it equals the desk's to the letter. Here three wordings are right. A **rubric** asks
-# instead what a reply must do, one question at a time. Ours asks whether it has all facts that the desk took from the
-# message, whether it adds none, and whether it takes something lost for lost and something found for found.
+# **Exact match** counts a reply only if it equals the desk's to the letter, but here three wordings are right. A **rubric** asks
+# what a reply must do, one question at a time. Ours asks whether it has all facts that the desk took from the message,
+# whether it adds none, and whether it tells lost from found.
 #
 # **Predict:** what will exact match say about the trained model, and what will the rubric say?
 
@@ -480,14 +517,17 @@ def load(adapter=None):
 asked = test_rows[:100]
 models = {"the base": load(), "step 30": load(tracked / "checkpoint-30"), "step 60": tuned}
 replies = {name: answer(model, asked) for name, model in models.items()}
-table, usable = [], {}
+table_of, usable = {}, {}
 for name, given in replies.items():
     points = [rubric(row, reply) for row, reply in zip(asked, given)]
     exact = [reply == row["messages"][-1]["content"] for row, reply in zip(asked, given)]
     usable[name] = [all(point.values()) for point in points]
     columns = [exact, *([point[question] for point in points] for question in points[0])]
-    table.append([name, *(f"{sum(each) / len(asked):.0%}" for each in (*columns, usable[name]))])
-plotting.table(["", "exact match", *points[0], "all three"], table)
+    table_of[name] = [f"{sum(each) / len(asked):.0%}" for each in (*columns, usable[name])]
+plotting.table(
+    ["", "exact match", *points[0], "all three"],
+    [[name, *shares] for name, shares in table_of.items()],
+)
 evaluation.band("all three at step 60", sum(usable["step 60"]) / len(asked), 0.9, 1, quiet=True)
 evaluation.band("all three at step 30", sum(usable["step 30"]) / len(asked), 0.3, 0.95, quiet=True)
 
@@ -507,13 +547,14 @@ plotting.table(
 )
 
 # %% [markdown]
-# SCORES
+# Exact match gives the trained model 34%, close to the one in three that luck gives, and the rubric gives it 99%. The rubric
+# also says what is wrong at step 30: it asks for a place that was given, or leaves its sentence unfinished. A rubric has
+# blind spots, too. Ours does not look at grammar, so read samples as well.
 #
 # ## Say how sure you are
 #
-# Show the same 100 messages to both models, and note for each which reply is better: 1 for the new model, −1 for the old
-# one, 0 for a tie. The mean says which model wins, and an **interval** says how far another hundred messages could move
-# it.
+# Show the same 100 messages to two models, and note for each which reply is better: 1 for the new model, −1 for the old
+# one, 0 for a tie. The mean says which model wins, and an **interval** how far another hundred messages could move it.
 #
 # ### Exercise: is the new model better? (core, 15 min)
 #
@@ -615,13 +656,17 @@ for what, (new, old) in comparisons.items():
 plotting.table(["compared", "judge", "mean", "95% interval"], rows_shown)
 
 # %% [markdown]
-# JUDGES
+# A prefers longer replies, D prefers "Dear", and C what stands first: with another order it changes its mind in 59 of 100
+# pairs. B is fair. In the second table C, with the new model always first, finds the model better *than itself*, with an
+# interval that leaves no doubt. **An interval measures chance. It knows nothing of a bias.**
+#
+# Ask in both orders, and count a win only if both verdicts agree: this cures the first bias. For length and words
+# there is no such cure, so test for them before you choose a judge.
 #
 # ## Keep a list of what must not break
 #
-# A mean says nothing about the one message that matters. A **regression set** is a short list of messages with what their
-# replies must and must not hold, and you run it before each release. Add messages of your own to it, and each complaint
-# that you get.
+# A **regression set** is a short list of messages with what their replies must and must not hold. You run it before each
+# release. Add messages of your own to it, and each complaint that you get.
 
 # %%
 MUST = [  # message, words that the reply must hold, words that it must not
@@ -655,12 +700,14 @@ def reply_here(message):
 plotting.table(["message", "reply", "wrong"], regressions(reply_here))
 
 # %% [markdown]
-# REGRESSED
+# Two of five are wrong, though 99 of 100 test messages got a usable reply. The model takes "Call" for Olga's name, and the ë of
+# "Zoë" comes back as half a letter. The test could not show the second, because it is drawn from the same file, whose names
+# have no accents. The cure is rows of that kind. What is not cured goes on the model card.
 #
 # ## Ship the adapter
 #
-# You ship a folder, and the folder needs a **model card**: what it is for, what it was trained on, how good it is, what it
-# can't do, and under which licence it may be used. `README.md` is the card, and the lines on top are for the hub to read.
+# The folder needs a **model card**: what the adapter is for, what it was trained on, how good it is, what it can't do, and
+# its licence. `README.md` is the card, and the lines on top are for the hub to read.
 
 # %%
 adapter_folder = runs / "adapter"
@@ -691,9 +738,8 @@ assert report.ok
 # %% [markdown]
 # `tuned.push_to_hub("you/lost-property", private=True)` uploads the same files, if you are logged in.
 #
-# Next week there are new rows, and you want to go on from this adapter.
-#
-# **Predict:** what does `PeftModel.from_pretrained` give you for training?
+# Next week there are new rows, and you want to go on from this adapter. What does `PeftModel.from_pretrained` give you
+# for training?
 
 # %%
 for given in ({}, {"is_trainable": True}):
@@ -768,7 +814,11 @@ same_list = on_server == regressions(reply_here)
 print(f"the regression set, asked over HTTP: {'the same' if same_list else 'other'} replies")
 
 # %% [markdown]
-# SERVED
+# All 50, and each prompt has the length that our template gives it. The length is a cheap test: if the server counts other
+# `prompt_tokens` than you do, then it does not read what the model was trained on.
+#
+# vLLM serves adapters without a merge (`--enable-lora --lora-modules desk=FOLDER`). It refuses ranks above `--max-lora-rank`, which
+# is 16 unless you raise it, adapters with `modules_to_save`, and DoRA ([Recipes](../docs/recipes.md#a-server-for-many-adapters)). For these, merge.
 #
 # ## Ship one file
 #
@@ -809,8 +859,23 @@ for permute in (True, False) if paths.is_shipped_base() else ():
     results.append([f"`permute={permute}`", f"{by_transformers} of 50", by_llama])
 plotting.table(["GGUF file", "equal replies, read by transformers", "by llama.cpp"], results)
 
+# %% tags=["claim"]
+from course_utils import sweeps as of_seeds
+from tools.claims import swept
+
+equal_by_engine = swept("engines", "equal", "engine")
+right_by_engine = swept("engines", "right", "engine")
+in_pytorch = swept("engines", "right_pytorch", "engine")["server"]
+assert all(equal_by_engine[engine] == (50, 50, 50) for engine in ("server", "GGUF", "llama.cpp")), (
+    "all 50 of 50"
+)
+assert equal_by_engine["llama.cpp, not permuted"][2] < 5, "hardly one"
+
 # %% [markdown]
-# LLAMA
+# With the permutation all replies are equal, and without it none, so ask a file some rows before you hand it on. With another model,
+# the base with `reading` merged, we asked three sets of 50 questions. The server, the GGUF file and llama.cpp gave all 50 of 50 replies as PyTorch
+# does, and llama.cpp with the file that was not permuted {{equal_by_engine["llama.cpp, not permuted"][0]:.0f}} of 50, hardly one. 4 bits left {{of_seeds.spread(equal_by_engine["4 bits"], ".0f")}} equal
+# and {{of_seeds.spread(right_by_engine["4 bits"], ".0f")}} right, where {{of_seeds.spread(in_pytorch, ".0f")}} were.
 #
 # ## Break it: four servers that are up
 #
@@ -821,7 +886,7 @@ plotting.table(["GGUF file", "equal replies, read by transformers", "by llama.cp
 # - **BOS twice:** the client writes the template itself and sends the text. The tokenizer adds a begin token, and the text has one
 #   already.
 # - **Stop token:** `generation_config.json` names another token as the end than the template writes.
-# - **Dtype:** the weights were rounded to bfloat16.
+# - **Dtype:** the weights were rounded, once to bfloat16, and once to 4 bits as in a GGUF file of type Q4_0.
 #
 # **Predict:** which of the four does the most damage, and which the least?
 
@@ -830,27 +895,34 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-broken = {name: runs / "broken" / name for name in ("template", "bos", "stop", "dtype")}
+CAUSES = ("another template", "BOS twice", "stop token", "bfloat16", "4 bits")
+broken = {name: runs / "broken" / name.replace(" ", "_") for name in CAUSES}
 for name, place in broken.items():
+    spoilt = AutoModelForCausalLM.from_pretrained(merged_folder)
+    its_tokenizer = AutoTokenizer.from_pretrained(merged_folder)
+    if name == "another template":
+        its_tokenizer.chat_template = CHATML
+    elif name == "BOS twice":
+        bos = tokenizer.bos_token, tokenizer.bos_token_id
+        adds_bos = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+        its_tokenizer.backend_tokenizer.post_processor = adds_bos
+    elif name == "stop token":
+        spoilt.generation_config.eos_token_id = tokenizer.pad_token_id
+    elif name == "bfloat16":
+        spoilt = spoilt.to(torch.bfloat16)
+    else:
+        spoilt = rounded_to_4_bits(spoilt)
     with saving(place) as folder:
-        copy = AutoModelForCausalLM.from_pretrained(merged_folder)
-        words_of = AutoTokenizer.from_pretrained(merged_folder)
-        if name == "template":
-            words_of.chat_template = CHATML
-        elif name == "stop":
-            copy.generation_config.eos_token_id = tokenizer.pad_token_id
-        elif name == "dtype":
-            copy = copy.to(torch.bfloat16)
-        copy.save_pretrained(folder)
-        words_of.save_pretrained(folder)
-        if name == "bos":
-            rules = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            bos = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_token_id], "tokens": [tokenizer.bos_token]}
-            rules["post_processor"]["single"].insert(0, {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}})
-            rules["post_processor"]["special_tokens"] = {tokenizer.bos_token: bos}
-            (folder / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+        spoilt.save_pretrained(folder)
+        its_tokenizer.save_pretrained(folder)
 
 
+# %% [markdown]
+# All five are served by one server, since `model` in a request names the folder. A client of the second folder
+# writes the template itself.
+
+
+# %%
 def ask_with_text(client, model, messages):
     """The same as `ask`, with the template written by the client."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -858,7 +930,7 @@ def ask_with_text(client, model, messages):
     return got.choices[0].text.strip(), got.usage.prompt_tokens, got.choices[0].finish_reason
 
 
-asking = {name: ask_with_text if name == "bos" else ask for name in broken}
+asking = {name: ask_with_text if name == "BOS twice" else ask for name in broken}
 with serving("--device", device.type) as address:
     client = OpenAI(base_url=address, api_key="not needed", max_retries=0)
     heard = {
@@ -869,19 +941,141 @@ with serving("--device", device.type) as address:
 # %%
 table = []
 for name, got in heard.items():
-    more = sorted({tokens - ours for (_, tokens, _), ours in zip(got, expected_tokens)})
-    good = [all(rubric(row, reply).values()) for row, (reply, _, _) in zip(test_rows, got)]
-    table.append(
-        [
-            name,
-            str(more[0]) if len(more) == 1 else f"{more[0]} to {more[-1]}",
-            f"{sum(finish == 'length' for _, _, finish in got)}",
-            f"{sum(reply == ours for (reply, _, _), ours in zip(got, here))}",
-            f"{sum(good)}",
-            got[0][0][:60],
-        ]
-    )
+    said, counted, finishes = zip(*got)
+    more = sorted({tokens - ours for tokens, ours in zip(counted, expected_tokens)})
+    good = sum(all(rubric(row, reply).values()) for row, reply in zip(test_rows, said))
+    range_of = f"{more[0]} to {more[-1]}" if len(more) > 1 else f"{more[0]}"
+    stopped = finishes.count("length")
+    table.append([name, range_of, f"{stopped}", f"{equal(said)}", f"{good}", f"{said[0][:58]} …"])
 plotting.table(
-    ["broken", "tokens more", "ended by length", "equal replies", "usable", "first reply, its beginning"],
+    ["broken", "tokens more", "ended by length", "equal", "usable", "first reply, its beginning"],
     table,
 )
+
+# %% [markdown]
+# Another template does the most damage: not one reply is usable. Its signs are no tokens of ours but text, so each prompt is 28 to
+# 52 tokens longer. With the wrong stop token the replies begin as ours do and then go on to the limit, and 20 of 50 are
+# still usable. BOS twice costs one reply in 50 here, so nobody would notice it from the replies, but each prompt has one token more.
+# Rounding to bfloat16 changes nothing here. Rounding to 4 bits changes 5 replies, and 47 of 50 are usable.
+#
+# You don't need to read replies to tell these apart.
+#
+# ### Exercise: what is wrong with this server? (stretch, 10 min)
+#
+# You asked a server some prompts. Each row holds `expected_tokens` and `served_tokens` (the length of the prompt here and
+# there), `finish` ("stop" or "length"), and `same` (is the reply equal to ours?). Return the first cause that fits:
+# `"BOS twice"` if every prompt is exactly one token longer, `"another template"` if any length differs otherwise,
+# `"stop token"` if more than half of the replies end with "length", `"fine"` if all replies are the same, else `"dtype"`.
+#
+# <details><summary>The check says that it is "another template", and I return "BOS twice"</summary>
+# One row with one token more is not enough: all of them have exactly one.
+# </details>
+
+
+# %% exercise="13.served" points=3
+def cause(rows):
+    """Return what is wrong with a server, from its answers."""
+    ### BEGIN SOLUTION
+    more = {row["served_tokens"] - row["expected_tokens"] for row in rows}
+    if more == {1}:
+        return "BOS twice"
+    if more != {0}:
+        return "another template"
+    if sum(row["finish"] == "length" for row in rows) > len(rows) / 2:
+        return "stop token"
+    return "fine" if all(row["same"] for row in rows) else "dtype"
+    ### END SOLUTION
+
+
+lesson13.served(cause)
+
+# %%
+### BEGIN HIDDEN TESTS
+assert lesson13.served.outcome(cause).passed
+_row = {"expected_tokens": 31, "served_tokens": 31, "finish": "stop", "same": True}
+assert cause([_row] * 4) == "fine"
+assert cause([_row] * 3 + [_row | {"same": False}]) == "dtype"
+assert cause([_row | {"finish": "length"}] * 3 + [_row]) == "stop token"
+assert cause([_row | {"served_tokens": 32}] * 3 + [_row]) == "another template"
+### END HIDDEN TESTS
+
+# %%
+results = []
+for name, got in heard.items():
+    facts = [
+        dict(served_tokens=tokens, expected_tokens=ours, finish=finish, same=reply == wanted)
+        for (reply, tokens, finish), ours, wanted in zip(got, expected_tokens, here)
+    ]
+    report = validation.check_merged_folder(paths.base_model(), adapter_folder, broken[name])
+    results.append([name, lesson13.cause_of(facts), ", ".join(report.codes) or "ok"])
+plotting.table(["broken", "what the server's answers say", "what the folder's check says"], results)
+
+# %% [markdown]
+# The three numbers of each answer are enough. The check of the folder finds the template and the rounded weights before anybody
+# serves them. The other two it calls `ok`: one is the client's doing, and the other one is a matter of what the model
+# was taught. **Ask the server what you asked the notebook, and compare lengths, ends and replies.**
+#
+# ## Recap
+#
+# You get from a messy file to a served model in stations, and each has a number that tells whether it went well: faults found, cases on
+# one side of the split only, a loss beside what can't be learned, a rubric beside exact match, an interval beside a mean, a list of what
+# must not break, and prompts as long on the server as in training. Most of what went wrong here raised no error. So the
+# last test is always the same: ask the model over HTTP, as its users will, and compare with the replies that you had.
+
+# %%
+plotting.table(
+    ["station", "measured"],
+    [
+        ["lines, rows left", f"{len(lines)}, {len(rows)}"],
+        ["test rows that a split by row leaks", f"{leaked:.0%}"],
+        ["exact match, rubric", f"{table_of['step 60'][0]}, {table_of['step 60'][-1]}"],
+        ["regression set, right", f"{sum(not wrong for *_, wrong in on_server)} of {len(MUST)}"],
+        ["equal replies: served", f"{equal(reply for reply, _, _ in served)} of 50"],
+        *([name, f"{equal(reply for reply, _, _ in got)} of 50"] for name, got in heard.items()),
+    ],
+)
+progress("13")
+
+# %% [markdown]
+# ## Take it to work
+#
+# Run this lesson on a file of your own (`MY_FILE`, `SYSTEM` and `MUST`), first on the course's model to see that every
+# station works, then with `COURSE_BASE_MODEL` set to a real one and its rate from [Recipes](../docs/recipes.md). The next cell asks a
+# server that is running already whether it reads what you trained on.
+
+# %%
+my_address, my_model, my_folder = None, None, None  # such as "http://127.0.0.1:8000/v1"
+if my_address:
+    my_tokenizer = AutoTokenizer.from_pretrained(my_folder)
+    client = OpenAI(base_url=my_address, api_key="not needed")
+    mine = client.chat.completions.create(
+        model=my_model, messages=chat("Hello"), max_tokens=40, temperature=0
+    )
+    ids = my_tokenizer.apply_chat_template(chat("Hello"), add_generation_prompt=True)["input_ids"]
+    print(f"{mine.usage.prompt_tokens} tokens on the server, {len(ids)} here;", end=" ")
+    print(f"ended by {mine.choices[0].finish_reason}: {mine.choices[0].message.content!r}")
+
+# %% [markdown]
+# The [capstone project](../classroom/capstone.md) asks for the same with a task of your choice, and says how it is graded.
+#
+# ## Quiz
+#
+# <details><summary>1 · Your test score is 97%, and users find mistakes on the first day. Where do you look first?</summary>
+# At the split: rows of one customer or one case on both sides. Then at what users write and the file doesn't hold.
+# </details>
+# <details><summary>2 · A judge prefers your new model, +0.3 with an interval from +0.2 to +0.4. What do you still have to test?</summary>
+# Whether the order, the length or the wording decides. Swap the replies, and set a reply against itself with a
+# sentence added.
+# </details>
+# <details><summary>3 · The server's replies begin well and then go on and on. What is it?</summary>
+# The stop token. <code>finish_reason</code> says "length". Compare <code>eos_token_id</code> in
+# <code>generation_config.json</code> with the token that the template writes behind a reply.
+# </details>
+#
+# ## Where to read on
+#
+# - [Gebru et al. 2018](https://arxiv.org/abs/1803.09010) on datasheets for data sets, and [Mitchell et al.
+#   2018](https://arxiv.org/abs/1810.03993) on model cards
+# - [Zheng et al. 2023](https://arxiv.org/abs/2306.05685) on language models as judges
+# - [TRL's guide to SFT](https://huggingface.co/docs/trl/sft_trainer), and [transformers serve](https://huggingface.co/docs/transformers/serving)
+# - [Symptom, cause, check](../docs/symptoms.md), [Decide](../docs/decide.md) and [Recipes](../docs/recipes.md)
