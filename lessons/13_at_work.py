@@ -297,9 +297,8 @@ marks = lesson13.held_out([row["case"] for row in rest], 1 / 12, 1)
 train_rows = [row for row, out in zip(rest, marks) if not out]
 validation_rows = [row for row, out in zip(rest, marks) if out]
 lengths = sorted(length(row["messages"]) for row in train_rows)
-print(
-    f"{len(train_rows)} rows to train on, {len(validation_rows)} to validate, {len(test_rows)} to test"
-)
+print(f"{len(train_rows)} rows to train on, {len(validation_rows)} to validate,", end=" ")
+print(f"{len(test_rows)} to test")
 print(f"tokens of a row: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
 
 # %% [markdown]
@@ -409,9 +408,8 @@ print(f"three epochs of {len(train_rows)} rows, 16 a step: {steps} steps")
 
 # %%
 tracked = runs / "tracked"
-shutil.rmtree(
-    tracked, ignore_errors=True
-)  # the log of an earlier run would be drawn beside this one
+# Else the log of an earlier run would be drawn beside this one.
+shutil.rmtree(tracked, ignore_errors=True)
 
 
 def as_dataset(some):
@@ -464,10 +462,11 @@ masks = tokenizer.apply_chat_template(
 )["assistant_masks"]
 floor = len(validation_rows) * math.log(3) / sum(map(sum, masks))
 print(f"the choice among three wordings alone costs {floor:.3f} nats per token")
+losses = curves["validation"][1]
 title = "Read back from the tracker's file: the loss levels off above 0"
 plotting.show(
     plotting.curves(curves, title, "step", "loss, nats per token"),
-    f"{title}. Validation loss {curves['validation'][1][0]:.3f} at step 15, {curves['validation'][1][-1]:.3f} at 60.",
+    f"{title}. Validation loss {losses[0]:.3f} at step 15, {losses[-1]:.3f} at step 60.",
 )
 
 # %% [markdown]
@@ -724,9 +723,9 @@ CARD = f"""---
 ---
 # Replies for a lost-property desk
 
-Trained on {len(train_rows)} conversations with the system message "{SYSTEM}"; personal data was masked.
-Of {len(asked)} held-out messages, {score:.0%} got a usable reply (all facts, none added, right kind).
-Not for anything but drafts that a person reads. Known to fail: accents in names, masked phone numbers.
+Trained on {len(train_rows)} conversations with the system message "{SYSTEM}".
+Personal data was masked. Of {len(asked)} held-out messages {score:.0%} got a usable reply.
+For drafts that a person reads. Known to fail: accents in names, masked phone numbers.
 """
 with saving(adapter_folder) as folder:
     tuned.save_pretrained(folder)
@@ -870,12 +869,15 @@ assert all(equal_by_engine[engine] == (50, 50, 50) for engine in ("server", "GGU
     "all 50 of 50"
 )
 assert equal_by_engine["llama.cpp, not permuted"][2] < 5, "hardly one"
+in_4_bits = of_seeds.spread(equal_by_engine["4 bits"], ".0f")
+right_in_4_bits = of_seeds.spread(right_by_engine["4 bits"], ".0f")
+right_in_pytorch = of_seeds.spread(in_pytorch, ".0f")
 
 # %% [markdown]
 # With the permutation all replies are equal, and without it none, so ask a file some rows before you hand it on. With another model,
 # the base with `reading` merged, we asked three sets of 50 questions. The server, the GGUF file and llama.cpp gave all 50 of 50 replies as PyTorch
-# does, and llama.cpp with the file that was not permuted {{equal_by_engine["llama.cpp, not permuted"][0]:.0f}} of 50, hardly one. 4 bits left {{of_seeds.spread(equal_by_engine["4 bits"], ".0f")}} equal
-# and {{of_seeds.spread(right_by_engine["4 bits"], ".0f")}} right, where {{of_seeds.spread(in_pytorch, ".0f")}} were.
+# does, and llama.cpp with the file that was not permuted {{equal_by_engine["llama.cpp, not permuted"][0]:.0f}} of 50, hardly one. 4 bits left {{in_4_bits}} equal
+# and {{right_in_4_bits}} right, where {{right_in_pytorch}} were.
 #
 # ## Break it: four servers that are up
 #

@@ -22,6 +22,7 @@ import test_lesson09
 import test_lesson10
 import test_lesson11
 import test_lesson12
+import test_lesson13
 from course_utils import paths
 from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
 
@@ -49,6 +50,7 @@ SOLUTIONS = {
     **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
     **test_lesson11.SOLUTIONS,
     **test_lesson12.SOLUTIONS,
+    **test_lesson13.SOLUTIONS,
 }
 LESSONS = (
     test_lesson01,
@@ -63,6 +65,7 @@ LESSONS = (
     test_deep,
     test_lesson11,
     test_lesson12,
+    test_lesson13,
 )
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
