@@ -881,7 +881,7 @@ right_in_pytorch = of_seeds.spread(in_pytorch, ".0f")
 #
 # ## Break it: four servers that are up
 #
-# "It was good in the notebook, and on the server it is bad." Four causes are behind most of such complaints. Below, each is
+# "It was good in the notebook, and on the server it is bad." Here are four causes to look for first. Each is
 # made on purpose in a folder of its own. All four load, and the server's health check says `ok`.
 #
 # - **Another template:** the folder has ChatML's, which many models use and ours was not trained with.
