@@ -44,6 +44,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template
 
 from course_utils.progress import Progress
 
@@ -310,7 +311,10 @@ print(f"tokens of a row: median {lengths[len(lengths) // 2]}, longest {lengths[-
 # markers](../docs/glossary.md#generation-markers).
 
 # %%
-talk = next(row["messages"] for row in train_rows if len(row["messages"]) > 3)
+# None where the template has the markers already; TRL knows those of the common families.
+if template := get_training_chat_template(tokenizer):
+    tokenizer.chat_template = template
+talk = max((row["messages"] for row in train_rows), key=len)
 encoded = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
 pieces, carries = [], None
 for token, loss in zip(encoded["input_ids"], encoded["assistant_masks"]):
@@ -527,8 +531,9 @@ plotting.table(
     ["", "exact match", *points[0], "all three"],
     [[name, *shares] for name, shares in table_of.items()],
 )
-evaluation.band("all three at step 60", sum(usable["step 60"]) / len(asked), 0.9, 1, quiet=True)
-evaluation.band("all three at step 30", sum(usable["step 30"]) / len(asked), 0.3, 0.95, quiet=True)
+if not MY_FILE:
+    evaluation.band("usable, step 60", sum(usable["step 60"]) / len(asked), 0.9, 1, quiet=True)
+    evaluation.band("usable, step 30", sum(usable["step 30"]) / len(asked), 0.2, 0.95, quiet=True)
 
 # %%
 failed = [n for n, ok in enumerate(usable["step 30"]) if not ok][:4]
@@ -596,7 +601,7 @@ assert abs(_mean) < 1e-9 and abs(_high - 0.19699) < 1e-4 and abs(_low + _high) <
 #
 # 1. **Order:** show two different replies in both orders. How often does the verdict stay with the same reply?
 # 2. **Length:** set a reply against itself with a polite sentence added. How often does the longer one win?
-# 3. **Words:** set "Dear Ida, …" against "We are sorry, Ida. …", with equal facts. How often does the first one win?
+# 3. **Words:** set "Dear Ida, …" against "Hello Ida, …", with equal facts. How often does "Dear" win?
 #
 # **Predict:** which judge has which bias? Only one is fair.
 
@@ -689,7 +694,8 @@ def regressions(reply_to):
 
 
 def chat(message):
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": message}]
+    front = [{"role": "system", "content": SYSTEM}] if SYSTEM else []
+    return [*front, {"role": "user", "content": message}]
 
 
 def reply_here(message):
@@ -796,7 +802,7 @@ expected_tokens = [
     len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
     for prompt in fifty
 ]
-with serving("--device", device.type, "--dtype", "float32") as address:
+with serving("--device", device.type) as address:
     client = OpenAI(base_url=address, api_key="not needed", max_retries=0)
     served = [ask(client, merged_folder, prompt) for prompt in fifty]
     on_server = regressions(lambda message: ask(client, merged_folder, chat(message))[0])
@@ -807,8 +813,8 @@ def equal(replies):
 
 
 lengths_equal = sum(tokens == ours for (_, tokens, _), ours in zip(served, expected_tokens))
-print(f"prompts of equal length: {lengths_equal} of 50")
-print(f"equal replies: {equal(reply for reply, _, _ in served)} of 50")
+print(f"prompts of equal length: {lengths_equal} of {len(fifty)}")
+print(f"equal replies: {equal(reply for reply, _, _ in served)} of {len(fifty)}")
 same_list = on_server == regressions(reply_here)
 print(f"the regression set, asked over HTTP: {'the same' if same_list else 'other'} replies")
 
@@ -816,8 +822,8 @@ print(f"the regression set, asked over HTTP: {'the same' if same_list else 'othe
 # All 50, and each prompt has the length that our template gives it. The length is a cheap test: if the server counts other
 # `prompt_tokens` than you do, then it does not read what the model was trained on.
 #
-# vLLM serves adapters without a merge (`--enable-lora --lora-modules desk=FOLDER`). It refuses ranks above `--max-lora-rank`, which
-# is 16 unless you raise it, adapters with `modules_to_save`, and DoRA ([Recipes](../docs/recipes.md#a-server-for-many-adapters)). For these, merge.
+# vLLM serves adapters without a merge (`--enable-lora --lora-modules desk=FOLDER`). It refuses ranks above
+# `--max-lora-rank`, adapters with `modules_to_save`, and DoRA ([Recipes](../docs/recipes.md#a-server-for-many-adapters)). For these, merge.
 #
 # ## Ship one file
 #
@@ -898,6 +904,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CAUSES = ("another template", "BOS twice", "stop token", "bfloat16", "4 bits")
+if not paths.is_shipped_base():
+    CAUSES = ()  # five copies of a large model would fill the disk
 broken = {name: runs / "broken" / name.replace(" ", "_") for name in CAUSES}
 for name, place in broken.items():
     spoilt = AutoModelForCausalLM.from_pretrained(merged_folder)
