@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapter_checks.errors import InputError
 from architectures import ARCHITECTURES
 from course_utils import paths
-from course_utils.gguf_file import write_gguf
+from course_utils.gguf_file import rounded_to_4_bits, write_gguf
 
 BASE = paths.models_dir() / "base"
 
@@ -76,3 +76,25 @@ def test_others_are_refused(tmp_path, change):
     with pytest.raises(InputError, match="convert_hf_to_gguf"):
         write_gguf(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_four_bits_are_sixteen_values_in_each_block_of_32():
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    rounded = dict(rounded_to_4_bits(AutoModelForCausalLM.from_pretrained(BASE)).named_parameters())
+    for name, weight in base.named_parameters():
+        if weight.ndim < 2:
+            assert torch.equal(rounded[name], weight)
+            continue
+        blocks, found = weight.detach().view(-1, 32)[:500], rounded[name].detach().view(-1, 32)[:500]
+        largest = blocks.abs().amax(1, keepdim=True)
+        assert ((found - blocks).abs() <= largest / 8 * 1.01 + 1e-6).all() and not torch.equal(found, blocks)
+        assert max(len(block.unique()) for block in found) <= 16
+
+
+@pytest.mark.parametrize("engine, equal", [("GGUF", 3), ("GGUF, not permuted", 0), ("bfloat16", 3)])
+def test_an_engine_is_compared_with_pytorch(engine, equal, monkeypatch, tmp_path):
+    from experiments import engines
+
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
+    monkeypatch.setattr(engines, "ROWS", 3)
+    assert engines.measure(seed=1, engine=engine) == {"rows": 3, "equal": equal, "right": equal, "right_pytorch": 3}
