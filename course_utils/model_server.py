@@ -49,7 +49,7 @@ def serving(*arguments: str, seconds: float = 120) -> Iterator[str]:
     _end_orphans()
     port = _free_port()
     command = [program, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    print("$ transformers", *command[1:], flush=True)
+    print("$ transformers serve", *arguments, flush=True)
     with tempfile.TemporaryFile() as log:
         run = subprocess.Popen(
             command,
