@@ -552,8 +552,8 @@ plotting.table(
 
 # %% [markdown]
 # Exact match gives the trained model 34%, close to the one in three that luck gives, and the rubric gives it 99%. The rubric
-# also says what is wrong at step 30: it asks for a place that was given, or leaves its sentence unfinished. A rubric has
-# blind spots, too. Ours does not look at grammar, so read samples as well.
+# also says what is wrong at step 30: it asks for a place that was given, or leaves its sentence unfinished. It
+# has blind spots, too, such as grammar, so read samples as well.
 #
 # ## Say how sure you are
 #
@@ -670,7 +670,7 @@ plotting.table(["compared", "judge", "mean", "95% interval"], rows_shown)
 # ## Keep a list of what must not break
 #
 # A **regression set** is a short list of messages with what their replies must and must not hold. You run it before each
-# release. Add messages of your own to it, and each complaint that you get.
+# release, and add each complaint that you get.
 
 # %%
 MUST = [  # message, words that the reply must hold, words that it must not
@@ -819,8 +819,8 @@ same_list = on_server == regressions(reply_here)
 print(f"the regression set, asked over HTTP: {'the same' if same_list else 'other'} replies")
 
 # %% [markdown]
-# All 50, and each prompt has the length that our template gives it. The length is a cheap test: if the server counts other
-# `prompt_tokens` than you do, then it does not read what the model was trained on.
+# All 50, and each prompt has the length that our template gives it. If a server counts other `prompt_tokens` than
+# you do, it does not read what the model was trained on.
 #
 # vLLM serves adapters without a merge (`--enable-lora --lora-modules desk=FOLDER`). It refuses ranks above
 # `--max-lora-rank`, adapters with `modules_to_save`, and DoRA ([Recipes](../docs/recipes.md#a-server-for-many-adapters)). For these, merge.
@@ -928,8 +928,7 @@ for name, place in broken.items():
 
 
 # %% [markdown]
-# All five are served by one server, since `model` in a request names the folder. A client of the second folder
-# writes the template itself.
+# One server serves all five, since `model` in a request names the folder.
 
 
 # %%
