@@ -6,8 +6,10 @@ for models as plain as the course's, and refuses all others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from adapter_checks.errors import InputError
@@ -105,6 +107,22 @@ def _interleaved(weight, heads: int):
     """The rows of each head in llama.cpp's order: 0, half, 1, half + 1, …"""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
+
+
+@contextlib.contextmanager
+def no_reading_bar() -> Iterator[None]:
+    """Inside the block transformers shows no bar while it reads a GGUF file.
+
+    The bar is tqdm's own, which no setting of transformers turns off; in a saved notebook a broken widget is left of it.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown = reader.tqdm
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def rounded_to_4_bits(model):

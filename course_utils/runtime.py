@@ -27,7 +27,6 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers goes by it too
-    os.environ["TQDM_DISABLE"] = "1"  # but for the bar of reading a GGUF file, which is tqdm's own
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()
     if "huggingface_hub" in sys.modules:
