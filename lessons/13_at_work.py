@@ -8,7 +8,7 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | clean a file of messages; train and watch the run; score replies that have no single right wording; test a judge; ship the model as a folder and as one GGUF file; serve it, break the server in four ways, and find out how |
+# | **What you'll do** | clean a file of messages; train and watch; score replies without a single right wording; test a judge; ship a folder and a GGUF file; break a server in four ways |
 # | **What you'll learn** | what to look at before a row is trained on; how to compare two models with an interval; why a model is good in the notebook and bad on the server |
 # | **What you'll need** | [lesson 3](03_lora_finetuning.ipynb) for `SFTTrainer`, [lesson 7](07_merging.ipynb) for merging; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
@@ -303,7 +303,7 @@ print(f"{len(test_rows)} to test")
 print(f"tokens of a row: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
 
 # %% [markdown]
-# A split by row leaks 24% of its test rows, and one by case none. The longest row has 90 tokens, so `MAX_LENGTH` cuts nothing.
+# A split by row leaks 24% of its test rows, and one by case none.
 #
 # ## See what the model will read
 #
@@ -834,8 +834,7 @@ print(f"the regression set, asked over HTTP: {'the same' if same_list else 'othe
 # package. The one surprise in it: llama.cpp rotates other pairs of numbers in the queries and keys, so their rows change places in
 # the file. `permute=False` forgets that.
 #
-# `transformers` reads GGUF back. llama.cpp itself is optional, because `pip install llama-cpp-python` builds it from its source, with a
-# compiler and in some minutes.
+# llama.cpp itself is optional: `pip install llama-cpp-python` builds it, which takes a compiler and some minutes.
 #
 # **Predict:** the file without the permutation has all weights and loads without a warning. How many of the 50 replies are equal?
 
@@ -1023,7 +1022,7 @@ for name, got in heard.items():
 plotting.table(["broken", "what the server's answers say", "what the folder's check says"], results)
 
 # %% [markdown]
-# The three numbers of each answer are enough. The check of the folder finds the template and the rounded weights before anybody
+# The three numbers are enough. The check of the folder finds the template and the rounded weights before anybody
 # serves them. The other two it calls `ok`: one is the client's doing, and the other one is a matter of what the model
 # was taught. **Ask the server what you asked the notebook, and compare lengths, ends and replies.**
 #
@@ -1032,7 +1031,7 @@ plotting.table(["broken", "what the server's answers say", "what the folder's ch
 # You get from a messy file to a served model in stations, and each has a number that tells whether it went well: faults found, cases on
 # one side of the split only, a loss beside what can't be learned, a rubric beside exact match, an interval beside a mean, a list of what
 # must not break, and prompts as long on the server as in training. Most of what went wrong here raised no error. So the
-# last test is always the same: ask the model over HTTP, as its users will, and compare with the replies that you had.
+# last test is: ask the model over HTTP, as its users will, and compare with the replies that you had.
 
 # %%
 plotting.table(

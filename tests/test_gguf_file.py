@@ -9,13 +9,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapter_checks.errors import InputError
 from architectures import ARCHITECTURES
 from course_utils import paths
-from course_utils.gguf_file import rounded_to_4_bits, write_gguf
+from course_utils.gguf_file import no_reading_bar, rounded_to_4_bits, write_gguf
 
 BASE = paths.models_dir() / "base"
 
 
 def read(path):
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def test_reading_shows_a_bar_unless_told_not_to(tmp_path, capfd):
+    write_gguf(BASE, tmp_path / "model.gguf")
+    capfd.readouterr()
+    with no_reading_bar():
+        read(tmp_path / "model.gguf")
+    assert "GGUF" not in capfd.readouterr().err
+    read(tmp_path / "model.gguf")
+    assert "GGUF" in capfd.readouterr().err
 
 
 def test_weights_tokens_and_template_come_back_as_they_were(tmp_path):
