@@ -202,7 +202,6 @@ def test_test_runs_the_checks_and_every_notebook_of_both_editions(checkout):
         "||-m mypy --config-file adapter_checks/pyproject.toml adapter_checks/src",
         "||-m pytest -n 2 --dist loadfile",
         f"|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 notebooks",
-        f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 solutions",
         "||-m tools.build classroom",
         f"1|{runs}|-m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 classroom/staging/source",
     ]
