@@ -323,7 +323,7 @@ def weight_picture(matrices, title):
             len(arrays),
             width_ratios=widths,
             squeeze=False,
-            figsize=(7, 6.6 * tallest / sum(widths) + 0.9 + 0.2 * lines),
+            figsize=(7, 6.6 * tallest / sum(widths) + 1.4 + 0.2 * lines),
         )
         for axes, (name, array) in zip(panels[0], arrays.items()):
             largest = float(numpy.abs(array).max()) or 1.0

@@ -214,7 +214,7 @@ W = base_model.get_submodule(first.removeprefix("base_model.model.")).weight
 change = config.lora_alpha / config.r * B @ A
 plotting.show_weights(
     {"W, frozen": W, "s·BA, the change": change, "B": B, "A": A},
-    "Two thin strips make a change as large as the weight",
+    "Two thin strips make a change of the weight's shape",
 )
 base_parameters = sum(p.numel() for p in base_model.parameters())
 adapter_parameters = sum(tensor.numel() for tensor in tensors.values())

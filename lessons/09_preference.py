@@ -258,11 +258,11 @@ made = {
     "a second model": dpo_trainer(load_start(), ref_model=load_start(), peft_config=lora_config()),
 }
 rows = []
-for name, trainer in made.items():
-    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+for name, each in made.items():
+    models = [model for model in (each.model, each.ref_model) if model is not None]
     # By address, so that a weight which two names share counts once.
     held = {p.data_ptr(): p.numel() * p.element_size() for m in models for p in m.parameters()}
-    rows.append([name, f"{sum(held.values()) / 1e6:.1f} MB", f"{loss_of(trainer):.6f}"])
+    rows.append([name, f"{sum(held.values()) / 1e6:.1f} MB", f"{loss_of(each):.6f}"])
 plotting.table(["the reference is", "weights held", "first loss"], rows)
 
 # %% [markdown]
@@ -389,12 +389,12 @@ def over(column, setting, form=".0%"):
 def sweep_table(settings):
     """Means over three seeds, with the lowest and the highest."""
     columns = ("pair_accuracy", "told_right", "untold_honest", "near_honest", "broken")
-    header = ["run", "accuracy", "right where told", "honest where not", "of near", "broken", "KL"]
+    skills = ["right where told", "honest where not", "honest, near"]
     rows = [
         [name, *(over(column, setting) for column in columns), over("divergence", setting, ".1f")]
         for name, setting in settings.items()
     ]
-    plotting.table(header, rows)
+    plotting.table(["run", "accuracy", *skills, "broken", "KL"], rows)
 
 
 sweep_table(
@@ -844,7 +844,7 @@ columns = {
 }
 title = "With more draws the share of right replies\nrises at first, then falls"
 lines = {label: over_seeds(best, column, "n") for column, label in columns.items()}
-figure, alt = sweeps.curves(lines, title, "n, replies drawn", "share of the kept replies", log=2)
+figure, alt = sweeps.curves(lines, title, "n, replies drawn", "share of the questions", log=2)
 plotting.show(figure, alt)
 at_1 = {row["seed"]: row["score"] for row in best if row["n"] == 1}
 rises = [{**row, "rise": row["score"] - at_1[row["seed"]]} for row in best]

@@ -36,7 +36,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of offloaded weights, as we ask
+logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of offloading, which we ask for
 torch.set_num_threads(1)  # as in each process below
 RUN = paths.runs_dir() / "lesson11"
 RUN.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def train(rows_at_once, accumulation=1, distributed_config=None, **options):
 
 # %%
 def main():
-    """In each process: train in the ways that the command line names, count, and save."""
+    """In each process: train in the ways that the command line names, count bytes, and save."""
     import json
     import sys
 
@@ -123,7 +123,8 @@ def main():
         trainer.save_model(way)
         if dist.get_rank() == 0:
             print(f"{way}: loss {trainer.state.log_history[-1]['train_loss']:.4f}", flush=True)
-            report = {"held": held.sizes(), "handed": {k: v // 8 for k, v in handed.items()}}
+            in_a_step = {name: size // 8 for name, size in handed.items()}
+            report = {"held": held.sizes(), "handed": in_a_step}
             with open(f"{way}.json", "w") as file:
                 json.dump(report, file)
     dist.destroy_process_group()
@@ -135,7 +136,7 @@ launch.write_script(RUN / "train.py", train, main)
 # The next cell runs what you would type in a terminal. Of its four runs, you need only plain DDP for now.
 
 # %% tags=["measured"]
-two = ("--standalone", "--nproc-per-node", "2")
+two = ("--standalone", "--nproc-per-node", "2")  # on this computer, with any free port
 launch.torchrun(*two, "train.py", "DDP", "own_tokens", "fsdp=True", "fsdp_size=2", folder=RUN)
 
 # %% [markdown]
@@ -242,7 +243,7 @@ def share(model, strategy):
 
 
 def one_step(method, strategy):
-    """The model after one step, and what it held and handed to collectives."""
+    """The model after one step, what a process held, and what it handed over to collectives."""
     import torch
     import torch.distributed as dist
     from peft import LoraConfig, get_peft_model
@@ -498,9 +499,7 @@ def show_drift(*names):
         one = drift[name]
         cells = [f"{one[at]['apart']:.1e} in {one[at]['tensors']} of {one['of']}" for at in moments]
         rows.append([name, *("equal" if " in 0 of" in cell else cell for cell in cells)])
-    plotting.table(
-        ["run", "adapters at the start", "first gradients", "after step 1", "after step 3"], rows
-    )
+    plotting.table(["run", "at the start", "first gradients", "after step 1", "after step 3"], rows)
 
 
 show_drift("a", "b", "c", "d")
@@ -549,7 +548,7 @@ plans = {
     "one GPU of 12 GB, 32 GB of memory": {0: "11GB", "cpu": "30GB"},
     "one GPU of 12 GB, 4 GB of memory": {0: "11GB", "cpu": "3GB"},
 }
-rows = []
+gpus, rows = {0: "GPU 0", 1: "GPU 1"}, []
 for name, room in plans.items():
     placed = infer_auto_device_map(
         empty, max_memory=room, no_split_module_classes=empty._no_split_modules
@@ -557,7 +556,8 @@ for name, room in plans.items():
     # A single entry with an empty name stands for the whole model.
     layers = [place for name_of, place in placed.items() if ".layers." in name_of]
     counts = collections.Counter(layers or [placed[""]] * llama_8b.num_hidden_layers)
-    rows.append([name, ", ".join(f"{number} on {place}" for place, number in counts.items())])
+    places = [f"{number} on {gpus.get(place, place)}" for place, number in counts.items()]
+    rows.append([name, ", ".join(places)])
 plotting.table(["8B in bfloat16 on", "layers"], rows)
 
 # %% [markdown]
@@ -831,7 +831,7 @@ print("room for 100: " + ", ".join(f"{rate:.0%} with {label}" for label, rate in
 
 # %%
 def estimate(shape, method, devices, strategy, rows_at_once=1, rank=16, **options):
-    """With rows of 2,048 tokens in bfloat16, and activation checkpointing."""
+    """Memory in training on rows of 2,048 tokens, in bfloat16 with activation checkpointing."""
     return memory.estimate_memory(
         shape,
         method,
@@ -913,18 +913,18 @@ for name, shape in shapes.items():
 for strategy in ("DDP", "FSDP"):
     one = found[f"lora {strategy}"]
     held = sum(one["held"][part] for part in ("weights", "gradients", "optimizer"))
-    # On two devices a ring sends half of what is handed over, and all of an all-reduce.
+    # Each of k devices sends (k - 1)/k of what it hands over, and twice that for an all-reduce.
     sent = (sum(one["handed"].values()) + one["handed"].get("all_reduce", 0)) / 2
     cells = [f"{held / GB:.3f}", "yes", f"{sent / GB:.4f}"]
     rows.append(["this course's", "lora", f"{strategy.lower()} on 2", *cells, "measured above"])
 for method, strategy, one, published in (
-    ("lora", "fsdp on 8", lora_8, "72 to 80"),
-    ("qlora", "fsdp on 2", qlora_2, "35.6"),
+    ("lora", "fsdp on 8, 8 rows at once", lora_8, "72 to 80"),
+    ("qlora", "fsdp on 2, 2 rows at once", qlora_2, "35.6"),
 ):
     fits = "yes" if one.total < 0.8 * 80 * GB else "no"
     cells = [f"{one.total / GB:.0f}", fits, f"{one.sent / GB:.1f}"]
     rows.append(["Llama 2 70B", method, strategy, *cells, f"published: {published} GB"])
-header = ["model", "method", "", "GB on each", "fits into 80 GB", "GB sent in a step", "basis"]
+header = ["model", "method", "strategy", "GB on each", "below 64 GB", "GB sent in a step", "basis"]
 plotting.table(header, rows)
 
 # %% tags=["claim"]
@@ -941,7 +941,7 @@ assert _on(8, _llama_70b, "full", "fsdp", moment_dtype="float32").total > 80e9, 
 # %% [markdown]
 # All weights of the 8B model don't fit with DDP, but fit with FSDP, which is what FSDP is for. LoRA of the 8B model fits with
 # both, and FSDP sends {{times_as_much:.0f}} times as much in each step. LoRA of the 70B model needs FSDP, or 4 bits, and all its weights don't fit
-# into eight GPUs. Most lines are only computed. (*Fits* means below 64 GB, and the published runs took more rows at once.)
+# into eight GPUs. Most lines are only computed.
 #
 # ## Internet scale, on paper
 #
