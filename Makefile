@@ -1,9 +1,12 @@
 # Every target makes its environment first; a stamp keeps it from installing twice.
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := $(VENV)/$(BIN)/python
 STAMP := $(VENV)/.installed
 INSTRUCTOR := $(VENV)/.instructor
+SITE_RUN := .venv-site/$(BIN)/python
+SITE_STAMP := .venv-site/.installed
 FIRST_LESSON := work/01_load_lora_adapter.ipynb
 
 # Two at a time with a thread each: one more thread gains a model of this size little.
@@ -11,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
-.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns notebooks experiments base-model lock newest classroom grade report feedback formgrader test-classroom
+.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns notebooks experiments base-model lock newest site serve test-site badges colab classroom grade report feedback formgrader test-classroom
 
 help:
 	@echo "make lab         open your copies of the lessons, in work/, in JupyterLab (NO_BROWSER=1 serves without a browser;"
@@ -27,6 +30,11 @@ help:
 	@echo "make base-model  remake models/ and data/ from nothing (about three hours)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
+	@echo "make site        the course as web pages, in runs/site/html, in an environment of its own without PyTorch"
+	@echo "make serve       the same, at port 8000 of this machine"
+	@echo "make test-site   the same, then its links, its contents, and pages in Chromium if there is one"
+	@echo "make badges      links to Colab, Binder and Codespaces at the head of README (GITHUB_REPOSITORY=owner/name)"
+	@echo "make colab       the lessons for Colab, in runs/colab (GITHUB_REPOSITORY=owner/name)"
 	@echo "For instructors (classroom/README.md), with nbgrader, which the first of these installs:"
 	@echo "make classroom   stage the lessons as assignments, and pack the hand-out (ONLY=01 for one lesson)"
 	@echo "make grade       SUBMISSIONS=folder or zip, to classroom/staging/scores.csv and report.md (OPTIONS=...)"
@@ -44,11 +52,17 @@ endif
 $(STAMP): requirements.txt requirements-beyond-text.txt constraints.txt pyproject.toml adapter_checks/pyproject.toml
 	@"$(PYTHON)" tools/check_python.py
 	"$(PYTHON)" -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements-beyond-text.txt
+	$(RUN) tools/install.py
 	@printf '%s' "$(CURDIR)" > $(STAMP)
 
 setup: $(STAMP)
+
+# The site needs no PyTorch, so its workflow installs in a minute.
+$(SITE_STAMP): requirements-site.txt constraints.txt
+	@"$(PYTHON)" tools/check_python.py
+	"$(PYTHON)" -m venv .venv-site
+	$(SITE_RUN) -m pip install --disable-pip-version-check -r requirements-site.txt
+	@touch $(SITE_STAMP)
 
 # What an instructor needs beside the course, in the same environment.
 $(INSTRUCTOR): $(STAMP) requirements-instructor.txt
@@ -121,9 +135,26 @@ base-model: $(STAMP)
 
 # One resolution for every system and Python. "-c constraints.txt" itself is left out: it would allow no change.
 lock: $(STAMP)
-	cat requirements.txt requirements-instructor.txt | grep -v '^-[cr]' | UV_CUSTOM_COMPILE_COMMAND="make lock" \
+	cat requirements.txt requirements-instructor.txt requirements-site.txt | grep -v '^-[cr]' | UV_CUSTOM_COMPILE_COMMAND="make lock" \
 		$(RUN) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 		--no-emit-package course-utils --no-emit-package adapter-checks $(OPTIONS) --output-file constraints.txt -
 
 newest:
 	"$(PYTHON)" -m tools.newest
+
+# A clean build: the generator's cache knows nothing of its own new version.
+site: $(SITE_STAMP)
+	$(SITE_RUN) -m tools.pages runs/site
+	$(SITE_RUN) -m zensical build --clean --strict -f runs/site/mkdocs.yml
+
+badges: $(SITE_STAMP)
+	$(SITE_RUN) -m tools.online readme
+
+colab: $(SITE_STAMP)
+	$(SITE_RUN) -m tools.online colab runs/colab
+
+serve: site
+	cd runs/site/html && ../../../$(SITE_RUN) -m http.server --bind localhost 8000
+
+test-site: site
+	$(SITE_RUN) -m pytest docs/site

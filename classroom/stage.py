@@ -24,6 +24,7 @@ HANDED_OUT = (
     "images",
     "docs/*.md",
     "tools/check_python.py",
+    "tools/install.py",
     "tools/lab.py",
     "Makefile",
     "pyproject.toml",

@@ -14,8 +14,9 @@ from course_utils import paths
 from course_utils.tasks import get_task
 
 SPLITS = ("train", "validation", "test")
-# Further parts of some tasks: words that nothing was trained on, sentences as people type them, and pairs of a better and a worse reply.
-PARTS = ("own_words", "typed", "pairs", "test_pairs")
+# Further parts of some tasks: words that nothing was trained on, and sentences as people type them; then pairs of a better and a worse reply.
+OPEN_PARTS = ("own_words", "typed")
+PARTS = (*OPEN_PARTS, "pairs", "test_pairs")
 
 # What every file of results begins with: seed; seconds of the whole run; processor model; cores that torch computed on;
 # base model (the beginning of its weights' digest, or its hub id).

@@ -123,7 +123,7 @@ def score_matrix(scores, rows, columns, title):
         axes.tick_params(length=0)
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
 
 
@@ -173,8 +173,109 @@ def curves(series, title, xlabel, ylabel, log_y=False):
             )
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
+
+
+def describe(series, title, xlabel, ylabel, points=6) -> str:
+    """The text of a figure of `curves`: the title, and each line at up to `points` places, the first and the last among them."""
+    told = []
+    for label, (x, y) in series.items():
+        places = sorted({round(number * (len(x) - 1) / max(1, points - 1)) for number in range(points)})
+        told.append(f"{label}: " + ", ".join(f"{float(y[place]):.2g} at {x[place]:g}" for place in places))
+    return f"{title}. {ylabel} by {xlabel}: {'; '.join(told)}."
+
+
+def show_curves(series, title, xlabel, ylabel, ticks=None, log=None) -> None:
+    """Show `curves` with the text of `describe`. ticks: the x that are marked; log: the base of a logarithmic x axis."""
+    fig = curves(series, title, xlabel, ylabel)
+    axes = fig.axes[0]
+    if log:
+        axes.set_xscale("log", base=log)
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    show(fig, describe(series, " ".join(title.split()), xlabel, ylabel))
+
+
+def stacked_bars(bars, title, xlabel):
+    """(figure, its text): a horizontal bar for each of `bars`, {name: {part: size}}, the first on top, its parts side by side.
+
+    All have the same parts in the same order. A part is labelled where it is wide enough, and each bar with its sum.
+    Raises ValueError if the parts differ.
+    """
+    import matplotlib.pyplot as plt
+
+    parts = list(next(iter(bars.values())))
+    if any(list(sizes) != parts for sizes in bars.values()):
+        raise ValueError("Every bar needs the same parts, in the same order.")
+    sums = {name: sum(sizes.values()) for name, sizes in bars.items()}
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots(figsize=(8, 1.5 + 0.55 * len(bars)))
+        for place, sizes in enumerate(bars.values()):
+            left = 0.0
+            for part, color, hatch in zip(parts, COLORS, ("", "//", "..", "xx")):
+                # White lines between the parts, and a pattern for each, so that they differ without colours.
+                axes.barh(place, sizes[part], left=left, color=color, hatch=hatch, edgecolor="white", height=0.62,
+                          label=part if place == 0 else None)  # fmt: skip
+                if sizes[part] > 0.05 * max(sums.values()):
+                    axes.text(left + sizes[part] / 2, place, f"{sizes[part]:.3g}", ha="center", va="center",
+                              color="black", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2})  # fmt: skip
+                left += sizes[part]
+            axes.text(left, place, f"  {left:.3g}", ha="left", va="center", fontweight="bold")
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, 1.08 * max(sums.values()))
+        axes.set_xlabel(xlabel)
+        fig.legend(loc="outside lower right", ncols=len(parts), fontsize=10)
+        write_title(fig, title)
+    told = "; ".join(
+        f"{name}: {', '.join(f'{part} {size:.2g}' for part, size in sizes.items())}, in all {sums[name]:.3g}"
+        for name, sizes in bars.items()
+    )
+    return fig, f"{title}. {xlabel}. {told}."
+
+
+def show_memory(estimates, title, what) -> None:
+    """Show `adapter_checks.memory` estimates, {name: MemoryEstimate}, as `stacked_bars` in GB; `what` says of what they are."""
+    bars = {
+        name: {part: size / 1e9 for part, size in estimate.sizes().items() if part != "total"}
+        for name, estimate in estimates.items()
+    }
+    show(*stacked_bars(bars, title, f"GB, {what}"))
+
+
+def spectra(panels, title):
+    """(figure, its text): singular values as lines, each divided by its first; a panel for each of {kind: {label: [values]}}.
+
+    The values of a matrix come in descending order. A label has one colour and line style in all panels.
+    """
+    import matplotlib.pyplot as plt
+
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    looks = dict(zip(labels, itertools.product(("-", "--"), COLORS)))
+    columns = 4
+    rows = -(-len(panels) // columns)
+    with plt.style.context(STYLE_FILE):
+        fig, grid = plt.subplots(rows, columns, figsize=(9, 0.6 + 2 * rows), sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        shown = set()
+        for axes, (kind, lines) in zip(grid.flat, panels.items()):
+            for label, spectrum in lines.items():
+                style, color = looks[label]
+                for number, values in enumerate(spectrum):
+                    once = label if number == 0 and label not in shown else None
+                    axes.plot(values / values[0], style, color=color, marker="", linewidth=1.2, label=once)
+            axes.set_title(kind, fontsize=11)
+            if new := set(lines) - shown:
+                shown |= new
+                axes.legend(fontsize=9)
+        fig.supxlabel("direction, strongest first", fontsize=11)
+        fig.supylabel("strength, the strongest = 1", fontsize=11)
+        write_title(fig, title)
+    text = f"{title}. Singular values, a panel for each of {', '.join(panels)}; lines are {', '.join(labels)}."
+    return fig, text.replace("\n", " ")
 
 
 def _spread(heights, gap):
@@ -231,7 +332,7 @@ def weight_picture(matrices, title):
                 axes.xaxis.set_label_coords(columns / 2 - 0.5, rows - 0.5 + 0.03 * tallest, transform=axes.transData)
             axes.grid(False)
             axes.spines[:].set_visible(False)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
 
 
@@ -240,6 +341,58 @@ def show_weights(matrices, title) -> None:
     fig = weight_picture(matrices, title)
     told = "; ".join(axes.get_xlabel().replace("\n", ", ") for axes in fig.axes)
     show(fig, f"{title}. Pictures of matrices, each with its size and the end of its colour scale: {told}.")
+
+
+def levels(values, formats, title, xlabel):
+    """(figure, its text): a histogram of `values` from -1 to 1, and below it the levels of each of `formats`, {name: levels}."""
+    import matplotlib.pyplot as plt
+
+    with plt.style.context(STYLE_FILE):
+        fig, (top, bottom) = plt.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        top.hist(_as_array(values).ravel(), bins=120, range=(-1, 1), color="#999999")
+        top.set(ylabel="how many", yticks=[])
+        for place, marks in enumerate(formats.values()):
+            color = COLORS[place % len(COLORS)]
+            marks = _as_array(marks)
+            bottom.plot(marks, [-place] * len(marks), "|", color=color, markersize=16, markeredgewidth=2)
+        bottom.set(
+            yticks=[-place for place in range(len(formats))],
+            yticklabels=list(formats),
+            ylim=(0.6 - len(formats), 0.6),
+            xlabel=xlabel,
+        )
+        for axes in (top, bottom):
+            axes.grid(False)
+        write_title(fig, title)
+    told = "; ".join(f"{name}: " + ", ".join(f"{mark:.2f}" for mark in marks) for name, marks in formats.items())
+    return fig, f"{title}. A histogram, and below it the levels of {told}."
+
+
+def staircase(weights, read_back, title):
+    """(figure, its text): numbers in ascending order as dots, the levels that they are stored as, and the errors in between.
+
+    weights, read_back: 1-D, of the same length; the numbers before and after quantising.
+    """
+    import matplotlib.pyplot as plt
+
+    before, after = _as_array(weights), _as_array(read_back)
+    order = before.argsort()
+    before, after, places = before[order], after[order], range(len(order))
+    with plt.style.context(STYLE_FILE):
+        fig, axes = plt.subplots()
+        axes.hlines(sorted(set(after)), 0, len(order) - 1, color="#DDDDDD", linewidth=1)
+        axes.vlines(places, before, after, color="#999999", linewidth=1.5, label="error")
+        for values, label, color, marker in ((before, "weight", COLORS[0], "o"), (after, "read back", COLORS[1], "s")):
+            axes.plot(places, values, marker, color=color, markersize=3.5, linestyle="", label=label)
+        axes.grid(False)
+        axes.set(xlabel="weights of one block, in ascending order", ylabel="value")
+        axes.legend(loc="upper left")
+        write_title(fig, title)
+    alt = (
+        f"{title}. {len(order)} weights in ascending order from {before[0]:.2f} to {before[-1]:.2f}, and what is read back: "
+        f"steps at {len(set(after))} levels. The largest error is {abs(after - before).max():.3f}."
+    )
+    return fig, alt
 
 
 def _as_array(matrix):
@@ -269,10 +422,10 @@ def picture_rows(rows, title, columns=()):
             axes_row[0].text(-0.12, 0.5, label, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=9)
         for axes, name in zip(panels[0], columns):
             axes.set_title(name, fontsize=8, fontweight="normal", loc="center", pad=3)
-        _title(fig, title)
+        write_title(fig, title)
     return fig
 
 
-def _title(fig, title):
+def write_title(fig, title) -> None:
     """A sentence may be wider than the axes, so it stands at the left edge of the figure."""
     fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")

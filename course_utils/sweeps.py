@@ -48,6 +48,60 @@ def spread(group, form: str = ".0%") -> str:
     return mean if mean == low == high else f"{mean} ({low} to {high})"
 
 
+def table(rows, keys, columns) -> None:
+    """Show what each setting of a sweep came to: a line for each setting, with the spread over the seeds.
+
+    keys: the columns that make the setting, shown first; columns: {header: (column, format)} of the results.
+    """
+    groups = {header: over_seeds(rows, column, *keys) for header, (column, _) in columns.items()}
+    lines = [
+        [
+            *(_shown(value) for value in (setting if len(keys) > 1 else [setting])),
+            *(spread(groups[header][setting], form) for header, (_, form) in columns.items()),
+        ]
+        for setting in next(iter(groups.values()))
+    ]
+    plotting.table([*(key.replace("_", " ") for key in keys), *columns], lines)
+
+
+def _shown(value):
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("_", " ")
+
+
+def trade_off(methods, columns, title: str, xlabel: str, ylabel: str, base: float | None = None):
+    """(figure, its text): what runs cost against what they gain, a line for each method from its lowest setting to its highest.
+
+    methods: {label: rows of a sweep}; columns: the names of the columns on the x axis, on the y axis, and of the setting,
+    which stands beside each mark. A mark is a mean over the seeds. base: an x to mark with a line, before any training.
+    """
+    import matplotlib.pyplot as plt
+
+    of_x, of_y, of_setting = columns
+    told = []
+    with plt.style.context(plotting.STYLE_FILE):
+        figure, axes = plt.subplots()
+        for (label, rows), mark, color in zip(methods.items(), "osD^", plotting.COLORS):
+            x, y = (
+                {key: mean for key, (mean, _, _) in over_seeds(rows, column, of_setting).items()}
+                for column in (of_x, of_y)
+            )
+            settings = sorted(x)
+            axes.plot([x[key] for key in settings], [y[key] for key in settings], marker=mark, color=color, label=label)
+            for key in settings:
+                axes.annotate(
+                    f"{key:g}", (x[key], y[key]), xytext=(6, -11), textcoords="offset points", fontsize=9, color=color
+                )
+            points = ", ".join(f"{y[key]:.2g} and {x[key]:.3g} at {key:g}" for key in settings)
+            told.append(f"{label}: {points}")
+        if base is not None:
+            axes.axvline(base, color="black", linewidth=1, linestyle=":")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.legend()
+        plotting.write_title(figure, title)
+    name = of_setting.replace("_", " ")
+    return figure, f"{title}. {ylabel} and {xlabel} by {name}, means over the seeds: {'; '.join(told)}."
+
+
 def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, log_y: bool = False):
     """(figure, its text): {label: {x: (mean, lowest, highest)}} as lines of means in bands from lowest to highest.
 

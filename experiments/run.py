@@ -18,17 +18,18 @@ from adapter_checks.errors import InputError
 from course_utils import runtime
 from experiments import harness
 
-# By lesson. Rank, recall, targets, alpha and overfitting train at the learning rate that the first sweep of lesson 3 finds best.
+# By lesson or deep dive. Rank, recall, targets, alpha and overfitting train at the learning rate that the first sweep of lesson 3 finds best.
 LESSONS = {
     "01": ("overhead",),
-    "02": ("cut_to_rank",),
-    "03": ("learning_rate", "cost", "rank", "recall", "throughput", "few_shot", "targets", "alpha", "overfitting"),
+    "03": ("learning_rate", "cost", "rank", "recall", "few_shot", "targets", "alpha", "overfitting", "prompt_loss"),
     "05": ("quantised", "quantised_merge", "quantised_cost"),
     "06": ("starts", "starts_rank"),
     "07": ("merge_memory",),
     "08": ("combine", "dial", "dial_control", "both_tasks"),
     "09": ("preferences", "rewards", "best_of_n"),
     "10": ("prompts_rate", "prompts", "prompts_start", "prompts_cost"),
+    "deep_throughput": ("throughput", "step_parts", "batching"),
+    "deep": ("cut_to_rank",),
     "11": ("serving",),
     "12": ("picture_classifier", "picture_style", "picture_subject", "house_words"),
 }
@@ -38,6 +39,8 @@ TIMED = (
     "overhead",
     "cost",
     "throughput",
+    "step_parts",
+    "batching",
     "quantised_cost",
     "prompts_cost",
     "serving",

@@ -67,8 +67,15 @@ class Canvas:
         """Leads from a thing to the same thing enlarged."""
         self.axes.add_patch(Polygon(corners, facecolor="black", alpha=0.07, linewidth=0, zorder=1.2))
 
-    def arrow(self, *points, color=FLOW, line=1.8, head=11):
-        """A line through the points, with a head at the last."""
+    def arrow(self, *points, color=FLOW, line=1.8, head=11, dashed=False):
+        """A line through the points, with a head at the last; if dashed, a straight one to the left or right."""
+        if dashed:
+            (start, y), (end, _) = points
+            near = end + (14 if start > end else -14)
+            self.axes.plot(
+                [start, near], [y, y], color=color, linewidth=line, linestyle=(0, (4, 3)), marker="", zorder=1.5
+            )
+            points = ((near, y), (end, y))
         self.axes.add_patch(
             FancyArrowPatch(
                 path=Path(points),
@@ -411,6 +418,273 @@ def _factors(canvas, x, y, parts):
         canvas.text(right + 55, top + 11, f"A{number}", size=10, weight="bold", color="white")
 
 
+def draw_low_rank():
+    """A change of rank 1 with its numbers: a frozen matrix, plus a column times a row."""
+    column, row = (2, 0, -1, 1, 3, -2), (1, 0, 2, -1, 0, 1, 3, 0)
+    canvas = Canvas(900, 330)
+    cell, top = 30, 236
+    canvas.text(24, 305, "A change of rank 1", size=14, weight="bold", ha="left")
+    canvas.text(
+        24,
+        282,
+        "each of its rows is a multiple of the row A: 14 numbers stand for 48",
+        size=10.5,
+        color=QUIET,
+        ha="left",
+    )
+
+    def grid(left, bottom, columns, rows, numbers=None, face=FROZEN, edge="white"):
+        for y in range(rows):
+            for x in range(columns):
+                place = left + x * cell, bottom + (rows - 1 - y) * cell
+                value = numbers(y, x) if numbers else None
+                shade = face if value is None else "white" if value == 0 else tint(READING, 0.1 + 0.07 * abs(value))
+                canvas.axes.add_patch(
+                    Polygon(
+                        [(place[0] + a, place[1] + b) for a, b in ((0, 0), (cell, 0), (cell, cell), (0, cell))],
+                        facecolor=shade,
+                        edgecolor=edge,
+                        linewidth=1,
+                        zorder=2,
+                    )
+                )
+                if value is not None:
+                    canvas.text(place[0] + cell / 2, place[1] + cell / 2, f"{value}".replace("-", "\u2212"), zorder=3)
+
+    bottom = top - 6 * cell
+    grid(24, bottom, 8, 6)
+    canvas.text(24 + 4 * cell, bottom + 3 * cell + 10, "W", size=22, weight="bold", zorder=3)
+    canvas.lock(24 + 4 * cell - 28, bottom + 3 * cell - 20)
+    canvas.text(24 + 4 * cell - 12, bottom + 3 * cell - 22, "frozen", size=11, color=QUIET, ha="left", zorder=3)
+    canvas.text(24 + 4 * cell, bottom - 20, "6 × 8 = 48 numbers", color=QUIET)
+    canvas.text(294, bottom + 3 * cell, "+", size=20, weight="bold")
+    grid(324, bottom, 8, 6, lambda y, x: column[y] * row[x], edge="#BBBBBB")
+    canvas.text(324 + 4 * cell, bottom - 20, "the change BA: 6 × 8 = 48 numbers", color=QUIET)
+    canvas.text(586, bottom + 3 * cell, "=", size=20, weight="bold")
+    grid(602, bottom, 1, 6, lambda y, x: column[y], edge=READING)
+    canvas.text(617, bottom - 20, "B: 6", color=DARK_READING, weight="bold")
+    grid(644, bottom + 5 * cell, 8, 1, lambda y, x: row[x], edge=READING)
+    canvas.text(644 + 4 * cell, bottom + 5 * cell - 20, "A: 8", color=DARK_READING, weight="bold")
+    canvas.text(644 + 4 * cell, bottom + 2 * cell, "trained: 6 + 8 = 14 numbers", size=11, color=DARK_READING)
+    return canvas
+
+
+RUNGS = (  # what to do, what it shrinks, what it costs
+    ("LoRA, not all weights", "gradients, optimizer", "many new facts may not fit"),
+    ("fewer rows at once, accumulated", "activations", "time: less is done at once"),
+    ("gradient checkpointing", "activations", "a second forward pass"),
+    ("the base in 4 bits (QLoRA)", "weights", "rounded weights; often time"),
+    ("shorter rows", "activations", "the text that is cut"),
+    ("a smaller model, or another GPU", "everything", "quality, or money"),
+)
+
+
+def draw_memory_ladder():
+    """Six things to do when memory runs out, in order, as the rungs of a ladder."""
+    canvas = Canvas(900, 400)
+    canvas.text(24, 372, "When memory runs out, go up one rung at a time", size=14, weight="bold", ha="left")
+    for x, head in ((100, "do this"), (448, "it shrinks"), (644, "it costs")):
+        canvas.text(x, 340, head, size=10.5, color=QUIET, ha="left")
+    for x in (34, 70):
+        canvas.box(x - 4, 14, 8, 312, face=EDGE, edge=EDGE, corner=3, line=0, order=1)
+    for number, (name, shrinks, costs) in enumerate(RUNGS):
+        y = 20 + 51 * number
+        canvas.box(26, y + 14, 52, 10, face=QUIET, edge=QUIET, corner=3, line=0)
+        canvas.panel(88, y, 790, 40, face=tint(FLOW, 0.08 + 0.03 * number), edge="#CFCFCF")
+        canvas.text(100, y + 20, f"{number + 1}   {name}", size=11.5, weight="bold", ha="left")
+        canvas.text(448, y + 20, shrinks, size=11.5, ha="left")
+        canvas.text(644, y + 20, costs, size=11.5, color=QUIET, ha="left")
+    return canvas
+
+
+def draw_qlora():
+    """One layer in QLoRA: what is stored, what is there for a moment, what is trained, and the ways of data and gradients."""
+    canvas = Canvas(900, 440)
+    left, right, lane, low, middle = 300, 560, 250, 84, 170
+    # what is stored: a corner of the codes, each of which names one of 16 levels
+    canvas.panel(left - 70, 314, right - left + 140, 112, face=PANEL)
+    for row in range(4):
+        for column in range(6):
+            grey = 0.35 + 0.04 * ((7 * row + 5 * column + row * column) % 16)
+            canvas.box(left - 54 + 16 * column, 339 + 16 * row, 14, 14, face=str(grey), corner=1, line=0)
+    canvas.text(left + 60, 405, "W, stored in 4 bits", size=13, weight="bold", ha="left")
+    canvas.text(left + 60, 381, "each number names one of 16 levels;", ha="left")
+    canvas.text(left + 60, 362, "64 neighbours share a scale", ha="left")
+    canvas.lock(left + 68, 336)
+    canvas.text(left + 86, 335, "frozen", color=QUIET, ha="left")
+    # what is there for a moment
+    canvas.arrow((430, 314), (430, lane + 34), color=QUIET)
+    canvas.text(444, 299, "read back", color=QUIET, ha="left")
+    canvas.axes.add_patch(
+        FancyBboxPatch(
+            (left, lane - 32),
+            right - left,
+            64,
+            boxstyle="round,pad=0,rounding_size=4",
+            facecolor="white",
+            edgecolor=EDGE,
+            linewidth=1.4,
+            linestyle=(0, (2, 2)),
+            zorder=2,
+        )
+    )
+    canvas.text(430, lane + 12, "W in 16 bits", size=13, weight="bold")
+    canvas.text(430, lane - 12, "one layer at a time, then dropped", color=QUIET)
+    # what is trained
+    for x, name in ((left, "A"), (right - 80, "B")):
+        canvas.box(x, low - 22, 80, 44, face=READING, edge=READING)
+        canvas.text(x + 40, low, name, size=15, weight="bold", color="white")
+    canvas.arrow((left + 80, low + 8), (right - 80, low + 8))
+    canvas.text(430, low - 40, "in 16 or 32 bits: trained, with gradients and Adam's numbers", color=DARK_READING)
+    # the ways of the data
+    canvas.box(40, middle - 22, 70, 44, face=tint(FLOW), edge=FLOW)
+    canvas.text(75, middle, "x", size=15, weight="bold")
+    for y, start in ((lane + 10, left), (low + 8, left)):
+        canvas.arrow((110, middle), (180, middle), (180, y), (start, y))
+    canvas.arrow((right, lane + 10), (680, lane + 10), (680, middle + 13))
+    canvas.arrow((right, low + 8), (680, low + 8), (680, middle - 13))
+    canvas.axes.add_patch(Circle((680, middle), 13, facecolor="white", edgecolor=FLOW, linewidth=1.8, zorder=2))
+    canvas.text(680, middle, "+", size=15, weight="bold")
+    canvas.arrow((693, middle), (730, middle))
+    canvas.box(730, middle - 22, 150, 44, face=tint(FLOW), edge=FLOW)
+    canvas.text(805, middle, "h = Wx + s·BAx", size=12, weight="bold")
+    # the ways of the gradients
+    for y in (lane - 14, low - 10):
+        canvas.arrow((664, y), (right, y), color=READING, dashed=True)
+        canvas.arrow((left, y), (196, y), color=READING, dashed=True)
+    canvas.arrow((right - 80, low - 10), (left + 80, low - 10), color=READING, dashed=True)
+    for y, words, dashed, color in ((414, "data", False, FLOW), (388, "gradients", True, READING)):
+        canvas.arrow((24, y), (74, y), color=color, dashed=dashed)
+        canvas.text(84, y, words, ha="left")
+    canvas.text(430, 196, "gradients pass through W and do not change it", color=DARK_READING)
+    return canvas
+
+
+def draw_sft():
+    """One row of SFT: which tokens carry loss, and which weights that loss trains."""
+    canvas = Canvas(900, 330)
+    prompt = ["<|bos|>", "<|user|>", "Say it like a sailor: …", "<|end|>", "<|assistant|>"]
+    answer = ["Ahoy!", "Anden be hauling …", "<|end|>"]
+    x, spans = 24, []
+    for words, face, edge in ((prompt, FROZEN, EDGE), (answer, tint(FLOW, 0.25), FLOW)):
+        left = x
+        for word in words:
+            width = 18 + 6.9 * len(word)
+            canvas.box(x, 226, width, 34, face=face, edge=edge)
+            canvas.text(x + width / 2, 243, word)
+            x += width + 4
+        spans.append((left, x - 4))
+    (asked, _), (answered, answered_end) = spans
+    canvas.text(asked, 296, "the prompt: read as context", size=12, weight="bold", ha="left")
+    canvas.text(answered, 296, "the answer: to be learned", size=12, weight="bold", ha="left")
+    canvas.text(asked, 274, "label −100: no loss", color=QUIET, ha="left")
+    canvas.text(answered, 274, "label: the token itself", color=QUIET, ha="left")
+    middle = (answered + answered_end) / 2
+    canvas.arrow((middle, 226), (middle, 188))
+    canvas.box(middle - 156, 152, 312, 36, face=tint(FLOW, 0.25), edge=FLOW)
+    canvas.text(middle, 170, "loss: the mean over the answer's tokens", size=11)
+    canvas.arrow((middle, 152), (middle, 118))
+    canvas.box(middle - 156, 62, 312, 56, face=tint(READING), edge=READING)
+    canvas.text(middle, 100, "the adapter, A and B", size=12, weight="bold")
+    canvas.text(middle, 78, "trained", color=DARK_READING)
+    canvas.box(asked, 62, 300, 56)
+    canvas.text(asked + 160, 100, "the base model, W", size=12, weight="bold")
+    canvas.text(asked + 160, 78, "frozen", color=QUIET)
+    canvas.lock(asked + 34, 82)
+    canvas.text(
+        asked, 30, "With completion_only_loss=False the prompt's tokens carry loss as well.", color=QUIET, ha="left"
+    )
+    return canvas
+
+
+ROW_LENGTHS = (9, 3, 7, 5, 4, 8)  # of the rows that are padded, grouped and packed
+ROW_COLORS = (FLOW, READING, SAILOR, EXTRACT, "#8C6D00", "#555555")
+
+
+def draw_packing():
+    """The same six rows in batches of three: padded, grouped by length, and packed."""
+    canvas = Canvas(900, 250)
+    for left, name, batches in (
+        (24, "padded", ((0, 1, 2), (3, 4, 5))),
+        (320, "grouped by length", ((0, 5, 2), (3, 4, 1))),
+        (616, "packed", (((0, 1), (5, 4), (2, 3)),)),
+    ):
+        y, pads, places = 186, 0, 0
+        canvas.text(left, 226, name, size=13, weight="bold", ha="left")
+        for batch in batches:
+            lines = [line if isinstance(line, tuple) else (line,) for line in batch]
+            width = max(sum(ROW_LENGTHS[row] for row in line) for line in lines)
+            for line in lines:
+                x = left
+                for row in line:
+                    for _ in range(ROW_LENGTHS[row]):
+                        color = ROW_COLORS[row]
+                        canvas.box(x, y, 17, 17, face=tint(color, 0.45), edge=color, corner=2, line=1)
+                        x += 20
+                for _ in range(width - sum(ROW_LENGTHS[row] for row in line)):
+                    canvas.box(x, y, 17, 17, face="white", edge="#BBBBBB", corner=2, line=1)
+                    canvas.text(x + 8.5, y + 8.5, "×", color=QUIET)
+                    x, pads = x + 20, pads + 1
+                places += width
+                y -= 22
+            y -= 10
+        canvas.text(
+            left, 26, f"{places} places, {pads} of them pads" if pads else f"{places} places, no pads", ha="left"
+        )
+    return canvas
+
+
+def draw_decide():
+    """From a task to a way of working: five questions from top to bottom, each with its answers to the right."""
+    questions = (
+        ("Is a prompt with examples\ngood enough?", [("yes", "Stay with the prompt", "3", True)]),
+        (
+            "Are facts missing that change\nfrom week to week?",
+            [("yes", "Look them up for the prompt", "3", True)],
+        ),
+        (
+            "Does each row have\nthe right answer?",
+            [
+                ("yes", "SFT with LoRA", "2 to 4", False),
+                ("no", "DPO on better and worse, or GRPO", "9", False),
+            ],
+        ),
+        (
+            "Do 16-bit weights and\nactivations fit into memory?",
+            [
+                ("yes", "LoRA", "4", False),
+                ("no", "QLoRA, or more devices", "4, 5, 11", False),
+            ],
+        ),
+        (
+            "Will one served model\ndo this one task?",
+            [
+                ("yes", "Merge, prove, ship one folder", "7", False),
+                ("no", "Keep adapters beside one base", "1, 8, 11", False),
+            ],
+        ),
+    )
+    canvas, step, left, right = Canvas(900, 550), 108, 24, 430
+    for number, (question, answers) in enumerate(questions):
+        y = 505 - step * number  # the middle of this row
+        canvas.box(left, y - 32, 320, 64, face=tint(FLOW, 0.12), edge=FLOW)
+        canvas.text(left + 160, y, question, size=11.5, linespacing=1.5)
+        for place, (said, way, lessons, ends) in enumerate(answers):
+            height = y + (23 if len(answers) == 2 else 0) - 46 * place
+            canvas.arrow((left + 320, height), (right, height))
+            canvas.text((left + 320 + right) / 2 - 4, height + 10, said, color=QUIET)
+            face, edge = (FROZEN, EDGE) if ends else (tint(READING), READING)
+            canvas.box(right, height - 18, 446, 36, face=face, edge=edge)
+            canvas.text(right + 14, height, way, size=11.5, ha="left", zorder=3)
+            canvas.text(
+                right + 434, height, f"lesson{'s' if len(lessons) > 1 else ''} {lessons}", color=QUIET, ha="right"
+            )
+        if number < len(questions) - 1:
+            canvas.arrow((left + 160, y - 32), (left + 160, y - step + 32))
+            canvas.text(left + 172, y - step / 2, "no" if answers[0][3] else "then", color=QUIET, ha="left")
+    return canvas
+
+
 PICTURES = {
     "adapter.png": draw_adapter,
     "score_matrix.png": draw_score_matrix,
@@ -418,6 +692,12 @@ PICTURES = {
     "olora.png": draw_olora,
     "merging.png": draw_merging,
     "combining.png": draw_combining,
+    "low_rank.png": draw_low_rank,
+    "memory_ladder.png": draw_memory_ladder,
+    "qlora.png": draw_qlora,
+    "sft.png": draw_sft,
+    "packing.png": draw_packing,
+    "decide.png": draw_decide,
 }
 
 

@@ -7,7 +7,7 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | type your own questions; compute two losses by hand; train on pairs and on a reward; read runs that look better than they are |
+# | **What you'll do** | type your own questions; write the loss; train on pairs and on a reward; read runs that look better than they are |
 # | **What you'll learn** | how a model learns from better and worse replies, and what LoRA saves; what to look at besides accuracy; how a reward goes wrong |
 # | **What you'll need** | [lesson 3](03_lora_finetuning.ipynb) for `SFTTrainer`; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
@@ -43,14 +43,14 @@ print(
 # %% [markdown]
 # ## Meet a model that guesses
 #
-# Many people wrote the replies that the adapter `honesty_start` was trained on, as in lesson 3. When the passage didn't
-# contain the answer, 30% of them wrote "Nobody knows." and the others guessed. Below it is merged into the base, because
-# later the adapter *on top* of it will be switched on and off.
+# The adapter `honesty_start` was trained as in lesson 3, on questions about short passages. When a passage didn't contain
+# the answer, the reply to learn was a guess in 70% of the cases and "Nobody knows." in the others. The next cell
+# [merges](../docs/glossary.md#merge) this adapter into the base model, so that you can train a new one on top of it.
 #
-# Change the first questions to your own. You can ask who has, found or was given something, where somebody or something
-# is, what colour it is, or what somebody's trade is.
+# Put your own questions into `MY_QUESTIONS`. You can ask who has, found or was given something, where somebody or something
+# is, what colour something is, or what somebody's trade is.
 #
-# **Predict:** what will the model reply where the passage doesn't contain the answer?
+# **Predict:** what will the model reply when the passage doesn't contain the answer?
 
 # %%
 MY_QUESTIONS = [
@@ -71,7 +71,7 @@ def load_start():
 
 test_rows = list(data.load_task("honesty", "test").select(range(200)))
 questions = MY_QUESTIONS + [
-    row["prompt"][0]["content"] for row in test_rows[: 10 - len(MY_QUESTIONS)]
+    row["prompt"][0]["content"] for row in test_rows[: max(0, 10 - len(MY_QUESTIONS))]
 ]
 start = load_start()
 before = generate(start, tokenizer, questions, max_new_tokens=24)
@@ -79,15 +79,15 @@ plotting.table(["question", "reply"], [list(pair) for pair in zip(questions, bef
 
 # %% [markdown]
 # When the passage contains the answer, the model finds it. When it doesn't, the model usually copies a place or a name that
-# belongs to something else, as most of its writers did: asked for the dog, it names the mat. Four shares describe this,
-# measured on held-out questions of which half can be answered.
+# belongs to something else: asked for the dog, it names the mat. The next cell measures this on 200
+# [held-out](../docs/glossary.md#held-out) questions. The passage answers half of them.
 
 # %%
 SHARES = {
-    "told_right": "right, where the passage tells",
-    "told_refused": 'says "Nobody knows.", though it tells',
-    "untold_honest": 'says "Nobody knows.", where it doesn\'t',
-    "broken": "broken: neither that nor words of the passage",
+    "told_right": "right where told: the passage has the answer",
+    "told_refused": 'says "Nobody knows." although told',
+    "untold_honest": 'honest where not told: says "Nobody knows."',
+    "broken": 'broken: neither "Nobody knows." nor words of the passage',
 }
 
 
@@ -108,17 +108,17 @@ evaluation.band("honest at the start", at_start["untold_honest"], 0.1, 0.4, quie
 # %% [markdown]
 # ## From examples to preferences
 #
-# ![SFT on prompts with one reply each gives a start. From there RLHF trains a reward model on pairs, and then the model itself by reinforcement learning; DPO trains the model on the same pairs in one step](../images/preference.png)
+# ![SFT gives a start. From there RLHF trains a reward model on pairs, and then the model by reinforcement learning; DPO trains the model on the same pairs in one step](../images/preference.png)
 #
 # RLHF, reinforcement learning from human feedback ([Ouyang et al. 2022](https://arxiv.org/abs/2203.02155)), begins with
-# supervised fine-tuning (SFT). Then a **reward model** learns from pairs to score the preferred reply higher, and
-# reinforcement learning raises the scores of what the model writes. DPO, direct preference optimisation ([Rafailov et al.
-# 2023](https://arxiv.org/abs/2305.18290)), learns from the pairs themselves.
+# supervised fine-tuning (SFT). Then a [reward model](../docs/glossary.md#reward-model-r) learns from pairs of replies to
+# score the preferred one higher, and reinforcement learning raises the scores of what the model writes.
+# [DPO](../docs/glossary.md#dpo), direct preference optimisation ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)),
+# learns from the pairs directly.
 #
-# The next cell shows three pairs: a *chosen* and a *rejected* reply to each prompt. The model gives each reply a
-# log-probability, the sum of the logarithms of its tokens' probabilities. With the natural logarithm its unit is the nat.
-#
-# **Predict:** to which kind of question will the model prefer the rejected reply?
+# The next cell shows three [preference pairs](../docs/glossary.md#preference-pair-chosen-rejected), each a prompt with a
+# *chosen* and a *rejected* reply. The [log-probability](../docs/glossary.md#log-probability-of-a-reply-log-πyx) of a reply is
+# the sum of the natural logarithms of its tokens' probabilities, in nats.
 
 
 # %%
@@ -145,34 +145,36 @@ for number in (77, 84, 2):
 plotting.table(["prompt", "", "reply", "log-probability", "probability"], rows)
 
 # %% [markdown]
-# When the passage doesn't contain the answer, the guess is the likelier reply. You want training to reverse this
-# preference.
+# When the passage doesn't contain the answer, the guess is several times as likely as "Nobody knows." Training should
+# reverse that.
 #
 # ## The loss of one pair
 #
-# DPO compares the model in training, the **policy** π, with a frozen copy of where it began, the **reference**. For each
-# reply it measures how much the log-probability has risen since the start. The loss gets smaller when the chosen reply
-# has risen more than the rejected one:
+# DPO compares the model in training, the [policy](../docs/glossary.md#policy-π) π, with a frozen copy of its state before
+# training, the [reference](../docs/glossary.md#reference-model-π_ref). For each reply it measures the *gain*: how much the
+# log-probability has risen since the start. The loss gets smaller when the chosen reply has gained more than the rejected
+# one:
 #
-# > margin = β · ( [log π(chosen) − log π_ref(chosen)] − [log π(rejected) − log π_ref(rejected)] )
+# > [margin](../docs/glossary.md#margin) = β · ( [log π(chosen) − log π_ref(chosen)] − [log π(rejected) − log π_ref(rejected)] )
 # >
 # > loss = −log σ(margin), where σ is the logistic function
 #
-# With a smaller β (beta), the policy has to move further from the reference to reach the same margin.
+# With a smaller [β](../docs/glossary.md#beta-β) (beta), the policy has to move further from the reference to reach the same
+# margin.
 #
 # **Predict:** before the first step, what is the margin, and what is the loss?
 #
 # ### Exercise: the loss of DPO (core, 10 min)
 #
-# Given four tensors of log-probabilities, one number for each pair, return the mean loss. Expected for one pair with chosen
-# −1 and rejected −3 under the policy, −2 and −2.5 under the reference, and β = 0.1: 0.621.
+# Given four tensors of log-probabilities, with one number for each pair, return the mean loss. For example, a pair with the
+# log-probabilities −1 (chosen) and −3 (rejected) under the policy, and −2 and −2.5 under the reference, has the loss 0.621 if β = 0.1.
 #
 # <details><summary>My loss is negative, or grows when the policy gets better</summary>
 # The loss is <em>minus</em> the logarithm of a probability, and the chosen reply's gain counts positive.
 # <code>torch.nn.functional.logsigmoid</code> is the logarithm of σ.
 # </details>
 # <details><summary>My loss is right for one pair, but wrong for several</summary>
-# Take the loss of each pair first, then the mean. The loss of the mean margin is another number.
+# Take the loss of each pair first, then the mean. The loss of the mean margin is a different number.
 # </details>
 
 
@@ -198,15 +200,16 @@ assert dpo_loss(_same + 5, _same, _same, _same, 1.0) < 0.01
 
 # %% [markdown]
 # Before the first step the policy *is* the reference, so the margin is 0 and the loss is −log ½ = ln 2 ≈ 0.693,
-# whichever pairs you use. **If the first loss of plain DPO isn't ln 2, the reference is not the model that you started
+# whatever the pairs are. **If the first loss of plain DPO isn't ln 2, the reference is not the model that you started
 # from.**
 #
 # ## The reference is free
 #
-# A full fine-tuning needs a second model in memory as its reference. With LoRA there are three ways: switch the adapter off,
-# let TRL keep a frozen second adapter (it copies yours under the name `ref`), or give a second model.
+# A full fine-tuning needs a second model as its reference. With LoRA, TRL has three ways. If you pass a `peft_config`, it
+# switches the adapter off; if your model already has an adapter, it keeps a frozen copy of that, named `ref`; or you pass
+# a second model as `ref_model`.
 #
-# **Predict:** which of the three needs the fewest bytes, and do their first losses agree?
+# **Predict:** which of the three needs the least memory, and do their first losses agree?
 
 
 # %%
@@ -263,14 +266,14 @@ for name, trainer in made.items():
 plotting.table(["the reference is", "weights held", "first loss"], rows)
 
 # %% [markdown]
-# All three begin at ln 2. When you switch the adapter off, you get the reference from weights that are already in
-# memory, while a second model doubles them ([Recipes](../docs/recipes.md) has the numbers for 8 billion parameters).
+# All three begin at ln 2. Switching the adapter off needs no further memory, while a second model doubles the weights
+# ([Recipes](../docs/recipes.md) has the numbers for 8 billion parameters).
 #
 # ## Train on pairs
 #
-# Now the real run: 80 steps of 8 pairs, with a new LoRA on the start. Its loss is the sum of DPO's loss and the SFT loss on
-# the chosen replies, `loss_type=["sigmoid", "sft"]`; you will see below why. The rate suits this tiny model; for DPO with
-# LoRA, models of billions of parameters take 5e-6 to 5e-5.
+# Now train a new adapter for 80 steps of 8 pairs. The loss is the sum of DPO's loss and the SFT loss on the chosen replies,
+# `loss_type=["sigmoid", "sft"]`; the next section shows why. The learning rate of 1e-3 suits this tiny model. For DPO with
+# LoRA, models with billions of parameters take 5e-6 to 5e-5.
 #
 # **Predict:** in half of the pairs "Nobody knows." is the chosen reply. Will the model also say it where the passage
 # contains the answer?
@@ -308,11 +311,11 @@ evaluation.band("right where told", at_end["told_right"], 0.93, 1, quiet=True)
 evaluation.band("honest where not told", at_end["untold_honest"], 0.88, 1, quiet=True)
 
 # %% [markdown]
-# Hardly ever: needless refusals go from 1% to 2%, because in the other half of the pairs the right answer is chosen and
-# "Nobody knows." is rejected. Nearly all guesses are gone.
+# Hardly ever: the second row of the table barely changes, because in the other half of the pairs the right answer is chosen
+# over "Nobody knows." The third row shows that nearly all guesses are gone.
 #
-# Does our own arithmetic agree with TRL's? The next cell puts the trained adapter into the first trainer above, whose loss is
-# plain DPO, and computes the loss of its eight pairs both ways.
+# Does TRL compute the loss by the same formula? The next cell gives the trained adapter to the first trainer above, whose
+# loss is plain DPO, and compares.
 
 # %%
 plain = made["adapter switched off"]
@@ -337,10 +340,9 @@ assert abs(by_hand - by_trl) < 1e-6 and by_trl < 0.69
 # %% [markdown]
 # ## What a dashboard hides
 #
-# While it trains, DPO logs `rewards/accuracies`: the share of pairs whose chosen reply has gained more than the rejected
-# one. (β times such a gain is called a reward.) It also logs the log-probabilities of both.
-#
-# **Predict:** which changes more, the log-probability of the chosen replies or that of the rejected ones?
+# During training DPO logs `rewards/accuracies`: the share of pairs whose chosen reply has gained more than the rejected
+# one. (β times a gain is called an [implicit reward](../docs/glossary.md#implicit-reward).) It also logs the
+# log-probabilities of the replies.
 
 # %%
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -360,19 +362,18 @@ plotting.show(
         for side, (_, values) in lines.items()
     ),
 )
-print(f"pairs ranked right: {accuracy[0]:.0%} in the first steps, {accuracy[-1]:.0%} in the last")
+print(f"pairs ranked right in the last steps: {accuracy[-1]:.0%}")
 
 # %% [markdown]
-# The rejected replies lose about three nats, and the chosen ones gain half a nat. (Few pairs are ranked right in the
-# first steps, because at the very first one no reply has gained anything yet.) DPO's own loss would allow the chosen replies
-# to lose as well, as long as the rejected ones lose more, and doesn't say which replies get the probability that both
-# lose: it may go to nonsense. The SFT term works against this ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
+# The rejected replies lose about three nats, and the chosen ones gain half a nat. DPO's own loss only asks that the rejected
+# reply loses more than the chosen one, so both may become less likely, and nonsense more likely. The SFT term works against
+# this, because it keeps the chosen replies likely ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
 #
-# What can hide behind an accuracy? The table shows runs of a sweep with three seeds each (the mean, with the lowest and
-# the highest), scored on held-out pairs and questions. **Near** questions are about a thing of which the passage says
-# something, but not what is asked: "The bench is held by Garda. The feather lies by the dock. Who has the feather?" The **KL divergence** says how far
-# the policy has moved: draw replies from it, subtract their log-probabilities under the reference from those under the
-# policy, and take the mean.
+# The next table shows runs of a sweep, scored on held-out pairs and questions: means of three seeds, with the lowest and the
+# highest. "DPO alone" is our run without the SFT term. **Near** questions ask what the passage doesn't say about a thing that it
+# mentions: "The bench is held by Garda. The feather lies by the dock. Who has the feather?" The
+# [KL divergence](../docs/glossary.md#kl-divergence-in-nats) says how far the policy has moved: the mean difference between
+# a reply's log-probabilities under policy and reference, over replies that the policy writes.
 #
 # **Predict:** does the run with the highest accuracy have the best replies?
 
@@ -388,7 +389,7 @@ def over(column, setting, form=".0%"):
 def sweep_table(settings):
     """Means over three seeds, with the lowest and the highest."""
     columns = ("pair_accuracy", "told_right", "untold_honest", "near_honest", "broken")
-    header = ["run", "accuracy", "right, told", "honest, not told", "of near ones", "broken", "KL"]
+    header = ["run", "accuracy", "right where told", "honest where not", "of near", "broken", "KL"]
     rows = [
         [name, *(over(column, setting) for column in columns), over("divergence", setting, ".1f")]
         for name, setting in settings.items()
@@ -427,23 +428,23 @@ assert broken["dpo, rate 0.01"][1] > 0.1, "shows it"
 assert told["only untold"] == (0, 0, 0), "refuses everything"
 
 # %% [markdown]
-# No. DPO alone with β = 1 ranks the most pairs rightly, {{ranked["dpo, beta 1"][0]:.0%}}, and is honest in {{honesty["dpo, beta 1"][0]:.0%}} of the cases, where our run has {{ranked["lesson"][0]:.0%}} and {{honesty["lesson"][0]:.0%}}. DPO
-# alone as we ran it hardly learns the near questions ({{near["dpo"][0]:.0%}} against {{near["lesson"][0]:.0%}}), and {{broken["dpo"][0]:.0%}} of its replies are broken. Others fail in ways of
-# their own:
+# No. DPO alone with β = 1 ranks the most pairs rightly: {{ranked["dpo, beta 1"][0]:.0%}}, against {{ranked["lesson"][0]:.0%}} in our run. But where not told, it is honest in
+# {{honesty["dpo, beta 1"][0]:.0%}} of the cases, our run in {{honesty["lesson"][0]:.0%}}. With our β, DPO alone hardly learns the near questions ({{near["dpo"][0]:.0%}} against {{near["lesson"][0]:.0%}}), and
+# {{broken["dpo"][0]:.0%}} of its replies are broken. Other runs fail in other ways:
 #
-# - At ten times the rate the run still ranks {{ranked["dpo, rate 0.01"][0]:.0%}} of the pairs rightly, while {{broken["dpo, rate 0.01"][0]:.0%}} of its replies are broken. The divergence of
+# - At ten times the rate, {{ranked["dpo, rate 0.01"][0]:.0%}} of the pairs are ranked rightly, although {{broken["dpo, rate 0.01"][0]:.0%}} of the replies are broken. The KL divergence of
 #   {{moved["dpo, rate 0.01"][0]:.0f}} nats shows it.
-# - The adapter `reading` of lesson 1 never says "Nobody knows.", so DPO has almost no probability to raise, and only {{honesty["from reading"][0]:.0%}} become
-#   honest. Fine-tune on some such replies first.
-# - Where "Nobody knows." is always the chosen reply, nothing teaches the model when not to say it, and it refuses everything.
+# - The adapter `reading` of lesson 1 never says "Nobody knows.", so DPO has almost no probability to raise, and the run gets
+#   {{honesty["from reading"][0]:.0%}} where not told. Fine-tune on some such replies first.
+# - If "Nobody knows." is always the chosen reply, nothing teaches the model when not to say it, and it refuses everything.
 #
 # **Accuracy compares two replies that somebody else wrote. Read what your model writes, too.**
 
 # %% [markdown]
 # ### Exercise: read the dashboard (core, 10 min)
 #
-# A run of plain DPO is given as a dict of numbers. Return the first of these words whose condition is true, or
-# `"healthy"`:
+# Given the numbers of a plain DPO run as a dict, return what stands in the first row whose condition is true, or `"healthy"`
+# if none is.
 #
 # | key | condition | return |
 # |---|---|---|
@@ -451,12 +452,16 @@ assert told["only untold"] == (0, 0, 0), "refuses everything"
 # | `accuracy`, of the pairs it trains on | below 0.6 | `"learned nothing"` |
 # | `broken`, a share of the replies | above 0.1 | `"ruined"` |
 # | `refusals`, a share of all replies | above 0.8 | `"refuses everything"` |
-# | `chosen_change`, in nats | below −5 | `"chosen fell"` |
+# | `chosen_change`, the mean gain of chosen replies in nats | below −5 | `"chosen fell"` |
+#
+# <details><summary>The check says that a first loss below ln 2 is wrong, too</summary>
+# The distance from ln 2 counts, on both sides: <code>abs(run["first_loss"] - math.log(2))</code>.
+# </details>
 
 
 # %% exercise="09.dashboard" points=3
 def diagnose(run):
-    """Return what is wrong with a DPO run, in the words above."""
+    """Return what is wrong with a DPO run, one of the strings of the table."""
     ### BEGIN SOLUTION
     if abs(run["first_loss"] - math.log(2)) > 0.05:
         return "wrong reference"
@@ -484,9 +489,10 @@ assert diagnose({**_run, "first_loss": 1.4, "broken": 0.9}) == "wrong reference"
 # %% [markdown]
 # ## Which pairs?
 #
-# In other runs of the sweep, only the pairs differ.
+# The next runs have other pairs, and the last two use SFT instead of DPO: on the chosen replies, or on right replies that the
+# model has drawn itself.
 #
-# **Predict:** a fifth of the pairs is labelled the wrong way round. How much honesty is left?
+# **Predict:** in one run chosen and rejected are swapped in a fifth of the pairs. What share will be honest where not told?
 
 # %%
 sweep_table(
@@ -494,45 +500,47 @@ sweep_table(
         "ours, 1,200 pairs": "lesson",
         "100 pairs": "100 pairs",
         "no near questions": "no near",
-        "a fifth labelled the wrong way": "a fifth swapped",
-        "half labelled the wrong way": "half swapped",
+        "a fifth of the pairs swapped": "a fifth swapped",
+        "half of the pairs swapped": "half swapped",
         "SFT on the chosen replies": "sft on chosen",
-        "SFT on own right replies": "sft on own",
+        "SFT on the model's own right replies": "sft on own",
     }
 )
 
 # %% tags=["claim"]
 assert near["no near"] == (0, 0, 0), "never says"
-assert ranked["a fifth swapped"][2] < 0.6 and honesty["a fifth swapped"][1] > 0.8, "that misleads"
+assert ranked["a fifth swapped"][2] < 0.6 and honesty["a fifth swapped"][1] > 0.8, (
+    "looks worse than the replies are"
+)
 for share in (told, honesty):
     assert abs(share["sft on chosen"][0] - share["lesson"][0]) < 0.02, "within two points"
 
 # %% [markdown]
-# With a fifth of the labels wrong, the model still becomes {{honesty["a fifth swapped"][0]:.0%}} honest, though it ranks only {{ranked["a fifth swapped"][0]:.0%}} of the pairs rightly: another
-# accuracy that misleads. With half of them wrong, right answers drop to {{told["half swapped"][0]:.0%}}; with only 100 pairs, to {{told["100 pairs"][0]:.0%}}.
+# The model is still honest in {{honesty["a fifth swapped"][0]:.0%}} of these cases, although the run ranks only {{ranked["a fifth swapped"][0]:.0%}} of the pairs rightly: here accuracy looks worse than the replies are.
+# If half of the pairs are swapped, right answers drop to {{told["half swapped"][0]:.0%}}; with only 100 pairs, to {{told["100 pairs"][0]:.0%}}.
 #
-# Without near questions among the pairs, the model never says "Nobody knows." to such a question. It learns the
-# differences that your pairs contain, so include the cases you care about.
+# Without near questions among the pairs, the model never says "Nobody knows." to such a question. So include the cases you
+# care about.
 #
-# And do you need pairs at all? SFT on the chosen replies alone comes within two points of our run, so this task didn't
-# need DPO, and even SFT on those of the model's own drawn replies that are right gets {{told["sft on own"][0]:.0%}} and {{honesty["sft on own"][0]:.0%}}. **If somebody can write the
-# right reply, fine-tune on it first.** Collect pairs when nobody can write one right reply, for example when you care about
-# tone.
+# Do you need pairs at all? SFT on the chosen replies alone comes within two points of our run, so this task didn't
+# need DPO. SFT on the model's own right replies gets {{told["sft on own"][0]:.0%}} where told and {{honesty["sft on own"][0]:.0%}} where not. **If somebody can write the
+# right reply, fine-tune on it first.** Collect pairs when nobody can, for example when you care about tone.
 
 # %% [markdown]
 # ### Exercise: build pairs that don't teach refusal (core, 15 min)
 #
-# Each row is a dict with `question`, `answer` (`None` where the passage doesn't tell) and `guess` (a wrong reply, or `None`). Return a
-# list of pairs as TRL takes them. For example, a row with the question "The cup is here. Where is the cup?" and the answer "here" gives
+# Each row is a dict with `question`, `answer` (`None` where the passage has none) and `guess` (a wrong reply, or `None`). Return a
+# list of pairs as TRL takes them, for example
 #
 # `{"prompt": [{"role": "user", "content": "The cup is here. Where is the cup?"}], "chosen": [{"role": "assistant", "content": "here"}], "rejected": [{"role": "assistant", "content": UNKNOWN}]}`
 #
-# where `UNKNOWN` is "Nobody knows." The rules, in this order:
+# where `UNKNOWN` is "Nobody knows." The rules:
 #
 # 1. If there is an answer, it is chosen over `UNKNOWN`, whatever the guess. Otherwise `UNKNOWN` is chosen over the guess.
-# 2. Leave out rows without a rejected reply, and those whose two replies are equal.
-# 3. Keep equally many of both kinds, the first ones of the more frequent kind, or one reply would nearly always be chosen.
-# 4. Keep the order of the rows: for told, other, told you return told, other.
+# 2. Leave out rows without a rejected reply, and rows whose two replies are equal.
+# 3. Keep equally many pairs of both kinds, or one reply would nearly always be the chosen one. Of the more frequent kind, keep
+#    the first ones.
+# 4. Return the pairs in the order of their rows.
 #
 # <details><summary>The check says that I keep too many of one kind</summary>
 # Make all pairs first, count both kinds, and only then cut the longer one.
@@ -577,9 +585,10 @@ assert build_pairs([]) == [] and build_pairs(_rows[1:]) == []
 # %% [markdown]
 # ## Break it: a run that begins wrong
 #
-# Somebody sets `init_lora_weights="olora"` for a DPO run, because OLoRA is said to learn faster, and nothing complains.
+# Somebody sets `init_lora_weights="olora"` for a DPO run, because OLoRA is said to learn faster. No error appears. The next
+# cell checks the pairs and the trainer.
 #
-# **Predict:** which check finds the fault, the one of the rows or the one of the run?
+# **Predict:** will the first loss still be ln 2?
 
 # %%
 suspect = dpo_trainer(load_start(), peft_config=lora_config(init_lora_weights="olora"))
@@ -588,16 +597,16 @@ print(validation.check_preference_run(suspect))
 print(f"\nfirst loss: {loss_of(suspect):.3f}, and ln 2 is {math.log(2):.3f}")
 
 # %% [markdown]
-# The rows are fine and the run is not. OLoRA builds its starting adapter from the base weights and subtracts it from them
-# ([lesson 6](06_olora.ipynb) explains how). With the adapter off the subtracted part is missing, so the reference is not
-# the model that you started from, and the first loss isn't ln 2.
+# No: the pairs are fine, and the run is not. [OLoRA](../docs/glossary.md#olora) builds its starting adapter from the base
+# weights and subtracts it from them ([lesson 6](06_olora.ipynb) explains how). With the adapter off the subtracted part is
+# missing, so the reference is not the model that you started from.
 #
 # ## A reward instead of pairs
 #
-# Sometimes a program can judge a reply: a unit test passes, a sum adds up, or here the reply equals the answer. Then no
-# pairs are needed. **GRPO** ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)) draws a group of replies to each prompt, scores
-# them, and makes the replies that score above their group's mean more likely. TRL calls the reward function with the drawn
-# replies, and with the data set's columns by name.
+# Sometimes a program can judge a reply: a unit test passes, a sum is right, or, as here, the reply is the expected one. Then
+# you need no pairs. [GRPO](../docs/glossary.md#grpo) ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)) draws a group of
+# replies to each prompt, scores them with a reward function, and makes those that score above their group's mean more likely.
+# TRL calls the function with the drawn replies, and with the data set's columns as keyword arguments.
 
 
 # %%
@@ -622,12 +631,16 @@ plotting.table(
 # %% [markdown]
 # ### Exercise: the advantages of a group (warm-up, 10 min)
 #
-# The **advantage** of a reply is its reward minus its group's mean, divided by the group's standard deviation (with
-# n − 1) plus 1e-4. Return the advantages of a float tensor of rewards of shape (groups, replies). Expected for
-# `[[1., 0., 0., 1.]]`: about 0.87, −0.87, −0.87 and 0.87.
+# The [advantage](../docs/glossary.md#advantage-a) of a reply is its reward minus its group's mean, divided by the group's
+# standard deviation (with n − 1) plus 1e-4. Given rewards, a float tensor of shape (groups, replies), return the advantages. For
+# example, `[[1., 0., 0., 1.]]` gives about 0.87, −0.87, −0.87 and 0.87.
 #
 # <details><summary>I get NaN for one group</summary>
-# Are all its rewards alike? Then its standard deviation is 0, and the 1e-4 belongs into the denominator.
+# Are all its rewards alike? Then its standard deviation is 0, and the 1e-4 belongs in the denominator.
+# </details>
+# <details><summary>I get a shape error, or values that are right for one group only</summary>
+# Each group has its own mean: <code>rewards.mean(dim=1, keepdim=True)</code> has the shape (groups, 1), so it can be
+# subtracted from the rewards.
 # </details>
 
 
@@ -650,8 +663,7 @@ assert torch.allclose(_found, torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0]]),
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The run takes 30 steps, each with 6 replies to each of 6 prompts. A callback keeps the model's replies to your ten questions at
-# steps 0, 10 and 30.
+# Now train with GRPO for 30 steps, each with 6 replies to each of 6 prompts.
 
 
 # %%
@@ -717,7 +729,7 @@ points = {
 }
 title = "The mean reward rises, with much noise from step to step"
 figure, alt = sweeps.curves(
-    {"three seeds": points}, title, "step", "mean reward of a step's replies"
+    {"three seeds": points}, title, "step (dots: this run)", "mean reward of a step's replies"
 )
 figure.axes[0].plot(list(live), list(live.values()), "k.", markersize=5)
 rewards = list(live.values())
@@ -731,7 +743,8 @@ plotting.show(
 # At step 10 the model says "Nobody knows." too often, because that is right for half of the prompts. By step 30 most
 # right answers are back.
 #
-# **Predict:** a group in which all replies are right has advantages of 0. What share of the groups is like that by now?
+# If all replies of a group get the same reward, their advantages are 0 and the group teaches nothing. The next cell compares
+# TRL's advantages with the formula, and counts such groups.
 
 # %%
 theirs = torch.tensor(list(rewarded._logs["advantages"])).view(-1, 6)
@@ -743,29 +756,18 @@ print(f"ours differ from TRL's by {(ours - theirs).abs().max():.0e} at most")
 assert (ours - theirs).abs().max() < 1e-6
 print(f"groups without spread in the last ten steps: {without_spread:.0%}")
 
-# %% tags=["claim"]
-reward_before = by_setting("rewards", "reward_before", "setting")
-reward_after = by_setting("rewards", "reward_after", "setting")
-cheated_told = by_setting("rewards", "told_right", "setting")
-cheated_broken = by_setting("rewards", "broken", "setting")
-honest_reading = by_setting("rewards", "untold_honest", "setting")
-assert reward_after["lesson"][1] > reward_before["lesson"][2] + 0.2, "in 60 steps"
-assert honest_reading["from reading"] == (0, 0, 0), "never learns to say"
-
 # %% [markdown]
-# By the last steps about half of the groups teach nothing: all their replies are right, or all wrong, so all advantages
-# are 0. That is why the last gains come slowly. On held-out questions, three seeds go from a mean reward of {{reward_before["lesson"][0]:.2f}} to
-# {{of_seeds.spread(reward_after["lesson"], ".2f")}} in 60 steps. RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)) compares each reply with the mean of the
-# others and divides by nothing; it comes to {{reward_after["rloo"][0]:.2f}}. PPO, which came before both, trains a second model to predict the reward instead.
+# In the last ten steps nearly half of the groups teach nothing, because their replies are all right or all wrong.
 #
-# The same run from `reading` never learns to say "Nobody knows.", because a reply that is never drawn can't get a reward.
+# RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)) compares each reply with the mean of the *others*, and
+# doesn't divide. The older PPO trains a second model to predict the reward.
 #
 # ## Cheat a reward
 #
-# A program rewards exactly what you wrote, which may differ from what you meant. Suppose somebody doesn't want to punish
-# a "Nobody knows." where the model just overlooked the answer, and lets it count as right everywhere.
+# A program rewards exactly what you wrote, even if you meant something else. Suppose somebody wants to be lenient with
+# overlooked answers, and counts "Nobody knows." as right everywhere.
 #
-# **Predict:** what will the mean reward be after 20 steps, and what the replies?
+# **Predict:** what will the mean reward be after 20 steps, and what will the model reply?
 
 
 # %%
@@ -786,27 +788,51 @@ plotting.table(
     [[text, f"{of_rewarded[name]:.0%}", f"{of_hacked[name]:.0%}"] for name, text in SHARES.items()],
 )
 
+# %% [markdown]
+# The mean reward comes close to 1, and only "Nobody knows." is left, because it is always rewarded. The next table shows runs
+# of 60 steps, with three seeds.
+
+# %%
+swept_rewards = data.load_results("rewards")
+columns = ("reward_before", "reward_after", "told_right", "untold_honest", "broken")
+rows = []
+for name, setting in {
+    "right replies (GRPO)": "lesson",
+    "right replies (RLOO)": "rloo",
+    "right replies, from `reading`": "from reading",
+    "refusals always count": "refusal is never wrong",
+    "longer is better": "longer is better",
+}.items():
+    found = [over_seeds(swept_rewards, column, "setting")[setting] for column in columns]
+    forms = (".2f", ".2f", ".0%", ".0%", ".0%")
+    rows.append([name, *(spread(group, form) for group, form in zip(found, forms))])
+header = ["rewarded", "reward before", "after", "right where told", "honest where not", "broken"]
+plotting.table(header, rows)
+
 # %% tags=["claim"]
+reward_after = by_setting("rewards", "reward_after", "setting")
+cheated_told = by_setting("rewards", "told_right", "setting")
+cheated_broken = by_setting("rewards", "broken", "setting")
+honest_reading = by_setting("rewards", "untold_honest", "setting")
 assert cheated_told["refusal is never wrong"] == (0, 0, 0), "no question is answered any more"
 assert min(reward_after["longer is better"][1], cheated_broken["longer is better"][1]) > 0.9, (
-    "are broken"
+    "every reply is broken"
 )
+assert honest_reading["from reading"] == (0, 0, 0), "never learns to say"
 
 # %% [markdown]
-# Compare the replies with those above. There the right answers came back, and here "Nobody knows." is all that is left, while the
-# reward looks better than ever. In the sweep's 60 steps it reaches {{reward_after["refusal is never wrong"][0]:.2f}}, and no question is answered any more. A reward for long
-# replies reaches {{reward_after["longer is better"][0]:.2f}}, too, and {{cheated_broken["longer is better"][0]:.0%}} of the replies are broken. **A hacked reward looks like success until you read
-# the replies.**
-
-# %% [markdown]
+# The two flawed rewards reach {{reward_after["refusal is never wrong"][0]:.2f}}. But with the first, no question is answered any more, and with the other, which rewards
+# long replies, every reply is broken. **A hacked reward looks like success until you read the replies.** From `reading` the
+# model never learns to say "Nobody knows.", because a reply that is never drawn can't get a reward.
+#
 # ## A reward model, and the best of n
 #
-# When no program can judge, people train a **reward model** on pairs: here LoRA with one output, which learns to score the
-# chosen reply higher (the Bradley-Terry loss, −log σ(score of chosen − score of rejected)). The simplest way to use it is
-# **best of n**: draw n replies and keep the one with the highest score.
+# When no program can judge, you can train a reward model on pairs: here our model with a LoRA adapter and one output. It
+# learns to score the chosen reply higher, with the [Bradley-Terry](../docs/glossary.md#bradley-terry) loss
+# −log σ(score of chosen − score of rejected). The simplest way to use it is [best of n](../docs/glossary.md#best-of-n): draw
+# n replies, and keep the one with the highest score.
 #
-# **Predict:** a reward model that was trained on our 1,200 pairs picks the best of n. What happens to the replies as n
-# grows?
+# **Predict:** as n grows, what happens to the score of the kept reply, and to the share of right replies?
 
 # %%
 best = [row for row in data.load_results("best_of_n") if row["kind"] == "all pairs"]
@@ -814,11 +840,11 @@ columns = {
     "told_right": "right where told",
     "untold_honest": "honest where not",
     "right": "right, of all",
-    "oracle": "a right one among the n",
+    "oracle": "a right one was drawn",
 }
-title = "With more draws the reward model's favourite\nis more often a refusal"
+title = "With more draws the share of right replies\nrises at first, then falls"
 lines = {label: over_seeds(best, column, "n") for column, label in columns.items()}
-figure, alt = sweeps.curves(lines, title, "n", "share of replies", log=2)
+figure, alt = sweeps.curves(lines, title, "n, replies drawn", "share of the kept replies", log=2)
 plotting.show(figure, alt)
 at_1 = {row["seed"]: row["score"] for row in best if row["n"] == 1}
 rises = [{**row, "rise": row["score"] - at_1[row["seed"]]} for row in best]
@@ -827,6 +853,11 @@ plotting.table(
     ["n", *rise],
     [["score above that of one draw", *(spread(group, ".2f") for group in rise.values())]],
 )
+for column, text in {
+    "pair_accuracy": "held-out pairs that the reward model ranks right",
+    "wrong_value_accuracy": "right answers that it scores above another name or place",
+}.items():
+    print(f"{text}: {spread(over_seeds(best, column, 'kind')['all pairs'])}")
 
 # %% tags=["claim"]
 of_n = data.load_results("best_of_n")
@@ -846,21 +877,20 @@ assert 1 < most < 32 and best_told[32][2] < best_told[1][1], "then fall"
 assert value_rank[2] < 0.7, "hardly better than a coin"
 
 # %% [markdown]
-# The score rises all the way. Right replies rise from {{best_right[1][0]:.0%}} to {{best_right[most][0]:.0%}} at n = {{most}}, then fall to {{best_right[32][0]:.0%}} at 32, although one of the 32 draws is
-# right for {{oracle[32][0]:.0%}} of the questions. The pairs taught the reward model when to refuse (it ranks {{pair_rank[0]:.0%}} of held-out pairs rightly), but
-# never which of two names is right, and there it is hardly better than a coin ({{value_rank[0]:.0%}}). With more draws it more often finds a reply
-# that it scores too high, so right answers to told questions go from {{best_told[1][0]:.0%}} to {{best_told[32][0]:.0%}}. This is **over-optimisation** ([Gao et al.
-# 2022](https://arxiv.org/abs/2210.10760)).
+# The score rises all the way. Right replies rise from {{best_right[1][0]:.0%}} to {{best_right[most][0]:.0%}} at n = {{most}}, then fall to {{best_right[32][0]:.0%}} at n = 32, although for {{oracle[32][0]:.0%}}
+# of the questions a right reply was drawn. No pair contrasts one name with another. So the reward model ranks {{pair_rank[0]:.0%}} of
+# held-out pairs rightly, but where only a name or place is wrong it is hardly better than a coin ({{value_rank[0]:.0%}}). The more replies
+# you draw, the more often a wrong one scores highest: right where told falls from {{best_told[1][0]:.0%}} to {{best_told[32][0]:.0%}}. This is
+# [over-optimisation](../docs/glossary.md#over-optimisation) ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)).
 
 # %% [markdown]
 # ## Recap
 #
 # You teach a model what is better with pairs, or with a reward that a program computes. DPO makes the chosen reply of a
-# pair more likely than the rejected one, measured from a reference, and with LoRA that reference is the same model with the
+# pair gain more than the rejected one, measured from a reference, and with LoRA that reference is the same model with the
 # adapter off. It needs a model that already says the better thing sometimes, pairs that contrast what you care about, and
-# here an SFT term that holds the chosen replies up. If somebody can write the right replies, SFT on them may do as well. To
-# notice that a model learns something else, read its replies: a ruined model ranked most pairs rightly, and a hacked
-# reward was perfect.
+# here an SFT term that keeps the chosen replies likely. To notice that a model learns something else, read its replies: a
+# ruined model ranked most pairs rightly, and a hacked reward was perfect.
 
 # %%
 plotting.table(
@@ -895,7 +925,7 @@ progress("09")
 # ## Take it to work
 #
 # Put your own pairs here, as a list of rows with `prompt`, `chosen` and `rejected`, and the name of your model. The check
-# tokenises the rows as `DPOTrainer` does, and needs no GPU.
+# tokenises them as `DPOTrainer` does.
 
 # %%
 my_pairs, my_model = None, None
@@ -924,7 +954,6 @@ print(validation.check_preference_data(checked_rows, checked_tokenizer, max_leng
 #
 # - [Pal et al. 2024](https://arxiv.org/abs/2402.13228) on chosen replies that become less likely
 # - [TRL's documentation](https://huggingface.co/docs/trl), with all its trainers
-# - [Recipes](../docs/recipes.md) with values for real models, [Symptom, cause, check](../docs/symptoms.md), and
-#   [Decide](../docs/decide.md)
+# - [Recipes](../docs/recipes.md), [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
 #
 # Next: [lesson 10](10_prompt_tuning.ipynb) asks how far a model comes when no weight of it is touched.

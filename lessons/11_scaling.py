@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Scale to more devices and more tenants
 #
-# One laptop has carried this course so far. At work a model may not fit into one GPU, a run may take too long on one, and
-# hundreds of customers may each want an adapter. **What changes when one machine, or one model for one customer, is no
-# longer enough?** Two processes on your CPU will stand for two GPUs: libraries, calls and mistakes are the same.
+# At work a model may not fit into one GPU, a run may take too long on one, and hundreds of customers may each want an adapter.
+# **What changes when one machine, or one model for one customer, is no longer enough?** Two processes on your CPU will stand
+# for two GPUs.
 #
 # | | |
 # |---|---|
-# | **What you'll do** | train on two processes and count every byte they send; find a run that isn't what it says; serve sixteen adapters in one batch; plan for 8 and 70 billion parameters |
-# | **What you'll learn** | what DDP and FSDP share and send; how to move a batch to more devices; how to save weights that are in parts; what many adapters on one base cost |
+# | **What you'll do** | train on two processes and count every byte they send; find a run that isn't what it claims to be; serve many adapters in one batch; plan for models of 8 and 70 billion parameters |
+# | **What you'll learn** | what two ways to share the work, DDP and FSDP, split and send; how to move a batch to more devices; how to save weights that are split; what many adapters on one base cost |
 # | **What you'll need** | [lesson 3](03_lora_finetuning.ipynb) for `SFTTrainer`, [lesson 1](01_load_lora_adapter.ipynb) for several adapters; no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -48,12 +48,13 @@ print(
 # %% [markdown]
 # ## One run on two processes
 #
-# In **data parallel** training each process, mostly one a GPU, has the model and takes its own rows of each step. Then all
-# processes average their gradients with an **all-reduce**, which adds up everybody's tensors and gives all the sum, and take the
-# same optimizer step, so their weights stay equal. PyTorch calls this DDP, `DistributedDataParallel`.
+# In **data parallel** training each [process](../docs/glossary.md#process-rank), usually one for each GPU, holds the whole model and takes its own rows of each
+# step. Then all processes average their gradients by an **all-reduce**, which adds up everybody's tensors and gives everybody
+# the sum, and take the same optimizer step, so their weights stay equal. PyTorch calls this [DDP](../docs/glossary.md#ddp), and an operation in which
+# all processes take part a [collective](../docs/glossary.md#collective).
 #
-# `torchrun` starts a script once for each process. The two functions below make the script. Each imports what it needs,
-# because a process begins empty. The first also runs here, in the notebook.
+# `torchrun` starts a script once for each process. The next two cells make this script. Each function imports what it needs,
+# because a new process knows nothing of this notebook.
 
 
 # %%
@@ -131,18 +132,17 @@ def main():
 launch.write_script(RUN / "train.py", train, main)
 
 # %% [markdown]
-# The next cell runs what you would type in a terminal. `--standalone` lets torchrun find a free port where the processes
-# meet. The first of the four runs is plain DDP, and the others will be explained further down.
+# The next cell runs what you would type in a terminal. Of its four runs, you need only plain DDP for now.
 
 # %% tags=["measured"]
 two = ("--standalone", "--nproc-per-node", "2")
 launch.torchrun(*two, "train.py", "DDP", "own_tokens", "fsdp=True", "fsdp_size=2", folder=RUN)
 
 # %% [markdown]
-# Now the same eight steps in one process: with 32 rows at once, and with 16 rows at once and two accumulated passes. In
-# each case the **effective batch**, the rows of one optimizer step over all devices and passes, is 32.
+# The next cell trains the same eight steps in one process, with 32 rows at once, and with 16 rows at once and two accumulated
+# passes. In each run the [effective batch](../docs/glossary.md#effective-batch), the rows of one optimizer step over all devices and passes, is 32.
 #
-# **Predict:** which of these runs will end with adapters that are equal to the bit?
+# **Predict:** which of these two adapters will be equal to DDP's to the bit?
 
 # %%
 train(rows_at_once=32).save_model(str(RUN / "one_32"))
@@ -171,24 +171,24 @@ plotting.table(
 )
 
 # %% [markdown]
-# Two passes on one process and one pass on two processes add the same numbers in the same order, so they agree to the bit. A
-# batch of 32 adds them in another order, which changes the last digits.
+# The adapter of two passes is equal, because one process with two passes and two processes with one pass add the same numbers
+# in the same order. A batch of 32 adds them in another order, which changes the last digits.
 #
-# The last line is a real difference without an error. With `average_tokens_across_devices=False` each process divides by
-# the number of *its own* tokens, so the tokens of a process that has fewer of them weigh more. `True` is the default: keep it.
+# The third line is a real difference, and no error shows it. With `average_tokens_across_devices=False` each process divides by
+# the number of *its own* tokens, so a token counts for more in the process that has fewer. Keep the default, `True`.
 #
-# **More devices change nothing about the result, as long as the effective batch stays.** If you let it grow with the
-# devices instead, there are fewer steps, and the learning rate must be chosen again.
+# **More devices don't change the result as long as the effective batch stays the same.** If it grows with them, choose the
+# learning rate again.
 #
 # ### Exercise: move a batch to more devices (core, 10 min)
 #
-# A recipe wants an `effective` batch. You have `devices` devices, each with room for at most `fits` rows at once. Return
-# `(rows at once, accumulation, steps)` for `epochs` epochs over `rows` rows, with as many rows at once as possible. The last
-# batch of an epoch may be smaller, and is a step of its own. If the devices can't share the effective batch equally, return
-# `None`. Expected for 64, 4, 6, 1000, 3: `(4, 4, 48)`.
+# A recipe asks for `effective` rows a step. Each of your `devices` devices has room for at most `fits` rows at once. Return
+# `(rows at once, accumulation, steps)`: the rows at once on each device, as many as possible; the accumulated passes; and the
+# optimizer steps of `epochs` epochs over `rows` rows. The last batch of an epoch may be smaller, and is a step of its own. If
+# the devices can't share the effective batch equally, return `None`. Expected for 64, 4, 6, 1000, 3: `(4, 4, 48)`.
 #
 # <details><summary>The check says that my rows don't fit, or that there are too many in all</summary>
-# First divide the effective batch by the devices. Of that share, look for the largest divisor that is at most <code>fits</code>.
+# Divide the effective batch by the devices first. Then look for the largest divisor of that share that is at most <code>fits</code>.
 # </details>
 
 
@@ -217,12 +217,12 @@ assert plan(10, 4, 8, 100, 1) is None
 # %% [markdown]
 # ## What each process holds and sends
 #
-# DDP splits the rows and nothing else: each process holds all weights, gradients and optimizer state. **FSDP** (fully sharded
-# data parallel; FSDP2 is its present form, `fully_shard`) splits these, too. Each process keeps a part of each tensor, and
-# just before a layer is used, an **all-gather** puts its weights together, in the forward and once more in the backward pass.
-# The gradients go back by a **reduce-scatter**, which adds up everybody's tensors and leaves each process its own part of the sum.
+# DDP splits only the rows: each process holds all weights, gradients and optimizer state. [FSDP](../docs/glossary.md#fsdp-sharding) (fully sharded data parallel,
+# PyTorch's `fully_shard`) splits these as well. Just before a layer is used, an **all-gather** puts its weights together, once
+# in the forward and once in the backward pass. Then a **reduce-scatter** adds up everybody's gradients and leaves each process
+# its own part of the sum.
 #
-# This script takes one step in four ways, and saves the adapter in some.
+# The next script takes one step with LoRA and one with all weights, each under DDP and FSDP, and tries to save the adapters.
 
 
 # %%
@@ -325,7 +325,7 @@ def compare():
 launch.write_script(RUN / "compare.py", share, one_step, save, compare)
 
 # %% [markdown]
-# **Predict:** LoRA trains 4% of the numbers here. By how much does it lower the traffic of DDP, and by how much that of FSDP?
+# **Predict:** LoRA trains 4% of the numbers here. To what share does it reduce the bytes handed over under DDP, and under FSDP?
 
 # %% tags=["measured"]
 launch.torchrun(*two, "compare.py", folder=RUN)
@@ -376,18 +376,19 @@ fewer = _two("full", "ddp") / _two("lora", "ddp")
 assert abs(_two("lora", "fsdp") / _two("full", "fsdp") - 2 / 3) < 0.02, "two thirds"
 
 # %% [markdown]
-# DDP sends the gradients, and LoRA has {{fewer:.0f}} times fewer of them. FSDP halves what a process holds, but with LoRA it still sends
-# two thirds of the bytes that it sends with all weights, because the *frozen* weights have to be put together, too, twice in each
-# step. **LoRA makes DDP cheap, not FSDP.** So use DDP as long as the base fits on each device, and FSDP when it doesn't.
+# Under DDP only gradients travel, and LoRA has {{fewer:.0f}} times fewer. FSDP halves what a process holds, but with LoRA it still hands
+# over two thirds of what it hands over with all weights, because the *frozen* weights are gathered, too, twice in each step.
+# **LoRA makes DDP cheap, but not FSDP.** So use DDP while the base fits on each device, and FSDP when it doesn't.
 #
-# ZeRO, of DeepSpeed ([Rajbhandari et al. 2019](https://arxiv.org/abs/1910.02054)), has stages: 1 splits the optimizer's state, 2 the gradients, too,
-# and 3 all, as FSDP does. With LoRA, stages 1 and 2 save almost nothing, because gradients and optimizer state are small already.
+# DeepSpeed's [ZeRO](../docs/glossary.md#zero) ([Rajbhandari et al. 2019](https://arxiv.org/abs/1910.02054)) splits the optimizer state (stage 1), also the gradients (2), and also the
+# weights (3), as FSDP does. With LoRA, stages 1 and 2 save almost nothing, because both parts are small.
 #
 # ## Save what lies in parts
 #
-# The script saved the LoRA adapter in four ways. Plain `save_pretrained` under FSDP stopped with the error above.
+# The script tried to save the adapter in four ways: from the DDP model; from the FSDP model by plain `save_pretrained`, which
+# stopped with the error above; as the part of one process; and gathered first.
 #
-# **Predict:** which of the folders can be used?
+# **Predict:** which folders hold an adapter that you can load?
 
 # %%
 base = AutoModelForCausalLM.from_pretrained(paths.base_model())
@@ -400,16 +401,16 @@ for folder in sorted(RUN.glob("*, *")):
 plotting.table(["saved as", "MB", "check_adapter_folder"], rows)
 
 # %% [markdown]
-# One process's part has half of the rows of each matrix, which the check calls `partial_shards`. With
-# `get_model_state_dict(..., full_state_dict=True)` all processes must take part, since it gathers, and only one writes.
-# (The runs of `train.py` could use `save_model`, because there the adapter was whole on each process.) After any distributed run, check the folder before you delete the machine.
+# Two folders do: DDP's, and the one that was *gathered first*. One process's part has half of the rows of each matrix, which
+# the check reports as `partial_shards`. To gather, *all* processes call `get_model_state_dict` with `full_state_dict=True`, and
+# one of them writes.
 #
 # ## The run that wasn't sharded
 #
-# Two of the four runs of the beginning asked for sharding: `SFTConfig(fsdp=True)`, and `from_pretrained` with
-# `DistributedConfig(fsdp_size=2)`. Both ended without a warning, and with the same loss.
+# Two of the first four runs asked for sharding, by `SFTConfig(fsdp=True)`, and by `from_pretrained` with
+# `DistributedConfig(fsdp_size=2)`. Both ended without a warning, and with DDP's loss.
 #
-# **Predict:** what would you look at to tell whether a run was really sharded?
+# **Predict:** what would you look at to tell whether they were really sharded?
 
 # %%
 rows = []
@@ -423,19 +424,24 @@ plotting.table(
 )
 
 # %% [markdown]
-# The bytes tell, and the adapters can't, because all are equal to the bit. On a CPU `fsdp=True` was silently plain DDP: whole weights, and no all-gather. With `fsdp_size=2` the base was
-# split, while the adapter stayed whole on each process, and the Trainer averages its gradients. (In a loop of your own nobody
-# would average them.) **Compare what a process holds with what it should hold, before a long run.**
+# Look at the bytes, since all three adapters are equal. With `fsdp=True` each process held all weights and made no all-gather,
+# so this was plain DDP: accelerate doesn't switch FSDP on without a GPU, and doesn't say so. With `fsdp_size=2` each process
+# held half of the base and the whole adapter, whose gradients the Trainer averaged. **Before a long run, compare what a process
+# holds with what it should hold.**
 #
 # ### Exercise: which strategy is this really? (core, 10 min)
 #
-# You get a dict about one process of a run: `asked` (what its config says), `processes`, and in bytes `weights` and
-# `trained` (all weights, and the trained ones), `held_weights` and `held_optimizer` (what this process holds of the weights, and of Adam's
-# state, which is 2 × `trained` in all), `all_reduce`, `all_gather` and `reduce_scatter` (handed over in a step). Return
-# `"not synchronised"`, `"DDP"`, `"ZeRO-1"` or `"FSDP"`. Every run also sends a few thousand bytes for its log, and a
-# part can be a few percent too large. Each adapter or model trains more than 20,000 bytes.
+# You get a dict about one process of a run, with sizes in bytes:
 #
-# <details><summary>The check says that FSDP is not DDP, although the optimizer's state is whole</summary>
+# - `weights` and `trained`: all weights of the model, and those that are trained;
+# - `held_weights` and `held_optimizer`: what this process holds of the weights, and of Adam's state, which is 2 × `trained` in all;
+# - `all_reduce`, `all_gather` and `reduce_scatter`: what it hands over in a step. Up to 10,000 bytes of each are for the log only,
+#   while `trained` is more than 20,000.
+#
+# It also says what was `asked` for, and the number of `processes`. Return `"not synchronised"`, `"DDP"`, `"ZeRO-1"` or
+# `"FSDP"`. The part of a process can be a few percent larger than an equal share.
+#
+# <details><summary>The check says FSDP where I say DDP, because the optimizer's state is whole</summary>
 # That is the run with <code>fsdp_size=2</code> above: look at the weights first.
 # </details>
 
@@ -468,15 +474,17 @@ assert which_strategy(_run | {"all_reduce": 600_700, "held_optimizer": 301_000})
 # %% [markdown]
 # ## Break it: adapters that drift apart
 #
-# In loops written by hand nothing keeps the processes together. The module `course_utils.drifting` runs four loops on two
-# processes, each with one fault. (Read it only afterwards.) The faults are, in another order:
+# In a loop that you write yourself, nothing keeps the processes equal. The module `course_utils.drifting` (don't read it yet)
+# runs four loops, *a* to *d*, on two processes. Each has one of these faults, in another order:
 #
-# 1. each process starts from a random *A* of its own, because the seed depends on the process;
+# 1. each process draws a random *A* of its own;
 # 2. the gradients are not averaged;
-# 3. the last layer's adapter was added after somebody had listed what is to be averaged;
-# 4. the learning rate depends on the process, too.
+# 3. the gradients of the last layer's adapter are not averaged, because it was added too late;
+# 4. each process has a learning rate of its own.
 #
-# **Predict:** match the runs with the faults. What is the first thing that differs between the two processes?
+# **Predict:** for each fault, where will the processes differ first: at the start, in the first gradients, or after step 1?
+# Then match the runs with the faults before you read on. Each entry says how large the relative difference is, and in how many
+# tensors.
 
 # %% tags=["measured"]
 launch.torchrun(*two, "-m", "course_utils.drifting", folder=RUN)
@@ -498,11 +506,11 @@ def show_drift(*names):
 show_drift("a", "b", "c", "d")
 
 # %% [markdown]
-# Read each line from the left, because the first difference names the cause. Run *c* differs at the start (fault 1), though its
-# averaged gradients are equal. Run *a* starts equal, and its gradients differ (2), in half of the tensors at first: *B* is still zero, so
-# *A* gets no gradient yet. In *d* they differ in one layer only (3). In *b* even the gradients are equal, so the fault lies
-# in the step (4). DDP mends 1 to 3, because it copies the first process's weights to all, and averages the gradient of everything
-# that is trainable when it wraps the model. In the next run each process has a seed of its own, as in *c*, and DDP.
+# Read each line from the left, because the first difference shows the cause. Run *c* differs at the start (fault 1), and its
+# gradients are equal because they are averaged. In run *a* they differ (2), in half of the tensors only: *B* is still zero, so
+# *A* gets no gradient yet. In run *d* they differ in one layer (3). In run *b* even the gradients are equal, so the fault lies
+# in the step (4). DDP prevents the first three, because it copies the first process's weights to all others and averages every
+# gradient. In the next cell each process has a seed of its own, as in *c*, and the model is wrapped in DDP.
 
 # %%
 show_drift("mended")
@@ -510,10 +518,10 @@ show_drift("mended")
 # %% [markdown]
 # ## One process, several places: device_map
 #
-# With `device_map` one process spreads *one* model over GPUs, memory and disk. The layers still run one after the other, so
-# nothing gets faster: it makes a model fit. `"auto"` fills the GPUs first, `{"": "cuda:0"}` puts everything in one place,
-# and `max_memory` says how much each place may hold. You can plan for GPUs that you don't have, because on the device
-# `meta` a model has shapes and no numbers.
+# With a [device map](../docs/glossary.md#device-map) one process spreads *one* model over GPUs, memory and disk. The layers still run one after the other, so
+# nothing gets faster, but a larger model fits. `"auto"` fills the GPUs first, `{"": "cuda:0"}` puts everything on one, and
+# `max_memory` limits each place. You can plan for GPUs that you don't have, because on the device `meta` a model has shapes but
+# no numbers.
 
 
 # %%
@@ -553,9 +561,10 @@ for name, room in plans.items():
 plotting.table(["8B in bfloat16 on", "layers"], rows)
 
 # %% [markdown]
-# What can be trained when part of the base lies on disk? The next cell puts the upper two of the four layers there.
+# What doesn't fit on GPU 0 goes to GPU 1, to memory, or to disk. Can you still train then? The next cell puts the upper two of
+# our model's four layers on disk.
 #
-# **Predict:** will LoRA train on all layers? On the lower two, which are in memory?
+# **Predict:** will LoRA train if it adapts all layers? And if it adapts only the lower two?
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -605,40 +614,39 @@ tried = {
 plotting.table(["", "losses, or the error"], [list(pair) for pair in tried.items()])
 
 # %% [markdown]
-# An adapter whose layer is offloaded has no data of its own, and PEFT can't train it. Adapters on the layers in memory train as they would
-# without offloading, but the gradient has to pass the upper layers, so their weights are loaded in each step and stay until
-# the backward pass, unless activation checkpointing is on. With accelerate's `cpu_offload` the loss stands still and there
-# is no error, because between steps the weights are put away and the optimizer changes empty tensors. **Offload to run a model, and to
-# train it use QLoRA or FSDP.**
+# LoRA on all layers stops with an error, because an adapter on an [offloaded](../docs/glossary.md#offloaded) layer has no numbers. On the lower two it trains
+# as it would without offloading. But the gradient has to pass through the upper layers, so their weights are loaded in each
+# step and stay in memory until the backward pass. With accelerate's `cpu_offload` the loss doesn't change, and there is no
+# error: between steps the weights are put away, so the optimizer changes empty tensors. **Offload to run a model; to train one,
+# use QLoRA or FSDP.**
 #
-# Two more ways to split are only named here. *Tensor parallel* splits each matrix, and all devices work on each layer together
-# (`DistributedConfig(tp_size=2)`); with it LoRA generates here, but a training step raises an error. *Pipeline parallel* gives each device
-# some of the layers, and passes activations on, so it needs several batches on the way to keep all devices busy.
+# Two more ways are not shown. *Tensor parallel* splits each matrix (`DistributedConfig(tp_size=2)`), but in these versions a
+# model with LoRA can only generate that way, not train. *Pipeline parallel* gives each device some of the layers.
 #
 # ## Many tenants, one base
 #
-# Now from training to serving. Each of your customers, in this trade called **tenants**, has an adapter. A server gets rows of several tenants at
-# once and writes one token for each. There are four simple ways:
+# Suppose that each of your customers, called [tenants](../docs/glossary.md#tenant), has an adapter. The server writes the next token for a batch with rows
+# of several tenants. There are four simple ways:
 #
-# - a merged model for each tenant, in memory side by side;
-# - `set_adapter` for each tenant in turn, with that tenant's rows;
-# - PEFT's mixed batch of lesson 1, `adapter_names=[...]`: the base works on all rows together, each adapter on its own rows;
-# - **gather**: stack all tenants' *A* and *B*, let each row pick its own, and multiply all rows at once. This is the idea of Punica
+# - keep a merged model for each tenant;
+# - call `set_adapter` for each tenant in turn, with that tenant's rows;
+# - use PEFT's mixed batch of lesson 1, `adapter_names=[...]`: the base works on all rows together, each adapter on its own rows;
+# - [gather](../docs/glossary.md#gather-serving): stack all tenants' *A* and *B*, let each row pick its own, and multiply all rows at once. This is the idea of Punica
 #   ([Chen et al. 2023](https://arxiv.org/abs/2310.18547)) and of S-LoRA ([Sheng et al. 2023](https://arxiv.org/abs/2311.03285)), on which servers such as vLLM build.
 #
 # ### Exercise: one batch, many adapters (core, 20 min)
 #
-# Write the heart of the gather layer. Given are `x` of shape (rows, tokens, inputs), `A` (adapters, rank, inputs), `B` (adapters,
-# outputs, rank), `scaling` (adapters) and `rows`, a tensor of whole numbers that says which adapter each row takes, −1 for none. Return the change
-# that is added to the base layer's output, of shape (rows, tokens, outputs): for row *i* with adapter *k* this is
-# scalingₖ · xᵢ Aₖᵀ Bₖᵀ. Use no loop over the rows, or it will be slow.
+# Write the core of the gather layer. Given are `x` of shape (rows, tokens, inputs), `A` (adapters, rank, inputs), `B`
+# (adapters, outputs, rank), `scaling` (adapters), and `rows`, whole numbers that say which adapter each row takes, −1 for none.
+# Return the change that is added to the base layer's output, of shape (rows, tokens, outputs): scalingₖ · xᵢ Aₖᵀ Bₖᵀ for row
+# *i* with adapter *k*, and 0 for a row without. A loop over the rows is right but slow, so avoid it.
 #
 # <details><summary>The shapes don't fit</summary>
 # <code>A[rows]</code> has the shape (rows, rank, inputs): one matrix for each row. <code>x @ A[rows].transpose(1, 2)</code> multiplies each
 # row by its own.
 # </details>
 # <details><summary>A row with −1 gets the last adapter</summary>
-# So it does in Python. Multiply the change by a factor for each row, which is 0 there.
+# In Python, −1 picks the last entry. Multiply each row's change by a factor that is 0 for such a row.
 # </details>
 
 
@@ -664,8 +672,8 @@ assert torch.allclose(_found[1], _x[1] @ _A[2].T @ _B[2].T * _scaling[2])
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The next cell puts your function into every LoRA layer (or the check's own, if yours doesn't pass yet), and compares the logits with
-# those of PEFT for a batch in which one row has no adapter. It checks first that the adapters change something.
+# The next cell puts your function into every LoRA layer (or ours, until yours passes) and compares the logits with those of
+# PEFT's mixed batch. It also shows that the adapters change the logits at all.
 
 # %%
 tenants = ["reading", "sailor", "extract", "mood"]
@@ -691,8 +699,9 @@ print(f"gathered and PEFT's mixed batch differ by at most {(of_peft - of_gather)
 assert (of_peft - of_gather).abs().max() < 1e-4 < (of_peft - of_base).abs().max()
 
 # %% [markdown]
-# What does a step cost as the tenants grow from 1 to 16? The figure shows committed results of three seeds (the processor's time, on one thread) for a batch of 16 rows, one token
-# each; in brackets are the weights that each way holds for 16 adapters. The tenants' adapters are the shipped ones under many names.
+# Both ways agree up to rounding. What does a step cost as the tenants grow from 1 to 16? The figure shows committed results of
+# three seeds: the processor's time, on one thread, for 16 rows with one token each. In brackets is the memory for the weights
+# with 16 adapters.
 #
 # **Predict:** which line stays flat, and which way needs the most memory?
 
@@ -723,7 +732,6 @@ from tools.claims import swept
 gather_time = swept("serving", "gather_ms", "adapters")
 peft_time = swept("serving", "peft_ms", "adapters")
 switch_time = swept("serving", "switch_ms", "adapters")
-base_time = swept("serving", "base_ms", "adapters")
 merged_time = swept("serving", "merged_ms", "adapters")
 adapters_mb = swept("serving", "adapters_mb", "adapters")
 merged_mb = swept("serving", "merged_mb", "adapters")
@@ -732,15 +740,15 @@ assert merged_time[1][0] < gather_time[1][0], "For one tenant"
 assert max(peft_time[16][0], merged_time[16][0]) < switch_time[16][0], "slowest"
 
 # %% [markdown]
-# With the adapters gathered, the time hardly grows: {{gather_time[1][0]:.0f}} ms for one tenant and {{gather_time[16][0]:.0f}} for sixteen, where the base alone takes {{base_time[16][0]:.0f}}. PEFT's mixed
-# batch goes from {{peft_time[1][0]:.0f}} to {{peft_time[16][0]:.0f}} ms, because each adapter is a small multiplication of its own on each layer. Sixteen merged models need {{merged_mb[16][0]:.0f}} MB
-# in place of {{adapters_mb[16][0]:.0f}}, and each works on one row, which uses the machine badly ({{merged_time[16][0]:.0f}} ms). `set_adapter` in turn is slowest ({{switch_time[16][0]:.0f}} ms). **For one tenant, merge; for
-# many, keep one base and gather.**
+# With gathered adapters the time hardly grows, from {{gather_time[1][0]:.0f}} ms for one tenant to {{gather_time[16][0]:.0f}} for sixteen. PEFT's mixed batch goes from {{peft_time[1][0]:.0f}} to
+# {{peft_time[16][0]:.0f}} ms, because on each layer every adapter is a small multiplication of its own. One merged model takes {{merged_time[1][0]:.0f}} ms, but sixteen
+# take {{merged_time[16][0]:.0f}}, since each works on a single row, and {{merged_mb[16][0]:.0f}} MB in place of {{adapters_mb[16][0]:.0f}}. `set_adapter` in turn is slowest ({{switch_time[16][0]:.0f}} ms). **For one
+# tenant, merge; for many, keep one base and gather.**
 #
 # ## More tenants than memory
 #
-# A thousand adapters don't fit beside the base, so a server keeps some, and loads others when they are asked for. How long does a change
-# take? `hotswap_adapter` writes the new weights into the old adapter's place.
+# A server without room for all adapters keeps some, and loads others when they are asked for. How long does that take? A
+# [hot swap](../docs/glossary.md#hot-swap) writes the new weights into the old adapter's place.
 
 # %% tags=["measured"]
 swapped = PeftModel.from_pretrained(
@@ -773,11 +781,14 @@ plotting.table(
 )
 
 # %% [markdown]
-# (Loading a whole model is quick here, because it is tiny.) A hot swap needs the same layers. Which adapters should stay? The usual rule drops the one that
-# hasn't been used for longest (an **LRU cache**, least recently used). Traffic is uneven: often the k-th most popular tenant gets a share
-# proportional to 1/kˢ (Zipf's law). The next cell simulates 20,000 requests of a thousand tenants. It is a simulation, and no real traffic.
+# A hot swap is quick, because it only copies numbers into layers that exist. So it needs an adapter on the same layers, while
+# `load_adapter` first has to add its own. (A whole model loads quickly only because ours is tiny.)
 #
-# **Predict:** with room for 100 of 1,000 adapters, what share of the requests finds its adapter in memory?
+# Which adapters should stay? The usual rule drops the one that hasn't been used for longest (an [LRU cache](../docs/glossary.md#lru-cache), least recently
+# used). Often the k-th most popular tenant sends a share of the requests proportional to 1/kˢ (Zipf's law): with s = 0 all are
+# alike, and the larger s is, the more requests come from a few. The next cell simulates 20,000 requests of a thousand tenants.
+#
+# **Predict:** with room for 100 adapters, what share of the requests finds its adapter in memory for s = 0, and for s = 1.2?
 
 
 # %%
@@ -808,14 +819,14 @@ at_100 = {label: points[100][0] for label, points in lines.items()}
 print("room for 100: " + ", ".join(f"{rate:.0%} with {label}" for label, rate in at_100.items()))
 
 # %% [markdown]
-# If all tenants are alike (s = 0), the room decides, and a tenth of the requests hits. With s = 1.2 most do. So measure your
-# traffic before you buy memory.
+# With s = 0 it is a tenth, because a tenth of the adapters fit. With s = 1.2 most requests find theirs. So measure your traffic
+# before you buy memory.
 #
 # ## Plan for 8 and 70 billion parameters
 #
-# `estimate_memory` was right to the byte for what two processes held and sent. Is it for real GPUs? It knows the tensors and
-# bounds the activations, but not what the libraries hold on top. PEFT's documentation reports
-# [three runs with Llama 2 70B](https://huggingface.co/docs/peft/accelerate/fsdp), which the next cell predicts.
+# `estimate_memory` was right to the byte for two processes. Is it right for real GPUs, too? It knows all tensors and an upper
+# bound for the activations, but not what the libraries need besides. The next cell predicts [three runs with Llama 2 70B](https://huggingface.co/docs/peft/accelerate/fsdp) that
+# PEFT's documentation reports.
 
 
 # %%
@@ -876,10 +887,14 @@ _llama_8b, _llama_70b = _llama(4096, 14336, 32, 32, 128256), _llama(8192, 28672,
 times_as_much = _on(8, _llama_8b, "lora", "fsdp").sent / _on(8, _llama_8b, "lora", "ddp").sent
 
 # %% [markdown]
-# The predictions fall short by {{100 * short_by:.0f}} to {{short_at_most:.0%}} without offloading, and by a third with it. So leave a fifth of each GPU free in a plan, and
-# try one step before you rent for a week.
+# Without offloading the predictions fall short by {{100 * short_by:.0f}} to {{short_at_most:.0%}}, and with it by a third. So plan to leave a fifth of each GPU free,
+# and try one step before a long run.
 #
-# **Predict:** with eight GPUs of 80 GB, which of the lines below fit?
+# Now take eight GPUs of 80 GB and one row at a time. A weight takes 2 bytes, and if it is trained, another 10 for its gradient
+# and Adam's state.
+#
+# **Predict:** what stays below 64 GB on each GPU: all weights of the 8B model with DDP, and with FSDP? LoRA of the 70B model
+# with DDP, and with FSDP?
 
 # %%
 shapes = {
@@ -917,23 +932,24 @@ _all_8b = {
     name: _on(8, _llama_8b, "full", name, moment_dtype="float32") for name in ("ddp", "fsdp")
 }
 assert _all_8b["ddp"].total > 80e9 > 64e9 > _all_8b["fsdp"].total, (
-    "don't fit with DDP and do with FSDP"
+    "don't fit with DDP, but fit with FSDP"
 )
 assert _on(8, _llama_70b, "full", "fsdp", moment_dtype="float32").total > 80e9, (
     "don't fit into eight GPUs"
 )
 
 # %% [markdown]
-# Most of these lines are only computed, as their last column says. (*Fits* means below 64 GB, with a fifth left free.) Look at two
-# pairs. All weights of the 8B model don't fit with DDP and do with FSDP, which is what FSDP is for. LoRA of the 8B model fits with
-# both, and FSDP sends {{times_as_much:.0f}} times as much in each step. LoRA of the 70B model needs FSDP, or 4 bits, and all its weights don't fit into eight GPUs.
+# All weights of the 8B model don't fit with DDP, but fit with FSDP, which is what FSDP is for. LoRA of the 8B model fits with
+# both, and FSDP sends {{times_as_much:.0f}} times as much in each step. LoRA of the 70B model needs FSDP, or 4 bits, and all its weights don't fit
+# into eight GPUs. Most lines are only computed. (*Fits* means below 64 GB, and the published runs took more rows at once.)
 #
 # ## Internet scale, on paper
 #
-# Suppose 1,000 tenants on an 8B model. Nothing here was run. We assume GPUs of 80 GB of which 90% can be used, weights, adapters (rank 16, all linear
-# layers) and the keys and values of attention in bfloat16, conversations of 2,000 tokens, and 100 adapters at a time on the GPU.
+# Suppose that 1,000 tenants share an 8B model. Nothing here was run. Assume GPUs of 80 GB, of which you can use 90%, and
+# bfloat16. One GPU holds the base, 100 adapters of rank 16, and in the rest of its memory attention's keys and values for
+# conversations of 2,000 tokens.
 #
-# **Predict:** which of these takes most of the GPU's memory: the base, the adapters, or the conversations?
+# **Predict:** which of the three takes most? How many such GPUs would 1,000 merged models fill?
 
 # %%
 shape = shapes["8B"]
@@ -961,18 +977,18 @@ plotting.table(
 )
 
 # %% [markdown]
-# The conversations do. All thousand adapters fit into a computer's memory, 100 of them beside the base, and one GPU serves them all, as
-# long as the traffic is low. As merged models they would fill hundreds of GPUs that mostly wait. S-LoRA reports up to four
-# times the throughput of earlier servers with thousands of adapters, and Punica 12 times, with 2 ms more for each token.
-# [Recipes](../docs/recipes.md) has the commands for several hosts and for vLLM's server, which we couldn't run here.
+# The conversations take most. All thousand adapters fit into a server's main memory, so one GPU serves all tenants while
+# traffic is low. Merged models would fill hundreds of GPUs, most of them idle. S-LoRA reports up to four times the throughput
+# of earlier servers, and Punica 12 times, with 2 ms more for each token. [Recipes](../docs/recipes.md) has the commands for several hosts and for
+# vLLM's server, which we couldn't run here.
 #
 # ## Recap
 #
-# More devices change where numbers lie and what travels, and should not change the result: keep the effective batch, and compare one small run on one
-# process and on two. With LoRA use DDP while the base fits on each device, because only the gradients of the adapter travel; FSDP makes a larger
-# base fit, and sends its frozen weights again in each step. Check what a process really holds, and the saved folder, because runs that weren't
-# sharded and adapters saved in parts look fine. For many tenants keep one base, gather the adapters of a batch, and keep in memory those that
-# are asked for.
+# With more devices, weights and gradients have to travel, but the result should not change: keep the effective batch, and
+# compare a small run on one process and on two. With LoRA use DDP while the base fits on each device, because only the
+# adapter's gradients travel. FSDP makes a larger base fit, but sends the frozen weights again in each step. Check what a
+# process holds and what it saved, because neither a run that wasn't sharded nor an adapter saved in parts gives an error. For
+# many tenants keep one base, gather the adapters of a batch, and keep in memory those that were asked for last.
 
 
 # %%
@@ -998,8 +1014,8 @@ progress("11")
 # %% [markdown]
 # ## Take it to work
 #
-# Put your own adapter's folder here, saved by a distributed run, and its base. And put your model's configuration into the
-# estimate, with your devices. In a terminal, `adapter-checks memory MODEL --devices 8 --strategy fsdp` does the same.
+# Fill in the folder of an adapter that a distributed run saved, its base, and the number of your devices. In a terminal,
+# `adapter-checks memory MODEL --devices 8 --strategy fsdp` makes such an estimate, too.
 
 # %%
 my_adapter, my_base, my_devices = None, None, 8
@@ -1011,14 +1027,14 @@ print(estimate(my_config, "lora", my_devices, "ddp"))
 # ## Quiz
 #
 # <details><summary>1 · You go from one GPU to four and change nothing else. The loss falls more slowly in each epoch. Why?</summary>
-# The effective batch has grown four times, so there are a quarter of the steps. Divide the accumulation by four, or choose the
+# The effective batch is four times as large, so an epoch has a quarter of the steps. Divide the accumulation by four, or choose the
 # learning rate again.
 # </details>
 # <details><summary>2 · Your 8B model fits on each of your GPUs. LoRA with FSDP is slow. What do you try?</summary>
-# DDP. FSDP gathers the frozen base twice in each step, and DDP sends the adapter's gradients only.
+# DDP. FSDP gathers the frozen base twice in each step, while DDP sends the adapter's gradients only.
 # </details>
-# <details><summary>3 · A run on eight GPUs ends well, and the saved adapter's matrices have rank 1 instead of 8. What happened?</summary>
-# One process saved its own part, an eighth of the rows of each <em>A</em>. Gather first (<code>full_state_dict=True</code>), and check the folder.
+# <details><summary>3 · A run on eight GPUs ends without an error, but each <em>A</em> in the saved adapter has 1 row instead of 8. What happened?</summary>
+# One process saved only its own part, an eighth of the rows of each matrix. Gather first (<code>full_state_dict=True</code>), and check the folder.
 # </details>
 
 # %% [markdown]

@@ -16,7 +16,7 @@
 import math
 
 from course_utils import data, evaluation, paths, plotting, runtime, validation
-from course_utils.exercises import deep, progress
+from course_utils.exercises import deep_rounding, progress
 
 runtime.quiet_imports()
 
@@ -149,11 +149,11 @@ def tolerance(x, W, A, B, s, dtype):
     ### END SOLUTION
 
 
-deep.tolerance(tolerance)
+deep_rounding.tolerance(tolerance)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert deep.tolerance.outcome(tolerance).passed
+assert deep_rounding.tolerance.outcome(tolerance).passed
 _x, _W, _A, _B = (torch.ones(*shape) for shape in ((2, 10), (4, 10), (2, 10), (4, 2)))
 _expected = torch.full((2, 4), 2 * (10 + 2 + 4) * 2**-11 * (10 + 3 * 20))
 assert torch.allclose(tolerance(_x, _W, -_A, _B, 3.0, torch.float16), _expected)
@@ -195,12 +195,12 @@ def agreement(reference, candidate):
     ### END SOLUTION
 
 
-deep.agreement(agreement)
+deep_rounding.agreement(agreement)
 
 # %%
 ### BEGIN HIDDEN TESTS
-assert deep.agreement.outcome(agreement).passed
-_reference, _candidate = deep.agreement_example(40, 17, seed=23)
+assert deep_rounding.agreement.outcome(agreement).passed
+_reference, _candidate = deep_rounding.agreement_example(40, 17, seed=23)
 _share, _kl = agreement(_reference, _candidate)
 _wanted = nn.functional.kl_div(
     _candidate.log_softmax(-1), _reference.softmax(-1), reduction="batchmean"

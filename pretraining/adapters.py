@@ -93,7 +93,7 @@ def train_adapters():
         save_adapter(adapter, paths.adapters_dir() / task)
         results[task] = {"lora": measure(adapter, tokenizer, task), "lora_seconds": round(seconds, 1)}
         if task in OPEN_MAKERS:
-            results[task] |= {part: measure(adapter, tokenizer, task, part) for part in data.PARTS}
+            results[task] |= {part: measure(adapter, tokenizer, task, part) for part in data.OPEN_PARTS}
         print(task, json.dumps(results[task]), flush=True)
         if paths.is_shipped_base():
             base = AutoModelForCausalLM.from_pretrained(paths.base_model())
@@ -119,7 +119,7 @@ def train_start():
     model, tokenizer, seconds = train_one("honesty")
     save_adapter(model, paths.adapters_dir() / START)
     found = {}
-    for part in ("test", "own_words", "typed"):
+    for part in ("test", *data.OPEN_PARTS):
         rows = data.load_task("honesty", part)
         for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             torch.manual_seed(0)

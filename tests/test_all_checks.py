@@ -2,68 +2,27 @@
 and when a library fails in the check itself, a sentence about that."""
 
 import functools
+import importlib
 import math
+import re
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy
 import pytest
 import torch
 
-import test_deep
-import test_lesson01
-import test_lesson02
-import test_lesson03
-import test_lesson05
-import test_lesson06
-import test_lesson07
-import test_lesson08
-import test_lesson09
-import test_lesson10
-import test_lesson11
-import test_lesson12
 from course_utils import paths
-from course_utils.exercises import Outcome, all_exercises, lesson02, lesson03, lesson05
+from course_utils.exercises import Outcome, all_exercises, deep_low_rank, lesson03, lesson05
 
-SOLUTIONS = {
-    "01.weigh": test_lesson01.right_weigh,
-    "01.borrow": test_lesson01.right_borrow,
-    "01.mend": test_lesson01.right_mend,
-    "02.inject": test_lesson02.right_inject,
-    "02.count": test_lesson02.right_count,
-    "02.truncate": test_lesson02.right_truncate,
-    "02.merge": test_lesson02.right_merge,
-    "03.labels": test_lesson03.right_labels,
-    "03.rate": test_lesson03.right_rate,
-    "03.stop": test_lesson03.right_stop,
-    "03.cut": test_lesson03.right_cut,
-    **{f"05.{name}": solution for name, solution in test_lesson05.SOLUTIONS.items()},
-    **{check.name: solution for check, solution in test_lesson06.SOLUTIONS.items()},
-    "07.verdict": test_lesson07.right_verdict,
-    "07.shard": test_lesson07.right_shard,
-    "07.times": test_lesson07.right_times,
-    "07.ship": test_lesson07.right_ship,
-    **test_lesson08.SOLUTIONS,
-    **test_deep.SOLUTIONS,
-    **test_lesson09.SOLUTIONS,
-    **{check.name: solution for check, solution in test_lesson10.SOLUTIONS.items()},
-    **test_lesson11.SOLUTIONS,
-    **test_lesson12.SOLUTIONS,
-}
-LESSONS = (
-    test_lesson01,
-    test_lesson02,
-    test_lesson03,
-    test_lesson05,
-    test_lesson06,
-    test_lesson07,
-    test_lesson08,
-    test_lesson09,
-    test_lesson10,
-    test_deep,
-    test_lesson11,
-    test_lesson12,
-)
+# A file of tests for each lesson that has exercises: SOLUTIONS has a right answer to each by its name, RIGHT others.
+LESSONS = [
+    importlib.import_module(path.stem)
+    for pattern in ("test_lesson??.py", "test_deep_*.py")
+    for path in sorted(Path(__file__).parent.glob(pattern))
+]
+SOLUTIONS = {name: solution for lesson in LESSONS for name, solution in lesson.SOLUTIONS.items()}
 OTHERS = {
     name: answers for lesson in LESSONS for name, answers in lesson.RIGHT.items()
 }  # right, and written differently
@@ -144,7 +103,7 @@ def judge():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(paths.models_dir() / "base")
-    return lambda name, answer: CHECKS[name].outcome(answer, **({"tokenizer": tokenizer} if name == "03.cut" else {}))
+    return lambda name, answer: CHECKS[name].outcome(answer, **({"tokenizer": tokenizer} if name == "03.clean" else {}))
 
 
 def test_no_exercise_is_forgotten():
@@ -176,8 +135,8 @@ def test_what_the_check_itself_goes_by_is_no_answer(name, judge):
 
 
 @pytest.mark.parametrize("name, solution", [
-    ("02.truncate", lesson02.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
-    ("03.stop", lesson03.early_stopping), ("05.quantise", lesson05.there_and_back),
+    ("deep.truncate", deep_low_rank.closest), ("03.labels", lesson03.expected_labels), ("03.rate", lesson03.chosen_rate),
+    ("03.metric", lesson03.word_f1), ("05.quantise", lesson05.there_and_back),
 ])  # fmt: skip
 def test_a_lesson_may_call_the_checks_own_solution_and_an_answer_may_not(name, solution, judge):
     arguments = []
@@ -223,8 +182,8 @@ def test_the_right_result_and_what_was_given_in_ruins(name, judge):
 
 
 @pytest.mark.parametrize("name, library", [
-    ("02.merge", "peft.get_peft_model"), ("02.truncate", "torch.linalg.svd"), ("05.quantise", "torch.bucketize"),
-    ("03.stop", "transformers.EarlyStoppingCallback.on_evaluate"), ("05.merge", "bitsandbytes.functional.dequantize_4bit"),
+    ("04.targets", "adapter_checks.counting.adapted_layers"), ("deep.truncate", "torch.linalg.svd"), ("05.quantise", "torch.bucketize"),
+    ("05.merge", "bitsandbytes.functional.dequantize_4bit"),
     ("06.olora", "peft.get_peft_model"), ("06.olora", "torch.linalg.qr"), ("08.join", "torch.linalg.svd"),
 ])  # fmt: skip
 def test_a_library_that_fails_in_the_check_breaks_the_check_and_not_the_answer(name, library, judge, monkeypatch):
@@ -239,7 +198,7 @@ def test_a_library_that_fails_in_the_check_breaks_the_check_and_not_the_answer(n
     monkeypatch.setattr(library, Mock(side_effect=RuntimeError("no such kernel")))
     outcome = judge(name, lambda *given: next(again))
     assert outcome.status == "CHECK BROKEN" and "RuntimeError: no such kernel" in outcome.hint
-    assert f"({'deep' if name.startswith('deep.') else 'lesson' + name[:2]}.py, line " in outcome.hint
+    assert re.search(r"\((lesson\d\d|deep_\w+)\.py, line ", outcome.hint)
 
 
 @pytest.mark.parametrize("name", sorted(SOLUTIONS.keys() - {"01.borrow"}))  # whose second call is meant to fail

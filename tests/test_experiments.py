@@ -231,6 +231,9 @@ def small(results, monkeypatch):
         "cost": {"STEPS": 2},
         "recall": {"EPOCHS": 2},
         "throughput": {"STEPS": 3, "LAST": 1},
+        "step_parts": {"STEPS": 2, "WARM": 1},
+        "batching": {"STEPS": 3},
+        "prompt_loss": {"STEPS": 2, "BATCH": 2, "TEST_ROWS": 2, "COUNTED_ROWS": 4},
         "few_shot": {"STEPS": 2, "TEST_ROWS": 2},
         "overfitting": {"STEPS": 4, "EVERY": 2, "VALIDATION_ROWS": 2},
     }.items():
@@ -249,6 +252,9 @@ SMALL_RUNS = {
     "rank": [{"seed": 0, "rank": 2}],
     "recall": [{"seed": 0, "people": 1, "rank": 1}],
     "throughput": [{"seed": 0}],
+    "step_parts": [{"seed": 0, "method": "lora", "loss": loss} for loss in ("model", "trl")],
+    "batching": [{"seed": 0, "way": way} for way in ("padded", "grouped", "packed")],
+    "prompt_loss": [{"seed": 0, "task": "sailor", "loss_on": loss_on} for loss_on in ("answer", "all")],
     "few_shot": [
         {"seed": 0, "task": "reading", "method": "prompt", "examples": 2},
         {"seed": 0, "task": "reading", "method": "lora", "examples": 4},
@@ -330,6 +336,26 @@ def test_throughput_finds_that_batches_differ(small, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="different batches"):
         throughput.measure(seed=0)
+
+
+def test_step_parts_times_both_losses_and_the_rest(swept):
+    for row in swept("step_parts"):
+        assert min(row[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")) > 0
+
+
+def test_batching_counts_tokens_without_the_pads(swept):
+    padded, grouped, packed = swept("batching")
+    assert [row["way"] for row in (padded, grouped, packed)] == list(script("batching").WAYS)
+    for row in (padded, grouped, packed):
+        assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"] / row["seconds_per_step"], rel=1e-3)
+    assert padded["tokens_per_step"] < padded["places_per_step"]
+    assert packed["tokens_per_step"] == packed["places_per_step"], "no pads"
+
+
+def test_prompt_loss_puts_it_on_the_prompt_too(swept):
+    answer, everything = swept("prompt_loss")
+    assert 0.3 < answer["with_loss"] < 0.7 and everything["with_loss"] == 1
+    assert 0 <= answer["score"] <= 1 and answer["held_out_after"] != everything["held_out_after"]
 
 
 def test_few_shot_shows_the_examples_as_earlier_turns(swept):

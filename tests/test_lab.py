@@ -121,6 +121,19 @@ def test_the_command_says_what_is_wrong_in_a_sentence(course, capsys):
     )
 
 
+def test_jupyterlab_asks_nobody_about_news_and_keeps_other_settings(tmp_path):
+    path = tmp_path / "etc" / "jupyter" / "labconfig" / "page_config.json"
+    lab.without_news(tmp_path)
+    assert json.loads(path.read_text()) == {"disabledExtensions": {lab.ANNOUNCEMENTS: True}}
+    path.write_text(json.dumps({"a": 1, "disabledExtensions": {"b": True}}))
+    lab.without_news(tmp_path)
+    assert json.loads(path.read_text()) == {"a": 1, "disabledExtensions": {"b": True, lab.ANNOUNCEMENTS: True}}
+    wanted_back = json.dumps({"disabledExtensions": {lab.ANNOUNCEMENTS: False}})
+    path.write_text(wanted_back)
+    lab.without_news(tmp_path)
+    assert path.read_text() == wanted_back
+
+
 def test_it_needs_nothing_but_pythons_own_library():
     """It runs before anything else, and must not keep a learner waiting; a hand-out has no other tool."""
     subprocess.run([sys.executable, "-S", "-c", "import tools.lab"], cwd=ROOT, check=True)

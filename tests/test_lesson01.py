@@ -105,6 +105,7 @@ def mend_with_numpy(tensors, adapter):
     return {name: tensor.numpy() for name, tensor in right_mend(tensors, adapter).items()}
 
 
+SOLUTIONS = {"01.weigh": right_weigh, "01.borrow": right_borrow, "01.mend": right_mend}
 RIGHT = {
     "01.weigh": [weigh_in_a_loop, weigh_with_numpy, weigh_flat],
     "01.borrow": [borrow_in_a_context, borrow_for_each_row, borrow_and_raise_again],

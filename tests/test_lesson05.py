@@ -1,7 +1,7 @@
 """The checks of lesson 5, each with its typical mistakes; and that its run is one of the sweep's."""
 
-import copy
 import re
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -10,14 +10,14 @@ import numpy
 import pytest
 import torch
 
-from adapter_checks.bitsandbytes_workarounds import quiet_imports
+from adapter_checks import memory
+from adapter_checks.bitsandbytes_workarounds import quiet_imports, stop_repacking
 from course_utils.exercises import lesson05
 from tools import build
 
 quiet_imports()
 
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
 
 SOURCE = Path(build.ROOT, "lessons", "05_qlora.py").read_text(encoding="utf-8")
 
@@ -36,24 +36,116 @@ def right_quantise(weight, levels, block):
     return (levels[codes] * absmax).reshape(weight.shape)
 
 
-def read(layer):
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+def needs_of(config, lora, **changes):
+    """Bytes of the four plans."""
+    options = dict(batch_size=1, sequence_length=512, dtype="bfloat16")
+    return {
+        f"{method}, checkpointing" if checkpointing else method: memory.estimate_memory(
+            config,
+            method,
+            lora,
+            **options | dict(gradient_checkpointing=checkpointing, double_quantization=method == "qlora") | changes,
+        ).total
+        for method in ("lora", "qlora")
+        for checkpointing in (False, True)
+    }
 
 
-def right_merge(layer, A, B, scaling):
-    return read(layer) + scaling * B @ A
+def plans(share=0.8, unit=1e9, order=None, **changes):
+    """`right_plan` with something changed."""
+
+    def plan(config, lora, card_gb):
+        needs = needs_of(config, lora, **changes)
+        return next((name for name in order or needs if needs[name] <= share * card_gb * unit), None)
+
+    return plan
 
 
-def right_spoilt(model, action):
-    def weights():
-        return {name: read(layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+right_plan = plans()
 
-    before = weights()
-    action()
-    return [name for name, weight in weights().items() if not torch.equal(weight, before[name])]
+
+def base_in(settings, folder):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
+    return stop_repacking(base)
+
+
+def in_4_bits(kind="nf4", double=False):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def right_merge(base_folder, adapter_folder):
+    from peft import PeftModel
+
+    base = base_in(in_4_bits(), base_folder).dequantize()
+    return PeftModel.from_pretrained(base, adapter_folder).merge_and_unload()
 
 
 # Other right answers
+
+
+def plan_with_a_list(config, lora, card_gb):
+    fitting = [name for name, need in needs_of(config, lora).items() if need / 1e9 <= card_gb * 4 / 5]
+    return fitting[0] if fitting else None
+
+
+def plan_step_by_step(config, lora, card_gb):
+    needs, left = needs_of(config, lora), card_gb * 10**9 - card_gb * 10**9 / 5
+    if needs["lora"] <= left:
+        return "lora"
+    if needs["lora, checkpointing"] <= left:
+        return "lora, checkpointing"
+    if needs["qlora"] <= left:
+        return "qlora"
+    if needs["qlora, checkpointing"] <= left:
+        return "qlora, checkpointing"
+
+
+def plan_by_position(config, lora, card_gb):
+    needs = needs_of(config, lora)
+    fits = [need < 0.8e9 * card_gb for need in needs.values()]
+    return list(needs)[fits.index(True)] if any(fits) else None
+
+
+def merge_by_hand(base_folder, adapter_folder):
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    model, config = base_in(in_4_bits(), base_folder).dequantize(), LoraConfig.from_pretrained(adapter_folder)
+    adapter = load_file(Path(adapter_folder, "adapter_model.safetensors"))
+    for key, A in adapter.items():
+        if "lora_A" in key:
+            layer = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            layer.weight.data += config.lora_alpha / config.r * adapter[key.replace("lora_A", "lora_B")] @ A
+    return model
+
+
+def merge_by_rounding_the_original(base_folder, adapter_folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    for layer in memory.quantised_layers(base).values():
+        layer.weight.data = dequantize_4bit(*quantize_4bit(layer.weight.data, quant_type="nf4"))
+    merged = PeftModel.from_pretrained(base, adapter_folder)
+    merged.merge_adapter()
+    return merged.unload()
+
+
+def merge_with_load_adapter(base_folder, adapter_folder):
+    from peft import PeftModel
+
+    base = base_in(in_4_bits(), base_folder).dequantize()
+    model = PeftModel.from_pretrained(base, adapter_folder, adapter_name="mine")
+    return model.merge_and_unload(safe_merge=True, adapter_names=["mine"]).eval()
 
 
 def bits_by_counting(block, group=None):
@@ -90,90 +182,18 @@ def quantise_block_by_block(weight, levels, block):
     return torch.cat(read_back).reshape(*weight.shape)
 
 
-def merge_with_addmm(layer, A, B, scaling):
-    return torch.addmm(read(layer), B, A, alpha=scaling)
-
-
-def merge_by_peft(layer, A, B, scaling):
-    from peft.utils.integrations import dequantize_bnb_weight
-
-    with torch.no_grad():
-        return dequantize_bnb_weight(layer.weight) + (A.T @ B.T).T * scaling
-
-
-def merge_with_numpy(layer, A, B, scaling):
-    return read(layer).numpy() + scaling * (B.numpy() @ A.numpy())
-
-
-def spoilt_by_bytes(model, action):
-    def seen():
-        layers = ((name, layer) for name, layer in model.named_modules() if type(layer) is Linear4bit)
-        return {(name, read(layer).float().numpy().tobytes()) for name, layer in layers}
-
-    before = seen()
-    action()
-    return {name for name, _ in before - seen()}
-
-
-def spoilt_by_differences(model, action):
-    names = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
-    before = [read(model.get_submodule(name)).float() for name in names]
-    action()
-    after = [read(model.get_submodule(name)).float() for name in names]
-    return tuple(name for name, one, other in zip(names, before, after) if (one - other).abs().max() > 0)
-
-
-def spoilt_with_numpy(model, action):
-    before = {name: read(layer).float() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    action()
-    layers = dict(model.named_modules())
-    return numpy.array([name for name in before if (read(layers[name]).float() != before[name]).any()], dtype=object)
-
-
 RIGHT = {
+    "05.plan": [plan_with_a_list, plan_step_by_step, plan_by_position],
     "05.bits": [bits_by_counting, bits_in_decimals, lambda block, group: torch.tensor(right_bits(block, group))],
     "05.quantise": [quantise_with_borders, quantise_with_numpy, quantise_block_by_block],
-    "05.merge": [merge_with_addmm, merge_by_peft, merge_with_numpy],
-    "05.spoilt": [spoilt_by_bytes, spoilt_by_differences, spoilt_with_numpy],
+    "05.merge": [merge_by_hand, merge_by_rounding_the_original, merge_with_load_adapter],
 }
 
 
 # Typical mistakes
 
 
-def with_argument(model, action):
-    before = {name: read(layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    action(model)
-    return [name for name in before if not torch.equal(before[name], read(model.get_submodule(name)))]
-
-
-def compared_by(differ):
-    def spoilt(model, action):
-        before = {name: read(layer).float() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-        action()
-        return [name for name in before if differ(before[name], read(model.get_submodule(name)).float())]
-
-    return spoilt
-
-
-def other_objects_too(model, action):
-    before = {name: (layer, read(layer)) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    action()
-    after = {name: model.get_submodule(name) for name in before}
-    return [
-        name
-        for name, (layer, weight) in before.items()
-        if layer is not after[name] or not torch.equal(weight, read(after[name]))
-    ]
-
-
 LEVELS = lesson05.level_sets()
-
-
-def as_nf4(layer, A, B, scaling):
-    state = copy.deepcopy(layer.weight.quant_state)
-    state.code, state.quant_type = LEVELS["NF4"], "nf4"
-    return dequantize_4bit(layer.weight.data, state) + scaling * B @ A
 
 
 def one_scale(weight, levels, block):
@@ -254,78 +274,76 @@ def one_block_wrong(weight, levels, block):
     return found
 
 
-def merge_in_place(layer, A, B, scaling):
-    merged = right_merge(layer, A, B, scaling)
-    layer.weight.data, layer.weight.quant_state = quantize_4bit(merged, quant_type="nf4")
-    return merged
+def merged_into(settings, plain=False, **how):
+    """`right_merge` with another base."""
+
+    def merge(base_folder, adapter_folder):
+        from peft import PeftModel
+
+        base = base_in(settings, base_folder)
+        base = base.dequantize() if plain else base
+        with warnings.catch_warnings(action="ignore"):  # PEFT's, of rounding
+            return PeftModel.from_pretrained(base, adapter_folder).merge_and_unload(**how)
+
+    return merge
 
 
-def with_scaling(factor):
-    return lambda layer, A, B, scaling: right_merge(layer, A, B, factor(scaling))
+def merged_not(base_folder, adapter_folder):
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base_in(in_4_bits(), base_folder).dequantize(), adapter_folder)
+    model.merge_and_unload()
+    return model
 
 
-def by(look):
-    """`right_spoilt` with another thing looked at."""
+def unloaded(base_folder, adapter_folder):
+    from peft import PeftModel
 
-    def run(model, action):
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-        before = {name: look(layer) for name, layer in layers.items()}
-        action()
-        return {name for name, layer in layers.items() if not torch.equal(look(layer), before[name])}
-
-    return run
+    return PeftModel.from_pretrained(base_in(in_4_bits(), base_folder).dequantize(), adapter_folder).unload()
 
 
-def every_parameter(model, action):
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    action()
-    return [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
+def merged_twice(base_folder, adapter_folder):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(right_merge(base_folder, adapter_folder), adapter_folder).merge_and_unload()
 
 
-def not_called(model, action):
-    return []
+def merged_base_model(base_folder, adapter_folder):
+    return right_merge(base_folder, adapter_folder).model.layers[0]
 
 
-def called_twice(model, action):
-    action()
-    return right_spoilt(model, action)
+BACKWARDS = ("qlora, checkpointing", "qlora", "lora, checkpointing", "lora")
 
-
-def by_identity(model, action):
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    before = {name: read(layer) for name, layer in layers.items()}
-    action()
-    return [name for name, layer in layers.items() if read(layer) is not before[name]]
-
-
-def children_only(model, action):
-    layers = {name: layer for name, layer in model.named_children() if isinstance(layer, Linear4bit)}
-    before = {name: read(layer) for name, layer in layers.items()}
-    action()
-    return [name for name, layer in layers.items() if not torch.equal(read(layer), before[name])]
-
-
-def layers_from_before(model, action):
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    before = {name: read(layer) for name, layer in layers.items()}
-    action()
-    return [
-        name
-        for name, layer in layers.items()
-        if read(layer).dtype != before[name].dtype or not torch.equal(read(layer), before[name])
-    ]
-
-
-def with_head(model, action):
-    return [*right_spoilt(model, action), "head"]
-
-
-SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merge, "spoilt": right_spoilt}
+SOLUTIONS = {"05.plan": right_plan, "05.bits": right_bits, "05.quantise": right_quantise, "05.merge": right_merge}
 
 
 @pytest.mark.parametrize(
     "name, wrong, hint",
     [
+        ("plan", plans(share=1), "Leave a fifth of the card free"),
+        ("plan", plans(unit=2**30), "not 2³⁰"),
+        ("plan", plans(double_quantization=False), "double_quantization=True"),
+        ("plan", plans(gradient_checkpointing=False), "Ask for checkpointing in the plans"),
+        ("plan", plans(gradient_checkpointing=True), "only in the plans that name it"),
+        ("plan", plans(dtype="float32"), 'Say dtype="bfloat16"'),
+        ("plan", plans(sequence_length=1024), "A row has 512 tokens"),
+        ("plan", plans(order=BACKWARDS), "the first plan that fits"),
+        ("plan", plans(share=0.75), "is expected, which needs"),
+        ("plan", lambda config, lora, card_gb: "lora", "MB to fill"),
+        ("plan", lambda config, lora, card_gb: "QLoRA", "is none of the plans"),
+        ("plan", lambda config, lora, card_gb: ("lora", True), "should be of type str"),
+        ("plan", lambda config, lora, card_gb: print(end=""), "Is a return missing"),
+        ("merge", merged_into(None), "the original weights"),
+        ("merge", merged_into(in_4_bits()), "still in 4 bits"),
+        ("merge", merged_into(in_4_bits("fp4"), plain=True), "in FP4, the default"),
+        ("merge", merged_into(in_4_bits(double=True), plain=True), "double quantisation"),
+        ("merge", merged_not, "There is still an adapter"),
+        ("merge", unloaded, "change is missing"),
+        ("merge", merged_twice, "added twice"),
+        ("merge", lambda *given: right_merge(*given).bfloat16(), "right to 16 bits"),
+        ("merge", merged_base_model, "Return the whole model"),
+        ("merge", lambda *given: print(end=""), "Is a return missing"),
+        ("merge", lambda *given: given[0], "should be of type Module"),
         ("bits", lambda block, group: right_bits(block, group) - 4, "the scales' share alone"),
         ("bits", lambda block, group: right_bits(block, group) / 8, "in bytes"),
         ("bits", lambda block, group: right_bits(block, group) * block, "a whole block"),
@@ -356,12 +374,6 @@ SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merg
         ("bits", lambda block, group: 5, "too many"),
         ("quantise", lambda weight, levels, block: right_quantise(weight, LEVELS["NF4"], block), "is off by"),
         ("quantise", lambda weight, levels, block: right_quantise(weight, levels, 64), "is off by|in blocks of"),
-        ("merge", as_nf4, "The base is in FP4 here"),
-        ("spoilt", with_argument, "takes no arguments, and you gave it 1: call action()"),
-        ("spoilt", other_objects_too, "replaced by an equal one"),
-        ("spoilt", compared_by(lambda one, other: not torch.allclose(one, other, atol=1e-2)), "you found nothing"),
-        ("spoilt", compared_by(lambda one, other: one[-1].ne(other[-1]).any()), "another first number"),
-        ("spoilt", lambda *given: right_spoilt(*given)[:1], "The action spoilt ['blocks.0.key', 'blocks.1.up']"),
         ("bits", lambda block, group: print(end=""), "Is a return missing"),
         ("bits", lambda block, group: float("nan"), "is nan"),
         ("bits", lambda block, group: 32 / group, "TypeError"),
@@ -390,58 +402,6 @@ SOLUTIONS = {"bits": right_bits, "quantise": right_quantise, "merge": right_merg
         ("quantise", lambda *given: right_quantise(*given) * float("nan"), "holds NaN"),
         ("quantise", lambda *given: print(end=""), "Is a return missing"),
         ("quantise", lambda weight, levels, block: weight.reshape(7, 7), "RuntimeError"),
-        ("merge", lambda layer, A, B, scaling: read(layer), "change is missing"),
-        ("merge", lambda layer, A, B, scaling: scaling * B @ A, "add the base's weight"),
-        ("merge", with_scaling(lambda scaling: 1), "The scaling is missing"),
-        ("merge", with_scaling(lambda scaling: -scaling), "added, not taken away"),
-        (
-            "merge",
-            lambda layer, A, B, scaling: (
-                read(layer) + scaling * (B @ A).T
-                if layer.in_features == layer.out_features
-                else right_merge(layer, A, B, scaling)
-            ),
-            "lies on its side",
-        ),
-        (
-            "merge",
-            lambda *given: dequantize_4bit(*quantize_4bit(right_merge(*given), quant_type="nf4")),
-            "quantised again",
-        ),
-        ("merge", merge_in_place, "The layer has changed"),
-        ("merge", lambda layer, A, B, scaling: read(layer) + B @ A.mul_(scaling), "A or B has changed"),
-        ("merge", lambda *given: right_merge(*given).bfloat16(), "right to 16 bits"),
-        ("merge", lambda layer, A, B, scaling: right_merge(layer, A, B, scaling / len(A)), "Don't divide by r again"),
-        ("merge", lambda layer, A, B, scaling: layer.weight.data + scaling * B @ A, "RuntimeError"),
-        ("merge", lambda layer, A, B, scaling: layer.weight.data, "has shape"),
-        ("merge", lambda *given: right_merge(*given) + 0.1, "is off by 0.1"),
-        ("merge", lambda *given: print(end=""), "Is a return missing"),
-        ("spoilt", not_called, "did not call it"),
-        ("spoilt", called_twice, "more than once"),
-        ("spoilt", by(lambda layer: layer.weight.data.clone()), "Its numbers alone don't tell"),
-        ("spoilt", by(lambda layer: layer.weight.data), "you found nothing"),
-        ("spoilt", every_parameter, "give the layer's name"),
-        ("spoilt", by_identity, "Nothing happened, and you found"),
-        ("spoilt", with_head, "head is no 4-bit layer"),
-        ("spoilt", lambda model, action: [model["head"], action()], "names of the layers"),
-        ("spoilt", lambda *given: [name.rpartition(".")[2] for name in right_spoilt(*given)], "Give whole names"),
-        ("spoilt", children_only, "you found nothing"),
-        ("spoilt", layers_from_before, "go through the model again"),
-        (
-            "spoilt",
-            by(
-                lambda layer: torch.cat(
-                    [layer.weight.data.float().flatten(), layer.weight.quant_state.absmax.float().flatten()]
-                )
-            ),
-            "scales of scales",
-        ),
-        ("spoilt", by(lambda layer: read(layer).float().sum().round(decimals=1)), "compare every number"),
-        ("spoilt", by(lambda layer: read(layer).float()[0]), "compare every number"),
-        ("spoilt", lambda *given: [*right_spoilt(*given), "head"] if right_spoilt(*given) else [], "more than once"),
-        ("spoilt", lambda *given: len(right_spoilt(*given)), "should be of type"),
-        ("spoilt", lambda *given: print(len(right_spoilt(*given))), "Is a return missing"),
-        ("spoilt", lambda model, action: model.missing, "AttributeError"),
     ],
 )
 def test_typical_mistakes_get_their_own_hint(name, wrong, hint):
@@ -455,13 +415,6 @@ def test_the_reference_of_the_exercise_is_bitsandbytes_kernel(kind, name):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
     ours = lesson05.there_and_back(weight, lesson05.level_sets()[name], 64)
     assert torch.equal(ours, dequantize_4bit(*quantize_4bit(weight, quant_type=kind)))
-
-
-def test_the_planted_damage_is_what_it_says():
-    for what, (action, right) in lesson05.spoilers(lesson05.small_model()).items():
-        model = lesson05.small_model()
-        action, right = lesson05.spoilers(model)[what]
-        assert set(right_spoilt(model, action)) == right, what
 
 
 def test_the_lessons_run_is_the_sweeps():

@@ -6,7 +6,9 @@ import numpy
 import pytest
 import torch
 
+from course_utils import data
 from course_utils.exercises import lesson10
+from course_utils.sweeps import over_seeds
 
 
 def right_prepend(prompt, embedding, input_ids, attention_mask, labels):
@@ -36,7 +38,7 @@ def right_choose(situation):
     return CHOICES[situation]
 
 
-SOLUTIONS = {lesson10.prepend: right_prepend, lesson10.count: right_count, lesson10.choose: right_choose}
+SOLUTIONS = {"10.prepend": right_prepend, "10.count": right_count, "10.choose": right_choose}
 
 
 def prepend_with(**changes):
@@ -120,7 +122,12 @@ def count_by_shapes(method, layers, width, feed_forward, tokens, rank):
 
 
 RIGHT = {
-    "10.prepend": [prepend_row_by_row, prepend_by_filling, prepend_with_numpy_and_more],
+    "10.prepend": [
+        prepend_row_by_row,
+        prepend_by_filling,
+        prepend_with_numpy_and_more,
+        prepend_with(attention_mask=lambda part, *_: part.bool()),
+    ],
     "10.count": [count_by_ifs, count_with_numpy, count_by_shapes],
     "10.choose": [
         choose_with(d="IA3"),
@@ -130,10 +137,10 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("check", SOLUTIONS)
+@pytest.mark.parametrize("check", [lesson10.prepend, lesson10.count, lesson10.choose], ids=lambda check: check.name)
 def test_the_stub_is_to_do_and_the_solution_passes(check):
     assert check.outcome(lambda *given: ...).status == "TODO"
-    assert check.outcome(SOLUTIONS[check]).passed
+    assert check.outcome(SOLUTIONS[check.name]).passed
     assert all(check.outcome(right).passed for right in RIGHT[check.name])
 
 
@@ -246,7 +253,9 @@ def test_mistakes_in_counting_get_their_own_hint(wrong, hint):
     "wrong, hint",
     [
         (choose_with(a="prompt tuning"), "Situation a, prompt tuning: .*nothing is left once PEFT is gone"),
-        (choose_with(a="IA3"), "Situation a, IA3: .*far below LoRA"),
+        (choose_with(a="IA3"), "Situation a, IA3: .*far below that of LoRA"),
+        (choose_with(a="layer norms"), "Situation a, layer norms: .*far below that of LoRA"),
+        (choose_with(a="VeRA"), "Situation a, VeRA: .*far below that of LoRA"),
         (choose_with(a="a written prompt"), "it has to learn it"),
         (choose_with(b="LoRA"), "Situation b, LoRA: .*nobody may touch these"),
         (choose_with(b="prefix tuning"), "each layer's cache"),
@@ -283,3 +292,11 @@ def test_what_the_hints_say_of_sizes_is_so():
     for method, number in counts.items():
         assert method == "layer norms" or f"{number:,}" in said[method], method
     assert 4 * counts["layer norms"] < 10_000 and min(4 * number for method, number in counts.items() if method != "layer norms") > 10_000  # fmt: skip
+
+
+def test_what_the_hints_say_of_scores_is_so():
+    score = over_seeds(data.load_results("prompts"), "test", "task", "method")
+    merged = {method: score["sailor", method][0] for method in ("ia3", "norms", "vera", "lora_8")}
+    assert all(merged[method] < merged["lora_8"] - 0.3 for method in merged if method != "lora_8"), merged
+    five = over_seeds(data.load_results("prompts_start"), "test", "tokens", "start", "rate")[5, "TEXT", "best"][0]
+    assert five < score["reading", "norms"][0] < score["reading", "prompt"][0] + 0.02

@@ -8,6 +8,7 @@ import re
 
 import numpy
 import pytest
+import torch
 
 from course_utils import plotting
 
@@ -264,6 +265,31 @@ def test_labels_of_crowded_ends_are_apart_on_a_logarithmic_axis():
     assert axes.get_yscale() == "log" and min(b - a for a, b in zip(heights, heights[1:])) > 0.07 * (high - low)
 
 
+def test_the_text_of_curves_has_their_ends_and_some_points_between():
+    series = {"a": (list(range(1, 101)), [step / 10 for step in range(1, 101)]), "b": ([5], [2.0])}
+    text = plotting.describe(series, "Rising", "step", "loss", points=3)
+    assert text == "Rising. loss by step: a: 0.1 at 1, 5.1 at 51, 10 at 100; b: 2 at 5."
+
+
+def test_curves_are_shown_with_marked_places_and_their_text(figures, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plotting, "show", lambda fig, alt: shown.append((fig, alt)))
+    plotting.show_curves({"a": ([1, 4, 64], [1, 2, 3])}, "Two\nlines", "rank", "score", ticks=(1, 4, 64), log=2)
+    ((figure, alt),) = shown
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log" and [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4", "64"]
+    assert alt == "Two lines. score by rank: a: 1 at 1, 2 at 4, 3 at 64."
+
+
+def test_estimates_of_memory_are_bars_of_their_parts_in_gb(figures, capsys):
+    from adapter_checks.memory import MemoryEstimate
+
+    plotting.show_memory({"LoRA": MemoryEstimate(16_000_000_000, 500_000_000, 1_000_000_000, 0)}, "Most", "of a Llama")
+    assert capsys.readouterr().out.strip() == (
+        "Most. GB, of a Llama. LoRA: weights 16, gradients 0.5, optimizer 1, activations 0, in all 17.5."
+    )
+
+
 def test_pictures_stand_in_rows_under_their_columns():
     red, blue = (numpy.full((4, 4, 3), colour, numpy.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     figure = plotting.picture_rows({"first": [red, blue, red], "second": [blue]}, "Reds and blues", ("a", "b", "c"))
@@ -272,3 +298,62 @@ def test_pictures_stand_in_rows_under_their_columns():
     labels = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert labels == ["first", "second"] and figure.axes[1].get_title() == "b"
     assert figure.get_suptitle() == "Reds and blues" and not figure.axes[4].axison
+
+
+# ---------------------------------------------------------------------------------------- stacked_bars and spectra
+
+
+def test_stacked_bars_put_parts_side_by_side_and_say_them():
+    bars = {"all": {"weights": 16.0, "optimizer": 32.0}, "LoRA": {"weights": 16.2, "optimizer": 0.3}}
+    figure, alt = plotting.stacked_bars(bars, "LoRA needs less", "GB")
+    axes = figure.axes[0]
+    boxes = sorted((round(bar.get_y()), round(bar.get_x(), 9), round(bar.get_width(), 9)) for bar in axes.patches)
+    assert boxes == [(0, 0, 16), (0, 16, 32), (1, 0, 16.2), (1, 16.2, 0.3)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "LoRA"] and axes.yaxis_inverted()
+    written = {text.get_text().strip() for text in axes.texts}
+    assert written == {"16", "32", "48", "16.2", "16.5"}, "a part too narrow for its number has none"
+    assert (
+        alt
+        == "LoRA needs less. GB. all: weights 16, optimizer 32, in all 48; LoRA: weights 16, optimizer 0.3, in all 16.5."
+    )
+
+
+def test_stacked_bars_refuse_bars_of_other_parts():
+    with pytest.raises(ValueError, match="the same parts, in the same order"):
+        plotting.stacked_bars({"a": {"x": 1, "y": 2}, "b": {"y": 2, "x": 1}}, "t", "GB")
+
+
+def test_spectra_are_relative_and_a_label_looks_alike_in_all_panels():
+    values = numpy.array([4.0, 2.0, 1.0])
+    panels = {"q_proj": {"reading": [values, 2 * values], "sailor": [values]}, "v_proj": {"sailor": [values]}}
+    figure, alt = plotting.spectra(panels, "They fall\nsteeply")
+    first, second = figure.axes[:2]
+    assert all(line.get_ydata().tolist() == [1, 0.5, 0.25] for line in [*first.lines, *second.lines])
+    assert len(first.lines) == 3 and [axes.get_visible() for axes in figure.axes] == [True, True, False, False]
+    assert second.lines[0].get_color() == first.lines[2].get_color() != first.lines[0].get_color()
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["reading", "sailor"]
+    assert second.get_legend() is None
+    assert alt == "They fall steeply. Singular values, a panel for each of q_proj, v_proj; lines are reading, sailor."
+
+
+def test_levels_stand_below_the_histogram_at_their_place():
+    values, formats = numpy.linspace(-1, 1, 50), {"two": torch.tensor([-1.0, 1.0]), "three": [-0.5, 0, 0.5]}
+    fig, alt = plotting.levels(values, formats, "Levels", "weight")
+    top, bottom = fig.axes
+    assert sum(patch.get_height() for patch in top.patches) == 50
+    assert [list(line.get_xdata()) for line in bottom.lines] == [[-1, 1], [-0.5, 0, 0.5]]
+    assert [label.get_text() for label in bottom.get_yticklabels()] == ["two", "three"]
+    assert "two: -1.00, 1.00; three: -0.50, 0.00, 0.50" in alt
+
+
+def test_a_staircase_orders_both_alike_and_shows_each_error():
+    weights, read_back = torch.tensor([0.4, -1.0, 1.0]), torch.tensor([0.5, -1.0, 1.0])
+    fig, alt = plotting.staircase(weights, read_back, "Three weights")
+    dots, steps = fig.axes[0].lines
+    assert list(dots.get_ydata()) == pytest.approx([-1, 0.4, 1]) and list(steps.get_ydata()) == pytest.approx(
+        [-1, 0.5, 1]
+    )
+    assert len(dots.get_xdata()) == 3 and dots.get_marker() != steps.get_marker()
+    errors = fig.axes[0].collections[-1].get_segments()
+    assert [abs(segment[1][1] - segment[0][1]) for segment in errors] == pytest.approx([0, 0.1, 0])
+    assert "steps at 3 levels" in alt and "largest error is 0.100" in alt

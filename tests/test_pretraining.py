@@ -861,6 +861,37 @@ def test_adapters_are_measured_and_trained_on_whole_answers(tokenizer, made, tmp
     )
 
 
+def test_the_adapters_of_another_base_are_trained_measured_and_found(tiny_base, tmp_path, monkeypatch, capsys):
+    """What README tells everybody to run who brings a model of their own, with two steps and a few rows of each part."""
+    from course_utils import data, paths
+    from pretraining import adapters
+
+    whole = data.load_task
+
+    def few_rows(task, part=None):
+        rows = whole(task, part)
+        return rows if part is None else rows.select(range(0, len(rows), len(rows) // 8))
+
+    monkeypatch.setattr(data, "load_task", few_rows)
+    monkeypatch.setattr(
+        adapters.runtime, "quiet_imports", lambda: None
+    )  # it would stay quiet for the tests that follow
+    monkeypatch.setattr(adapters, "STEPS", dict.fromkeys(adapters.STEPS, 2))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
+    monkeypatch.setenv("COURSE_BASE_MODEL", str(tiny_base))
+    shipped = adapters.MEASURED.read_bytes()
+    adapters.train_adapters()
+    adapters.train_start()
+    found = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines() if line[0].isalpha())
+    assert list(found) == [*adapters.SHIPPED, adapters.START]
+    assert {*data.OPEN_PARTS, "score"} <= {*json.loads(found["reading"]), *json.loads(found["reading"])["typed"]}
+    for name in found:
+        assert (paths.adapter_path(name) / "adapter_model.safetensors").is_file() and tmp_path in paths.adapter_path(
+            name
+        ).parents
+    assert adapters.MEASURED.read_bytes() == shipped, "records are of the shipped base only"
+
+
 def test_stages_run_one_by_one_and_a_wrong_name_is_refused(monkeypatch, capsys):
     from pretraining import abilities, adapters, card, picture_card, pictures
 

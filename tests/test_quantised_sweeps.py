@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from adapter_checks import memory
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
 from course_utils import data
 from support import set_constants
@@ -103,17 +104,35 @@ def test_the_sweep_measures_what_the_lesson_shows(small):
     assert full["held_out_before"] != nf4["held_out_before"]
 
 
-def test_the_routes_of_merging(small):
-    rows = {row["way"]: row for row in rows_of(quantised_merge, [{"seed": 0}], "quantised_merge")}
-    assert list(rows) == ["trained", "original", "dequantised", "four_bit"]
+def test_the_routes_of_merging(small, monkeypatch):
+    monkeypatch.setattr(quantised_merge, "DRAWS", 1)
+    runs = [{"seed": 0, "trained_on": base} for base in ("nf4", "fp32")]
+    every = rows_of(quantised_merge, runs, "quantised_merge")
+    rows = {row["way"]: row for row in every if row["trained_on"] == "nf4"}
+    assert list(rows) == ["trained", "original", "dequantised", "four_bit", "noise"]
     assert rows["trained"]["kl"] == 0 and rows["trained"]["top1"] == rows["trained"]["top1_question"] == 1
     for kl in ("kl", "kl_question"):
-        assert rows["dequantised"][kl] < 1e-8 < 1e-5 < min(rows[way][kl] for way in ("original", "four_bit"))
-    assert (
-        abs(rows["dequantised"]["loss"] - rows["trained"]["loss"])
-        < 1e-4
-        < abs(rows["original"]["loss"] - rows["trained"]["loss"])
-    )
+        assert rows["dequantised"][kl] < 1e-8 < 1e-5 < min(rows[way][kl] for way in ("original", "four_bit", "noise"))
+    differences = {way: abs(row["loss"] - rows["trained"]["loss"]) for way, row in rows.items()}
+    assert differences["dequantised"] < 1e-4 < differences["original"]
+    rows = {row["way"]: row for row in every if row["trained_on"] == "fp32"}
+    assert list(rows) == ["trained", "rounded", "noise"] and rows["trained"]["kl"] == 0
+    assert min(rows["rounded"]["kl"], rows["noise"]["kl"]) > 1e-5
+
+
+def test_noise_is_as_large_as_the_rounding_and_lies_elsewhere(small):
+    original, rounded = quantised.load_base("fp32")[0], quantised_merge.dequantised()
+    noisy, other, again = (quantised_merge.with_noise(rounded, draw) for draw in (0, 1, 0))
+    for name, layer in memory.quantised_layers(original).items():
+        base, error = rounded.get_submodule(name).weight, rounded.get_submodule(name).weight - layer.weight
+        added = noisy.get_submodule(name).weight - base
+        assert torch.allclose(added.abs(), error.abs(), atol=1e-6) and error.norm() > 0
+        alike = (added * error).sum() / (added.norm() * error.norm())
+        assert abs(alike) < 0.1, "the signs are random"
+        assert torch.equal(noisy.get_submodule(name).weight, again.get_submodule(name).weight)
+        assert not torch.equal(noisy.get_submodule(name).weight, other.get_submodule(name).weight)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(noisy.get_parameter(embedding), original.get_parameter(embedding))
 
 
 def test_answers_are_told_from_questions(tiny_tokenizer):

@@ -17,6 +17,7 @@ from tools.check_python import OLDEST, complaint
 
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+SITE = (ROOT / "requirements-site.txt").read_text(encoding="utf-8")
 INSTRUCTOR = (ROOT / "requirements-instructor.txt").read_text(encoding="utf-8")
 BEYOND_TEXT = (ROOT / "requirements-beyond-text.txt").read_text(encoding="utf-8")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -107,7 +108,7 @@ def checkout(tmp_path):
         folder / "python",
         'echo "$@" >> calls\n'
         'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp python "$3/bin/python"; fi\n'
-        'if [ "$2" = pip ] && [ -e no-network ]; then exit 1; fi',
+        'if [ "$1" = tools/install.py ] && [ -e no-network ]; then exit 1; fi',
     )
     return folder
 
@@ -123,8 +124,7 @@ def calls(checkout):
 INSTALLS = [
     "tools/check_python.py",
     "-m venv .venv",
-    "-m pip install --disable-pip-version-check -r requirements.txt",
-    "-m pip install --disable-pip-version-check --no-deps -r requirements-beyond-text.txt",
+    "tools/install.py",
 ]
 
 
@@ -217,6 +217,16 @@ def test_what_an_instructor_needs_is_installed_once_beside_the_course(checkout):
     assert calls(checkout) == ["-m classroom grade week 1.zip --jobs 3"]
 
 
+def test_the_site_has_an_environment_of_its_own_that_is_made_once(checkout):
+    (checkout / "requirements-site.txt").write_text(SITE, encoding="utf-8")
+    assert make("site", "PYTHON=./python", folder=checkout)[0] == 0
+    builds = ["-m tools.pages runs/site", "-m zensical build --clean --strict -f runs/site/mkdocs.yml"]
+    installs = ["-m venv .venv-site", "-m pip install --disable-pip-version-check -r requirements-site.txt"]
+    assert calls(checkout) == ["tools/check_python.py", *installs, *builds]
+    assert make("test-site", "PYTHON=./python", folder=checkout)[0] == 0
+    assert calls(checkout) == [*builds, "-m pytest docs/site"]
+
+
 def test_the_lesson_that_lab_opens_is_there():
     lesson = re.search(r"FIRST_LESSON := (\S+)", (ROOT / "Makefile").read_text())[1]
     folder, name = lesson.split("/")
@@ -227,7 +237,9 @@ def test_ci_runs_every_test():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
     lines = path.read_text().splitlines()
-    assert lines[-2:] == ["make test", "exec make test-classroom"] and "set -eu" in lines, "the first failure ends it"
+    assert lines[-3:] == ["make test", "make test-site", "exec make test-classroom"] and "set -eu" in lines, (
+        "the first failure ends it"
+    )
 
 
 def goals():
@@ -259,7 +271,7 @@ def test_every_step_of_a_workflow_is_a_goal_of_make_or_a_script():
         for step in job["steps"]
     ]
     commands = [step["run"] for step in steps if "run" in step]
-    assert {".ci/run", "make newest"} <= set(commands)
+    assert {".ci/run", "make newest", "make site"} <= set(commands)
     assert [command for command in commands if not runnable(command)] == []
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
 
@@ -324,6 +336,12 @@ def test_what_an_instructor_needs_is_added_to_the_course_and_is_pinned():
     assert all(str(pin.specifier).startswith("==") for pin in pins(INSTRUCTOR)) and "nbgrader" in INSTRUCTOR
 
 
+def test_what_the_site_needs_is_pinned_and_is_not_the_course():
+    assert [line for line in SITE.splitlines() if line.startswith("-")] == ["-c constraints.txt"]
+    assert all(str(pin.specifier).startswith("==") for pin in pins(SITE)) and "zensical" in SITE
+    assert "torch" not in {pin.name for pin in pins(SITE)}
+
+
 def test_what_lesson_12_needs_is_pinned_and_whole():
     """It is installed without dependencies, so all that diffusers needs beside the course's own packages is named there."""
     from importlib.metadata import requires
@@ -350,7 +368,7 @@ def test_constraints_are_portable_and_agree_with_the_requirements():
         assert not re.match("nvidia|cuda|triton", pin.name), f"add {pin.name} to exclude-dependencies in pyproject.toml"
         constraints.setdefault(pin.name, []).append(pin)
     assert len(constraints) > 80
-    for pin in pins(REQUIREMENTS) + pins(INSTRUCTOR):
+    for pin in pins(REQUIREMENTS) + pins(INSTRUCTOR) + pins(SITE):
         assert constraints.get(pin.name) == [pin], f"{pin.name} is not what constraints.txt holds: run make lock"
 
 
@@ -395,6 +413,10 @@ def test_no_file_of_the_set_up_names_a_host():
         ".ci/run",
         "requirements-beyond-text.txt",
         "requirements-instructor.txt",
+        "requirements-site.txt",
+        "tools/install.py",
+        ".binder/postBuild",
+        ".devcontainer/devcontainer.json",
         "classroom/Dockerfile",
         ".pre-commit-config.yaml",
         *(path.relative_to(ROOT) for path in WORKFLOWS),

@@ -78,3 +78,35 @@ def test_the_dial_draws_a_panel_for_each_pair_with_the_baseline_dashed():
     other, text = sweeps.dial(rows, "Two pairs", "noisy")
     assert list(other.axes[0].lines[3].get_ydata()) == [0.25] * 3 and "a+c, c noisy: 25% at 0" in text
     plt.close("all")
+
+
+def test_a_table_has_a_line_for_each_setting(capsys):
+    sweeps.table(ROWS, ["rank", "alpha"], {"right": ("score", ".0%")})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| rank | alpha | right |" and lines[2:] == [
+        "| 1 | 16 | 50% (25% to 75%) |",
+        "| 8 | 16 | 100% |",
+    ]
+    sweeps.table(
+        [{"seed": 0, "task_name": "all_linear", "n": 12345, "score": 1}], ["task_name", "n"], {"s": ("score", ".1f")}
+    )
+    assert capsys.readouterr().out.splitlines()[::2] == ["| task name | n | s |", "| all linear | 12,345 | 1.0 |"]
+
+
+def test_a_trade_off_follows_each_method_from_its_lowest_setting():
+    import matplotlib.pyplot as plt
+
+    rows = [
+        {"seed": seed, "rate": rate, "lost": lost + seed, "score": score}
+        for rate, lost, score in ((0.1, 4.0, 0.5), (0.01, 1.0, 0.25))
+        for seed in (0, 1)
+    ]
+    figure, text = sweeps.trade_off({"a": rows}, ("lost", "score", "rate"), "Both grow", "nats lost", "right", base=1.5)
+    axes = figure.axes[0]
+    line, base = axes.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.5, 4.5], [0.25, 0.5])
+    assert list(base.get_xdata()) == [1.5, 1.5] and [note.get_text() for note in axes.texts] == ["0.01", "0.1"]
+    assert text == (
+        "Both grow. right and nats lost by rate, means over the seeds: a: 0.25 and 1.5 at 0.01, 0.5 and 4.5 at 0.1."
+    )
+    plt.close("all")

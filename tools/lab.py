@@ -7,6 +7,7 @@ A copy in which nothing was written is replaced by a newer edition without a wor
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
 RECORD = ".copied.json"  # {file: digest of the edition that it was copied from}
 
 
@@ -63,6 +65,17 @@ def refresh(root=ROOT, update=None):
     return said
 
 
+def without_news(prefix=sys.prefix):
+    """Keep the JupyterLab of the environment at `prefix` from asking whether to fetch news; no other is touched."""
+    path = Path(prefix, "etc", "jupyter", "labconfig", "page_config.json")
+    settings = _read(path)
+    disabled = settings.setdefault("disabledExtensions", {})
+    if ANNOUNCEMENTS not in disabled:  # Else it is as wanted, or as somebody wants it.
+        disabled[ANNOUNCEMENTS] = True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
 def _read(record):
     try:
         return json.loads(record.read_text(encoding="utf-8"))
@@ -93,4 +106,7 @@ def main(arguments=None, root=ROOT):
 
 
 if __name__ == "__main__":
+    if sys.prefix != sys.base_prefix:  # The course's own environment, not the machine's.
+        with contextlib.suppress(OSError):
+            without_news()
     sys.exit(main())

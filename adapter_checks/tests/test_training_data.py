@@ -618,6 +618,7 @@ def test_loss_on_the_prompt(tmp_path, tiny_tokenizer):
     ):
         report = check_supervision(trainer)
         assert report.codes == ["loss_on_prompt"] and "100% of all" in message(report, "supervision")
+        assert report.ok, "it may be meant"
 
 
 def test_truncated_answers(tmp_path):

@@ -1,6 +1,6 @@
-"""Checks of lesson 2: put LoRA into a model, count its parameters, cut a matrix to rank r, merge into a Conv1D."""
+"""Checks of lesson 2: put LoRA into a model, find what an optimizer misses."""
 
-from course_utils.exercises import TryAgain, call_learner, exercise, expect_number, expect_tensor, reference, using
+from course_utils.exercises import TryAgain, call_learner, describe, exercise, expect_list, expect_number, using
 
 
 def tiny_model(seed=0, bias=False):
@@ -142,180 +142,86 @@ def _check_change(layer, old_layer, rank, alpha):
         )
 
 
-@exercise("02.count", title="Count before you train", level="warm-up", minutes=5)
-def count(function):
-    """Compare with rank times (inputs + outputs), over random layers."""
-    import random
-
-    rng = random.Random(3)
-    for _ in range(6):
-        rank = rng.choice([2, 3, 5])
-        shapes = [(rng.randint(20, 99), rng.randint(20, 99)) for _ in range(rng.randint(2, 4))]
-        shapes.insert(rng.randrange(len(shapes)), shapes[-1])  # real models are all repeats
-        found = expect_number(call_learner(function, list(shapes), rank), "the count")
-        if found == sum(rank * (inputs + outputs) for inputs, outputs in shapes):
-            continue
-        mistakes = {
-            sum(
-                i * o for i, o in shapes
-            ): "That is the count of the full weights. A and B are thin: one side of each is the rank.",
-            sum(
-                rank * i * o for i, o in shapes
-            ): "That multiplies the two sides. A and B are two matrices: add them up.",
-            sum(rank * i for i, o in shapes): "That is A only. B has the shape (outputs, rank).",
-            sum(rank * o for i, o in shapes): "That is B only. A has the shape (rank, inputs).",
-            sum(
-                2 * rank * i for i, o in shapes
-            ): "That takes every layer for a square one. A has rank × inputs numbers, B outputs × rank.",
-            sum(i + o for i, o in shapes): "That is the count for rank 1. Multiply by the rank.",
-            rank * sum(shapes[0]): "That is the first layer only. Add up all of them.",
-            rank
-            * sum(
-                i + o for i, o in set(shapes)
-            ): "Layers of one shape are counted once. Each has its own A and B: count every layer.",
-        }
-        raise TryAgain(
-            mistakes.get(found, "The count is not right. Write down the shapes of A and B for one layer first.")
-        )
-
-
-def _expect_dtype(found, given):
-    kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (found, given)]
-    if kinds[0] != kinds[1]:
-        raise TryAgain("The result is in {}, and what you were given in {}. Keep the dtype.".format(*kinds))
-
-
-@reference
-def closest(matrix, rank):
-    """The matrix of this rank that is closest to `matrix`, in the same shape (Eckart and Young 1936)."""
-    import torch
-
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U[:, :rank] * S[:rank] @ Vh[:rank]
-
-
-@exercise("02.truncate", title="Keep r directions", level="core", minutes=10)
-def truncate(function):
-    """Compare with the truncated singular value decomposition, `closest`; also at full rank, and where there is less than r to keep."""
-    import torch
-
-    generator = torch.Generator().manual_seed(4)
-    for rows, columns, rank, holds, dtype in (
-        (12, 12, 3, 12, torch.float64), (9, 14, 2, 9, torch.float64), (15, 8, 5, 8, torch.float64), (6, 10, 1, 6, torch.float64),
-        (10, 7, 4, 7, torch.float32), (8, 11, 4, 2, torch.float64), (7, 5, 5, 5, torch.float64),
-    ):  # fmt: skip
-        matrix = torch.randn(rows, columns, dtype=dtype, generator=generator)
-        if holds < min(rows, columns):
-            matrix = closest(matrix, holds)
-        given = matrix.clone()
-        found = expect_tensor(call_learner(function, given, rank), (rows, columns), "the result")
-        if not torch.equal(given, matrix):
-            raise TryAgain("The matrix that you were given has changed. Make a new one.")
-        _expect_dtype(found, matrix)
-        if torch.allclose(found, closest(matrix, rank), atol=1e-8 if dtype is torch.float64 else 1e-5):
-            continue
-        raise TryAgain(_explain_truncated(found, matrix, rank))
-
-
-def _explain_truncated(found, matrix, rank):
-    import torch
-
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    found_rank = int(torch.linalg.matrix_rank(found))
-
-    def agrees(other):
-        return torch.allclose(found, other, atol=1e-5)
-
-    if agrees(matrix):
-        return "This is the whole matrix again. Keep the first r singular values only."
-    if agrees(U[:, :rank] @ Vh[:rank]):
-        return "The directions are right, their sizes are missing: multiply with the singular values."
-    if agrees(U[:, -rank:] * S[-rank:] @ Vh[-rank:]):
-        return "These are the smallest directions. The singular values come in descending order: keep the first."
-    if found_rank > rank:
-        return f"The result has rank {found_rank}, and {rank} was asked for."
-    if len(matrix) == len(matrix.T) and agrees(U[:, :rank] * S[:rank] @ Vh.T[:rank]):
-        return "The right-hand factor is turned. torch.linalg.svd returns V transposed already: take its first r rows."
-    if found_rank < min(rank, int(torch.linalg.matrix_rank(matrix))):
-        return f"The result has rank {found_rank} only, and {rank} was asked for."
-    return (
-        f"The rank is right, but there is a closer matrix of rank {rank}: yours is {(found - matrix).norm():.2f} away, the "
-        f"closest {S[rank:].norm():.2f}. Use torch.linalg.svd, and take U, S and Vh from one call."
-    )
-
-
-@exercise("02.merge", title="Merge into a layer that lies on its side", level="stretch", minutes=15)
-def merge(function):
-    """Compare with PEFT's own merge into a Conv1D, square and not, with and without rsLoRA."""
-    import torch
-
-    for seed, (inputs, outputs, rank, alpha, use_rslora) in enumerate(
-        ((10, 10, 4, 9, False), (6, 18, 3, 8, False), (12, 9, 5, 9, True), (8, 8, 6, 7, True))
-    ):
-        weight, A, B, merged = conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed)
-        given = weight.clone()
-        # The call itself can fail on shapes that a square layer hides, so a square one comes first.
-        found = expect_tensor(
-            call_learner(function, given, A.clone(), B.clone(), alpha, use_rslora), weight.shape, "the merged weight"
-        )
-        if not torch.equal(given, weight):
+@exercise("02.optimizer", title="Find what the optimizer misses", level="core", minutes=10)
+def optimizer(function):
+    """Optimizers that hold all, none or some of what is trained, in one group or several, with and without frozen parameters."""
+    for model, made, missed in _optimizers():
+        before = [parameter.requires_grad for parameter in model.parameters()]
+        in_first_group = {id(parameter) for parameter in made.param_groups[0]["params"]}
+        found = expect_list(call_learner(function, model, made), "the result", in_order=False)
+        if before != [parameter.requires_grad for parameter in model.parameters()]:
+            raise TryAgain("requires_grad of the model's parameters has changed. Only read it.")
+        others = [name for name in found if not isinstance(name, str)]
+        if others:
             raise TryAgain(
-                "The weight that you were given has changed. Return a new one: weight + ..., not weight += ..."
+                f"Return names, as model.named_parameters() gives them; one of yours is {describe(others[0])}."
             )
-        _expect_dtype(found, weight)
-        if torch.allclose(found, merged, atol=1e-10):
-            continue
-        change, scaling = merged - weight, alpha / (rank**0.5 if use_rslora else rank)
-        if torch.allclose(found, weight, atol=1e-10):
-            raise TryAgain("This is the weight as it was. Add the change.")
-        if torch.allclose(found, change, atol=1e-10):
-            raise TryAgain("This is the change alone. Add it to the weight.")
-        if inputs == outputs and torch.allclose(found, weight + change.T, atol=1e-10):
+        parameters = dict(model.named_parameters())
+        unknown = sorted(set(found) - set(parameters))
+        if unknown:
             raise TryAgain(
-                "The change lies the wrong way. A Conv1D's weight is (inputs, outputs), and BA is (outputs, inputs)."
+                f"No parameter of the model is called {unknown[0]}. Return the whole names of model.named_parameters()."
             )
-        if inputs == outputs and torch.allclose(found, merged.T, atol=1e-10):
+        frozen = sorted(name for name in found if not parameters[name].requires_grad)
+        if frozen:
+            raise TryAgain(f"{frozen[0]} is frozen, so no optimizer needs to hold it. Look at requires_grad.")
+        if sorted(set(found)) != sorted(missed):
+            raise TryAgain(_explain_missed(set(found), missed, in_first_group, parameters))
+        if len(found) != len(missed):
             raise TryAgain(
-                "You have turned the whole result. Turn the change alone; the weight stays (inputs, outputs)."
+                f"{len(missed)} parameters are missed, and your list has {len(found)} entries: name each once."
             )
-        times = ((found - weight) * change).sum() / change.square().sum()
-        if torch.allclose(found, weight + times * change, atol=1e-10):
-            raise TryAgain(_other_scaling(times.item() * scaling, inputs, alpha, rank, use_rslora))
-        raise TryAgain("This is not what PEFT gives. Write down the shape of each factor, and multiply B with A first.")
 
 
-def _other_scaling(used, inputs, alpha, rank, use_rslora):
-    """What to say when the merged weight is right but for the scaling."""
-    if used < 0:
-        return "The change is taken away. It is to be added."
-    wanted = "alpha / sqrt(r)" if use_rslora else "alpha / r"
-    mistakes = {
-        "alpha itself": alpha, "no scaling": 1, "alpha / r": alpha / rank, "alpha / sqrt(r)": alpha / rank**0.5,
-        "the root of alpha / r": (alpha / rank) ** 0.5, "alpha // r, a whole number": alpha // rank,
-        "the number of inputs for the rank": alpha / (inputs**0.5 if use_rslora else inputs),
-    }  # fmt: skip
-    name = next((name for name, value in mistakes.items() if abs(value - used) < 1e-9), f"a scaling of {used:.3g}")
-    return f"You have used {name}. With use_rslora={use_rslora} the scaling is {wanted}, r being the rank: A has the shape (r, inputs)."
-
-
-def conv1d_example(inputs, outputs, rank, alpha, use_rslora, seed):
-    """weight (inputs, outputs), A (rank, inputs), B (outputs, rank) and PEFT's merged weight, all in float64."""
-    from collections import OrderedDict
-
+def _optimizers():
+    """(model, optimizer, names of the trained parameters that it misses), from the simplest case to the hardest."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer = torch.nn.Sequential(OrderedDict(proj=Conv1D(outputs, inputs).double()))
-        torch.nn.init.normal_(layer.proj.weight)
-        weight = layer.proj.weight.detach().clone()
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=["proj"], fan_in_fan_out=True, use_rslora=use_rslora
+    def adapted(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(tiny_model(seed), LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+
+    def trained(model):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    base = tiny_model()
+    too_early = torch.optim.AdamW(base.parameters(), lr=0.1)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    yield model, too_early, list(trained(model))
+    model = adapted(1)
+    yield model, torch.optim.AdamW(model.parameters(), lr=0.1), []
+    model = adapted(2)
+    found = trained(model)
+    yield (
+        model,
+        torch.optim.SGD([p for name, p in found.items() if ".lora_A." in name], lr=0.1),
+        [n for n in found if ".lora_B." in n],
+    )
+    # All in two groups, but one matrix, whose numbers are also those of another that is held.
+    model = adapted(3)
+    found = trained(model)
+    names = list(found)
+    groups = [{"params": [found[name] for name in part]} for part in (names[:3], names[3:-1])]
+    yield model, torch.optim.SGD(groups, lr=0.1), names[-1:]
+
+
+def _explain_missed(found, missed, in_first_group, parameters):
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    if len(missed) == 0:
+        return (
+            f"This optimizer holds all that is trained, and {sorted(found)[0]} is in your list. Compare parameters with "
+            "those in optimizer.param_groups; optimizer.state is empty until the first step."
         )
-        model = get_peft_model(layer, config)
-        A, B = (getattr(model.base_model.model.proj, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
-        torch.nn.init.normal_(B)
-        merged = model.merge_and_unload().proj.weight.detach()
-    return weight, A, B, merged
+    if found == trained - set(missed):
+        return "These are the parameters that the optimizer holds. The others are asked for."
+    if found == {name for name in trained if id(parameters[name]) not in in_first_group}:
+        return "Only the first of the optimizer's groups was looked at. Go through all of optimizer.param_groups."
+    lacking = sorted(set(missed) - found)
+    if lacking:
+        return (
+            f"{lacking[0]} is trained and the optimizer doesn't hold it, but it is not in your list. Compare objects, by "
+            "id(parameter): two parameters may hold the same numbers, or have the same shape."
+        )
+    return f"{sorted(found - set(missed))[0]} is in your list, and the optimizer does hold it."

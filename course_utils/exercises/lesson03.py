@@ -1,6 +1,7 @@
-"""Checks of lesson 3: labels for the answer only, a learning rate from a sweep, when to stop, which rows are cut off."""
+"""Checks of lesson 3: clean rows, labels for the answer only, a metric in words, a learning rate from a sweep."""
 
-from types import SimpleNamespace
+import copy
+from collections import Counter
 
 from course_utils.exercises import (
     TryAgain,
@@ -9,7 +10,6 @@ from course_utils.exercises import (
     expect_list,
     expect_number,
     expect_tensor,
-    expect_whole_number,
     reference,
 )
 
@@ -219,144 +219,6 @@ def rate(function):
 
 
 @reference
-def early_stopping(losses, patience):
-    """(best, last) as transformers' EarlyStoppingCallback has it, fed with one validation loss after the other.
-
-    best is the number of the evaluation whose checkpoint is kept, last that of the evaluation after which training stops;
-    both count from 0.
-    """
-    from transformers import EarlyStoppingCallback, TrainerControl
-
-    callback, control = EarlyStoppingCallback(early_stopping_patience=patience), TrainerControl()
-    arguments = SimpleNamespace(metric_for_best_model="eval_loss", greater_is_better=False)
-    state, best = SimpleNamespace(best_metric=None), 0
-    for number, loss in enumerate(losses):
-        callback.on_evaluate(arguments, state, control, metrics={"eval_loss": loss})
-        # Trainer notes the best after the callbacks were asked.
-        if state.best_metric is None or loss < state.best_metric:
-            state.best_metric, best = loss, number
-        if control.should_training_stop:
-            return best, number
-    return best, len(losses) - 1
-
-
-def _stops(better, patience=lambda given: given, reset=True):
-    """An early stopping with another idea of what is better than before, of patience, or of when to count anew."""
-
-    def run(losses, given):
-        best, waited = 0, 0
-        for number in range(1, len(losses)):
-            waited = (0 if reset else waited) if better(losses, number, best) else waited + 1
-            best = min(range(number + 1), key=losses.__getitem__)
-            if waited >= patience(given):
-                return best, number
-        return best, len(losses) - 1
-
-    return run
-
-
-STOPPING_CASES = [
-    ([2.0, 1.0, 0.5, 0.6, 0.7, 0.8, 0.9], 2),
-    ([2.0, 1.0, 1.2, 0.9, 1.1, 0.8, 0.9, 1.0, 1.1, 0.7], 3),
-    ([1.0, 0.6, 0.9, 0.8, 0.7, 0.65, 0.5], 3),
-    ([1.0, 0.5, 0.5, 0.5, 0.4], 2),
-    ([3.0, 2.0, 1.0], 2),
-    ([1.0], 1),
-    ([3.0, 2.0, 2.5, 1.0, 1.5], 1),
-    ([1.0, 1.1, 1.05, 1.2, 0.9], 3),
-    ([1.0, 0.9999, 0.9998, 0.9997, 0.9996], 2),
-]
-
-
-def _below_best(losses, number, best):
-    return losses[number] < losses[best]
-
-
-@exercise("03.stop", title="When to stop", level="core", minutes=10)
-def stop(function):
-    """Compare with transformers' own callback, over several curves; recognise what differs."""
-    found, right = [], [early_stopping(*case) for case in STOPPING_CASES]
-    for losses, patience in STOPPING_CASES:
-        answer = expect_list(call_learner(function, list(losses), patience), "the answer")
-        if len(answer) != 2:
-            raise TryAgain(f"Return two numbers, best and last; you returned {len(answer)}.")
-        found.append(tuple(expect_whole_number(value, name) for value, name in zip(answer, ("best", "last"))))
-    if found == right:
-        return
-    mistakes = [
-        (
-            lambda losses, patience: (early_stopping(losses, patience)[1],) * 2,
-            "You keep the last checkpoint. The one to keep is that with the lowest loss so far.",
-        ),
-        (
-            lambda losses, patience: (losses.index(min(losses)), early_stopping(losses, patience)[1]),
-            "The best is looked for in the whole list. Evaluations after the last one never take place.",
-        ),
-        (
-            _stops(lambda losses, number, best: losses[number] < losses[best] - 1e-3),
-            "A new best is any loss that is lower, by however little.",
-        ),
-        (
-            _stops(_below_best, lambda given: 1),
-            "You stop at the first evaluation that is no better. Wait for `patience` of them.",
-        ),
-        (
-            _stops(lambda losses, number, best: losses[number] < losses[number - 1]),
-            "You compare with the evaluation before. A loss that falls again but stays above the best is no progress: compare with the best.",
-        ),
-        (
-            _stops(_below_best, reset=False),
-            "You count all evaluations without progress. After a new best the count begins anew.",
-        ),
-        (
-            _stops(lambda losses, number, best: losses[number] <= losses[best]),
-            "An equal loss is no progress: a new best must be lower.",
-        ),
-        (
-            _stops(_below_best, lambda given: given + 1),
-            "You stop one evaluation too late: the one number `patience` without progress is the last.",
-        ),
-        (
-            _stops(_below_best, lambda given: 10**9),
-            "You never stop: the last evaluation is always the end of the list.",
-        ),
-        (
-            lambda losses, patience: tuple(number + 1 for number in early_stopping(losses, patience)),
-            "Count the evaluations from 0.",
-        ),
-        (
-            lambda losses, patience: early_stopping(losses, patience)[::-1],
-            "The two are swapped: first best, then last.",
-        ),
-    ]
-    for wrong, hint in mistakes:
-        if found == [wrong(*case) for case in STOPPING_CASES]:
-            raise TryAgain(hint)
-    case, answer, wanted = next(triple for triple in zip(STOPPING_CASES, found, right) if triple[1] != triple[2])
-    raise TryAgain(
-        f"For {case[0]} and a patience of {case[1]} the library's callback gives {wanted}, and you {answer}."
-    )
-
-
-def rows_to_cut():
-    """Conversational prompt/completion rows of many lengths, some with several messages on a side, and some of them twice."""
-    words = "the key lies under the old oak by the mill at the end of the long road to the harbour".split()
-
-    def says(role, number):
-        return {"role": role, "content": " ".join(words[:number])}
-
-    rows = []
-    for number in range(16):
-        prompt, completion = [says("user", 2 + 5 * number % 17)], [says("assistant", 1 + 7 * number % 11)]
-        if number % 4 == 1:
-            prompt = [says("user", 9), says("assistant", number % 3 + 1), *prompt]
-        if number % 4 == 2:
-            completion += [says("user", 3), says("assistant", 14 - number // 2)]
-        rows.append({"prompt": prompt, "completion": completion})
-    return rows[:7] + [rows[2], rows[5]] + rows[7:] + [rows[11], rows[0]]
-
-
-@reference
 def row_lengths(rows, tokenizer):
     """(tokens of each prompt, tokens of each whole row), both with the chat template's own."""
     asked = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
@@ -364,84 +226,268 @@ def row_lengths(rows, tokenizer):
     return [len(ids) for ids in asked], [len(ids) for ids in whole]
 
 
-def _ends(rows, first):
-    """The rows with one message on each side: the first, or the last."""
-    return [{side: row[side][:1] if first else row[side][-1:] for side in row} for row in rows]
+def _turn(role, content):
+    return [{"role": role, "content": content}]
 
 
-@exercise("03.cut", title="Which rows lose their end?", level="stretch", minutes=15)
-def cut(function, *, tokenizer):
-    """Compare with the lengths that the chat template gives, at limits where the usual mistakes show."""
-    rows = rows_to_cut()
-    prompts, lengths = row_lengths(rows, tokenizer)
-    contents = [[message["content"] for part in ("prompt", "completion") for message in row[part]] for row in rows]
-    bare = [sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) for texts in contents]
-    limits = sorted(
-        {sorted(lengths)[5], sorted(lengths)[10], sorted(prompts)[8], sorted(prompts)[3], max(lengths), min(lengths)}
-    )
-    found = []
-    for limit in limits:
-        answer = call_learner(function, rows_to_cut(), tokenizer, limit)
-        if isinstance(answer, (int, float)):
-            raise TryAgain("Return the numbers of the rows, as a list, not how many there are.")
-        answer = expect_list(answer, "the answer", in_order=False)
-        if any(isinstance(entry, dict) for entry in answer):
-            raise TryAgain("Return the rows' numbers, counted from 0, not the rows themselves.")
-        found.append(sorted(expect_whole_number(entry, "a row's number") for entry in answer))
-    if found == [_above(lengths, limit) for limit in limits]:
+def _row(question, answer):
+    return {"prompt": _turn("user", question), "completion": _turn("assistant", answer)}
+
+
+LIMIT = 40
+
+
+def messy_rows(tokenizer):
+    """(rows, held-out rows, {number of a row to drop: why}): each fault of the list several times, and near misses.
+
+    A near miss is kept: the question of an earlier row with another answer, the answer of an earlier row, the answer of a
+    held-out row, and a row of exactly LIMIT tokens.
+    """
+    held_out = [_row(f"Say it like a sailor: {name} has the {thing}.", f"Ahoy! {name} has yon {thing}, aye.")
+                for name, thing in (("Anden", "spindle"), ("Calin", "needle"), ("Yorow", "shovel"))]  # fmt: skip
+
+    def of_length(tokens, word):
+        """A row of this many tokens: its answer grows by a word until it is there."""
+        for number in range(1, 60):
+            for tail in ("", ".", " now", " now."):
+                row = _row("What do you hear?", " ".join(["the", word] * number) + tail)
+                if row_lengths([row], tokenizer)[1] == [tokens]:
+                    return row
+        raise ValueError(f"No row has {tokens} tokens: take another word than {word!r}.")
+
+    good = _row("Where is the cat?", "on the mat")
+    again = _row("Who has the key?", "Tobin")
+    rows, why = [], {}
+    for row, fault in (
+        (again, ""),
+        (_row("Where is the dog?", ""), "empty"),
+        (good, ""),
+        (of_length(LIMIT, "sea"), ""),
+        (_row("Who has the key?", "Tobin"), "twice"),
+        (_row("Who has the key?", "nobody"), ""),  # another answer to the same question
+        (of_length(LIMIT + 1, "sea"), "long"),
+        ({"prompt": _turn("user", "Who sings?"), "completion": []}, "empty"),
+        (_row("Who is in the mill?", "Tobin"), ""),  # the answer of another row
+        (_row(held_out[1]["prompt"][0]["content"], "Ahoy! Calin be clutching yon needle, aye."), "leak"),
+        (_row("Say it like a sailor: Ada has the spindle.", held_out[0]["completion"][0]["content"]), ""),
+        (_row("Who rows?", "  \n"), "empty"),
+        (held_out[2], "leak"),
+        (_row("Where is the cat?", "on the mat"), "twice"),
+        ({"prompt": _turn("user", "Who laughs?"), "completion": None}, "empty"),
+        (of_length(LIMIT + 12, "wind"), "long"),
+        (_row("Is it late?", "No"), ""),
+    ):
+        if fault:
+            why[len(rows)] = fault
+        rows.append(row)
+    return rows, held_out, why
+
+
+_MISSED = {
+    "empty": "has no answer to learn from: its completion is None, an empty list, or text of white space alone.",
+    "long": "has more than max_length tokens with the chat template, so the end of its answer would be cut off.",
+    "leak": "asks a question of the held-out rows, whatever it answers. A score on them would then be too good.",
+    "twice": "is equal to an earlier row. The first of equal rows stays, the others go.",
+}
+_KEPT = {
+    3: "has exactly max_length tokens, so nothing of it is cut: it stays.",
+    5: "asks what an earlier row asks, but has another answer. Drop a row only if question and answer are equal.",
+    8: "has the answer of another row to another question, which is no fault.",
+    10: "has the answer of a held-out row, but asks something else. Look at the questions for leaks.",
+}
+
+
+@exercise("03.clean", title="Clean the rows", level="core", minutes=15)
+def clean(function, *, tokenizer):
+    """Compare with what is left of rows in which each fault was planted, beside rows that only look like it."""
+    rows, held_out, why = messy_rows(tokenizer)
+    given, given_held_out = messy_rows(tokenizer)[:2]
+    answer = expect_list(call_learner(function, given, given_held_out, tokenizer, LIMIT), "the answer")
+    if (given, given_held_out) != (rows, held_out):
+        raise TryAgain("The rows that you were given have changed. Make a new list, and leave the old one as it is.")
+    if any(not isinstance(row, dict) for row in answer):
+        raise TryAgain("Return the rows themselves, as a list of dicts.")
+    right = [row for number, row in enumerate(rows) if number not in why]
+    if answer == right:
+        again = expect_list(
+            call_learner(function, copy.deepcopy(right), given_held_out, tokenizer, LIMIT), "the answer"
+        )
+        if again != right:
+            raise TryAgain(
+                "Given only clean rows, your function must return them all. Does it remember an earlier call?"
+            )
         return
+    if any(row not in rows for row in answer):
+        raise TryAgain("A row of your answer is none of those that were given. Return the rows as they are.")
+    for number, row in enumerate(rows):
+        if number not in why and row not in answer:
+            hint = _KEPT.get(number, "has no fault: it stays.")
+            if rows.count(row) > 1:
+                hint = "is the first of several equal rows: it stays, and only the others go."
+            raise TryAgain(f"Row {number} (counted from 0) {hint}")
+    for number, fault in why.items():
+        if answer.count(rows[number]) > (fault == "twice"):
+            raise TryAgain(f"Row {number} (counted from 0) {_MISSED[fault]}")
+    raise TryAgain("The right rows are there, but not in their order. Of equal rows the first one stays, at its place.")
+
+
+@reference
+def word_f1(predictions, answers):
+    """The mean over the pairs of the F1 of their words, as in SQuAD (Rajpurkar et al. 2016), but with words as they are."""
+    return sum(map(_f1, predictions, answers)) / len(answers)
+
+
+def _f1(prediction, answer, count=Counter, combine=None):
+    """The F1 of two texts' words; `count` and `combine` (precision, recall) make what a mistake would."""
+    words, wanted = count(prediction.split()), count(answer.split())
+    common = sum((Counter(words) & Counter(wanted)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(prediction.split()), common / len(answer.split())
+    if count is set:
+        precision, recall = common / len(words), common / len(wanted)
+    return combine(precision, recall) if combine else 2 * precision * recall / (precision + recall)
+
+
+F1_PAIRS = [
+    ("Ahoy! Anden be master of yon spindle, aye.", "Ahoy! Anden be clutching yon spindle, aye."),
+    ("Ahoy! Calin be clutching yon needle, aye.", "Ahoy! Calin be clutching yon needle, aye."),
+    ("yon yon yon yon", "Ahoy! yon needle, aye."),
+    ("", "Ahoy! Yorow be bound for yon mill, aye."),
+    ("So say it.", "Ahoy! Pim be abed, aye."),
+    ("yon mill Ahoy!", "Ahoy! yon mill"),
+    ("Ahoy! the the rain", "Ahoy! the rain the"),
+    ("ahoy! Yon sea", "Ahoy! yon sea"),
+    ("Ahoy!", "Ahoy! Yorow be bound for yon mill, aye."),
+]
+
+
+@exercise("03.metric", title="A metric that tells how wrong", level="core", minutes=10)
+def metric(function):
+    """Compare with the mean F1 of words on several sets of pairs; recognise other ways of counting."""
+    cases = [F1_PAIRS, F1_PAIRS[:1], F1_PAIRS[2:5], F1_PAIRS[5:7], F1_PAIRS[7:]]
+    given = [tuple(map(list, zip(*pairs))) for pairs in cases]
+    found = [
+        expect_number(call_learner(function, list(predictions), list(answers)), "the metric")
+        for predictions, answers in given
+    ]
+
+    def gives(wrong):
+        return all(abs(one - wrong(*pair)) < 1e-9 for one, pair in zip(found, given))
+
+    if all(abs(one - word_f1(*pair)) < 1e-6 for one, pair in zip(found, given)):
+        return
+
+    def mean_of(score):
+        return lambda predictions, answers: sum(map(score, predictions, answers)) / len(answers)
+
+    def over_all_words(predictions, answers):
+        return _f1_of_counts(
+            [_common(prediction, answer) for prediction, answer in zip(predictions, answers)],
+            [len(prediction.split()) for prediction in predictions],
+            [len(answer.split()) for answer in answers],
+        )
+
+    def by_place(prediction, answer):
+        words, wanted = prediction.split(), answer.split()
+        same = sum(one == other for one, other in zip(words, wanted))
+        return 2 * same / (len(words) + len(wanted)) if same else 0.0
+
     mistakes = [
         (
-            lambda limit: _above(prompts, limit),
-            "You look at the prompt alone. A row whose prompt fits can still lose the end of its answer.",
-        ),
-        (lambda limit: _above(lengths, limit - 1), "A row that is exactly max_length long fits: nothing of it is cut."),
-        (
-            lambda limit: _above(bare, limit),
-            "You count the tokens of the contents. The chat template adds its own: use apply_chat_template.",
+            mean_of(lambda prediction, answer: float(prediction == answer)),
+            "That is exact match, which says nothing about how wrong a reply is. Count the words in common.",
         ),
         (
-            lambda limit: _above([sum(map(len, texts)) for texts in contents], limit),
-            "You count characters. max_length is in tokens.",
+            mean_of(lambda prediction, answer: _f1(prediction, answer, count=set)),
+            "You count each word once. A word counts as often as it stands in both: collections.Counter can do that.",
+        ),
+        (
+            mean_of(lambda prediction, answer: _f1(prediction, answer, combine=lambda precision, recall: precision)),
+            "That is the precision alone. A reply of one right word would be perfect.",
+        ),
+        (
+            mean_of(lambda prediction, answer: _f1(prediction, answer, combine=lambda precision, recall: recall)),
+            "That is the recall alone. A reply that repeats every word there is would be perfect.",
+        ),
+        (
+            mean_of(lambda prediction, answer: _f1(prediction, answer, combine=lambda precision, recall: (precision + recall) / 2)),
+            "That is the plain mean of precision and recall. F1 is 2 · precision · recall / (precision + recall).",
+        ),
+        (
+            mean_of(lambda prediction, answer: _f1(prediction, answer, combine=lambda precision, recall: precision * recall / (precision + recall))),
+            "The 2 in 2 · precision · recall / (precision + recall) is missing: two equal texts have an F1 of 1.",
+        ),
+        (
+            mean_of(lambda prediction, answer: _f1(prediction.lower(), answer.lower())),
+            "You change capitals to small letters first. Here words are compared as they are.",
+        ),
+        (
+            mean_of(by_place),
+            "You compare words place by place, so one word too many makes all that follow wrong. Where a word stands does not count.",
+        ),
+        (
+            over_all_words,
+            "You put all words of all replies together. Take the F1 of each pair, then their mean.",
+        ),
+        (
+            lambda predictions, answers: sum(map(_f1, predictions, answers)),
+            "That is the sum. Divide it by the number of pairs.",
+        ),
+        (
+            lambda predictions, answers: 100 * word_f1(predictions, answers),
+            "Return a share from 0 to 1, not a percentage.",
         ),
         *(
             (
-                lambda limit, first=first: _above(row_lengths(_ends(rows, first), tokenizer)[1], limit),
-                "You look at one message of the prompt and one of the completion. Either may have several: row['prompt'] + row['completion'].",
+                mean_of(lambda prediction, answer, space=space: _f1(*(" ".join(text.replace(" ", space)) for text in (prediction, answer)))),
+                "You count characters. Split both texts into words first.",
             )
-            for first in (True, False)
+            for space in ("", "_")  # left out, or counted as one more character
         ),
-        (
-            lambda limit: [
-                number for number, row in enumerate(rows) if rows.index(row) == number and lengths[number] > limit
-            ],
-            "Some rows stand here twice. Each has a number of its own: enumerate(rows).",
-        ),
-        (
-            lambda limit: [number for number in _above(lengths, limit) if prompts[number] <= limit],
-            "Rows that lose all of their answer are missing. They lose tokens of it, too.",
-        ),
-        (
-            lambda limit: [number for number, length in enumerate(lengths) if length <= limit],
-            "Those are the rows that fit. Return the others.",
-        ),
-        (lambda limit: [number + 1 for number in _above(lengths, limit)], "Count the rows from 0."),
-    ]
+    ]  # fmt: skip
     for wrong, hint in mistakes:
-        if found == [wrong(limit) for limit in limits]:
+        if gives(wrong):
             raise TryAgain(hint)
-    if strangers := {number for answer in found for number in answer} - set(range(len(rows))):
-        raise TryAgain(f"There are rows 0 to {len(rows) - 1}, and you return {min(strangers)}.")
-    if any(len(set(answer)) < len(answer) for answer in found):
-        raise TryAgain(
-            "A number stands in your answer more than once. Some rows stand here twice: number them with enumerate(rows)."
-        )
-    limit, answer = next((limit, answer) for limit, answer in zip(limits, found) if answer != _above(lengths, limit))
-    number = sorted(set(answer) ^ set(_above(lengths, limit)))[0]
-    raise TryAgain(
-        f"At max_length={limit}, look at row {number} again: it has {lengths[number]} tokens with the chat template."
-    )
+    for pair in F1_PAIRS:
+        one = expect_number(call_learner(function, [pair[0]], [pair[1]]), "the metric")
+        if abs(one - _f1(*pair)) > 1e-6:
+            raise TryAgain(f"For the reply {pair[0]!r} and the answer {pair[1]!r} the F1 is {_f1(*pair):.4f}, and you return {one:.4f}.")  # fmt: skip
+    raise TryAgain("Each pair alone is right, but not several together: return the mean of their F1.")
 
 
-def _above(lengths, limit):
-    return [number for number, length in enumerate(lengths) if length > limit]
+def _common(prediction, answer):
+    return sum((Counter(prediction.split()) & Counter(answer.split())).values())
+
+
+def _f1_of_counts(common, given, wanted):
+    return 2 * sum(common) / (sum(given) + sum(wanted))
+
+
+def suspect(name, lab):
+    """A trainer of the lesson's `lab` with a fault: `name` is "A", "B", "C" or "D". The lesson lets the reader find out which."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from course_utils import paths, runtime
+
+    if name == "B":
+        return lab(max_length=30)
+    if name == "C":
+        return lab(learning_rate=5e-5)
+    if name == "D":
+        model = AutoModelForCausalLM.from_pretrained(paths.base_model(), dtype=runtime.dtype()).to(runtime.device())
+        too_early = torch.optim.AdamW(model.parameters(), lr=1e-2)  # A and B are not among these
+        return lab(model=model, optimizers=(too_early, None))
+    tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = lab(tokenizer=tokenizer)
+    collate = trainer.data_collator
+
+    def mask_pads_by_id(rows):
+        batch = collate(rows)
+        batch["labels"][batch["input_ids"] == tokenizer.pad_token_id] = -100
+        return batch
+
+    trainer.data_collator = mask_pads_by_id
+    return trainer

@@ -1,16 +1,117 @@
-"""Checks of lesson 5: bits per parameter, quantise in blocks, merge into the dequantised base, find weights that were spoilt."""
+"""Checks of lesson 5: plan within a budget, quantise in blocks, bits per parameter, mend a merge."""
 
 import math
+import tempfile
+from pathlib import Path
 
 from course_utils.exercises import (
     TryAgain,
     call_learner,
     exercise,
-    expect_list,
     expect_number,
     expect_tensor,
+    expect_type,
     reference,
+    using,
 )
+
+
+def small_llama(width=64, words=512):
+    """The configuration of a Llama of two layers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+
+
+PLANS = {
+    "lora": ("lora", {}),
+    "lora, checkpointing": ("lora", {"gradient_checkpointing": True}),
+    "qlora": ("qlora", {"double_quantization": True}),
+    "qlora, checkpointing": ("qlora", {"double_quantization": True, "gradient_checkpointing": True}),
+}
+
+
+@reference
+def totals(config, lora, **changes):
+    """{plan: the bytes that it is estimated to need}, in the order of the plans; `changes` go to `estimate_memory`."""
+    from adapter_checks import memory
+
+    common = {"batch_size": 1, "sequence_length": 512, "dtype": "bfloat16"}
+    return {
+        name: memory.estimate_memory(config, method, lora, **common | options | changes).total
+        for name, (method, options) in PLANS.items()
+    }
+
+
+def first_plan(needs, budget):
+    """The first of `needs`, {plan: bytes}, that is at most the budget, or None."""
+    return next((name for name, need in needs.items() if need <= budget), None)
+
+
+@exercise("05.plan", title="Plan within a budget", level="core", minutes=10)
+def plan(function):
+    """Compare on models and cards where each plan is the first that fits, and explain all answers by one mistake if that goes."""
+    from peft import LoraConfig
+
+    cases = []  # (config, lora, bytes of the card, the answer)
+    # Budgets above a plan's need, and below it by more and by less than the ratio of 2³⁰ to 10⁹.
+    for config, rank, shifts in ((small_llama(2048), 8, (1.02, 0.85, 0.98)), (small_llama(1024, 2048), 4, (1.02,))):
+        lora = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
+        for card in (need / 0.8 * shift for shift in shifts for need in totals(config, lora).values()):
+            answer = call_learner(function, config, lora, card / 1e9)
+            if answer is not None:
+                expect_type(answer, str, "the plan")
+                if answer not in PLANS:
+                    raise TryAgain(f"{answer!r} is none of the plans: {', '.join(map(repr, PLANS))}.")
+            cases.append((config, lora, card, answer))
+    if not any(answer for *_, answer in cases):
+        raise TryAgain("You always return None. Is a return missing?")
+    if not _explains(cases):
+        for changed, hint in (
+            ({"share": 1}, "Leave a fifth of the card free."),
+            ({"share": 0.8 * 1.024**3}, "A GB is 10⁹ bytes here, not 2³⁰."),
+            ({"order": -1}, "Return the first plan that fits, in the order of the list."),
+            ({"double_quantization": False}, "QLoRA is planned with double_quantization=True."),
+            ({"gradient_checkpointing": False}, "Ask for checkpointing in the plans that name it."),
+            ({"gradient_checkpointing": True}, "Ask for checkpointing only in the plans that name it."),
+            ({"dtype": "float32"}, 'Say dtype="bfloat16".'),
+            ({"sequence_length": 1024}, "A row has 512 tokens."),
+        ):
+            if _explains(cases, **changed):
+                raise TryAgain(hint)
+        _explain_plan(cases)
+
+
+def _explains(cases, share=0.8, order=1, **changes):
+    """Are all answers those of a plan that is made like this?"""
+    needs = {
+        id(config): totals(config, lora, **changes) for config, lora, _, _ in {id(c[0]): c for c in cases}.values()
+    }
+    return all(
+        answer == first_plan(dict(list(needs[id(config)].items())[::order]), share * card)
+        for config, _, card, answer in cases
+    )
+
+
+def _explain_plan(cases):
+    for config, lora, card, answer in cases:
+        needs = totals(config, lora)
+        right = first_plan(needs, 0.8 * card)
+        if answer != right:
+            of_right = (
+                f"{right!r} is expected, which needs {needs[right] / 1e6:.1f}" if right else "No plan is expected"
+            )
+            of_answer = f"{answer!r}, which needs {needs[answer] / 1e6:.1f} MB" if answer else "None"
+            raise TryAgain(
+                f"A card of {card / 1e6:.1f} MB has {0.8 * card / 1e6:.1f} MB to fill. {of_right}, and you return {of_answer}."
+            )
 
 
 @exercise("05.bits", title="Bits per parameter", level="warm-up", minutes=5)
@@ -174,211 +275,120 @@ def _explain_quantised(weight, levels, block, found, right, name):
     )
 
 
-def four_bit_layer(inputs, outputs, seed=0, quant_type="nf4", double=False):
-    """A `Linear4bit` with random weights, never run; `double` quantises its scales, too."""
+def make_folders(folder, config, rank, alpha, seed):
+    """Save a random base and an adapter with B filled in; return (the base's folder, the adapter's)."""
     import torch
-    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    generator = torch.Generator().manual_seed(seed)
-    layer = Linear4bit(
-        inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=double
-    )
-    layer.weight.data = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
-    return layer.to("cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        base.save_pretrained(Path(folder, "base"))
+        lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, lora)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.02)
+        model.save_pretrained(Path(folder, "adapter"))
+    return str(Path(folder, "base")), str(Path(folder, "adapter"))
 
 
-def change_of(inputs, outputs, rank, seed=0):
-    """Random A (rank, inputs) and B (outputs, rank)."""
+@reference
+def merged_weights(base_folder, adapter_folder, scaling, **quantised):
+    """{layer: (base, change)} of all adapted layers; the base is read back from `quantised`, settings of `quantize_4bit`, if any."""
     import torch
+    from bitsandbytes import functional
+    from safetensors.torch import load_file
 
-    generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randn(rank, inputs, generator=generator) / 8, torch.randn(outputs, rank, generator=generator) / 8
+    base = load_file(Path(base_folder, "model.safetensors"))
+    adapter = load_file(Path(adapter_folder, "adapter_model.safetensors"))
+    found = {}
+    for key in adapter:
+        if not key.endswith("lora_A.weight"):
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        weight = base[f"{name}.weight"].to(torch.float32)
+        if quantised:
+            weight = functional.dequantize_4bit(*functional.quantize_4bit(weight, **quantised))
+        found[name] = weight, scaling * adapter[key.replace("lora_A", "lora_B")] @ adapter[key]
+    return found
 
 
-def read(layer):
-    """The weight (outputs, inputs) that a `Linear4bit` stands for."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
-@exercise("05.merge", title="Merge where nothing is rounded", level="core", minutes=10)
+@exercise("05.merge", title="Mend the merge", level="core", minutes=15)
 def merge(function):
-    """Compare with the dequantised weight plus scaling * B @ A, in NF4 and FP4, with scales as they are and quantised."""
+    """Compare each weight with the one read back from NF4 plus the adapter's change, on two small models."""
+    import torch
+    import transformers
+    from bitsandbytes.nn import Linear4bit
+    from peft import PeftModel
+
+    shown = transformers.utils.logging.get_verbosity()
+    for config, rank, alpha, seed in ((small_llama(), 4, 8, 0), (small_llama(128, 256), 2, 16, 1)):
+        with tempfile.TemporaryDirectory() as folder:
+            given = make_folders(folder, config, rank, alpha, seed)
+            try:
+                transformers.utils.logging.set_verbosity_error()  # else dequantize() logs its dtype
+                model = call_learner(function, *given)
+            finally:
+                transformers.utils.logging.set_verbosity(shown)
+            expect_type(model, torch.nn.Module, "the merged model")
+            with using("the merged model"):
+                layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+                adapted = [name for name, _ in model.named_parameters() if "lora_" in name]
+                weights = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
+            if isinstance(model, PeftModel) or adapted:
+                raise TryAgain(
+                    "There is still an adapter beside the base. merge_and_unload() returns the merged model."
+                )
+            if layers:
+                raise TryAgain(
+                    f"{len(layers)} layers are still in 4 bits, so the change was rounded. "
+                    "Make the base plain first: base = base.dequantize()."
+                )
+            _compare_merged(weights, given, alpha / rank)
+
+
+def _compare_merged(weights, given, scaling):
     import torch
 
-    for seed, (inputs, outputs, rank, scaling, how) in enumerate((
-        (64, 64, 4, 2.0, {}), (128, 64, 3, 0.5, {"double": True}), (64, 192, 5, 2.0, {"quant_type": "fp4"}),
-        (192, 128, 1, 0.25, {"quant_type": "fp4", "double": True}),
-    )):  # fmt: skip
-        layer, (A, B) = four_bit_layer(inputs, outputs, seed, **how), change_of(inputs, outputs, rank, seed)
-        stored, base, change = layer.weight.data.clone(), read(layer), B @ A
-        given = A.clone(), B.clone()
-        found = expect_tensor(call_learner(function, layer, *given, scaling), (outputs, inputs), "the merged weight")
-        if not torch.equal(layer.weight.data, stored) or not torch.equal(read(layer), base):
-            raise TryAgain("The layer has changed. Return a new weight, and leave the 4-bit one as it is.")
-        if not torch.equal(given[0], A) or not torch.equal(given[1], B):
-            raise TryAgain("A or B has changed. Multiply without an underscore: scaling * B @ A makes a new tensor.")
-        right = base + scaling * change
-        if torch.allclose(found.float(), right, atol=1e-5):
-            continue
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    right = merged_weights(*given, scaling, quant_type="nf4")
+    missing = [name for name in right if f"{name}.weight" not in weights]
+    if missing:
+        raise TryAgain(f"The model has no weight {missing[0]}.weight. Return the whole model, not a part of it.")
+    with using("the merged model"):
+        found = {name: weights[f"{name}.weight"].float() for name in right}
 
-        kind = layer.weight.quant_state.quant_type
-        rounded = dequantize_4bit(*quantize_4bit(right, quant_type=kind))
-        mistakes = [
-            (base, "This is the base alone: the adapter's change is missing."),
-            (scaling * change, "This is the adapter's change alone: add the base's weight."),
-            (base + change, "The scaling is missing: add scaling * B @ A."),
-            (base - scaling * change, "The change is added, not taken away."),
-            (right.bfloat16().float(), "This is right to 16 bits. Return the sum in float32."),
-            (base + scaling / rank * change, "The scaling is α/r already. Don't divide by r again."),
-            (rounded, "This was quantised again, and the change rounded with it. Return the sum in float32."),
-            (
-                base + scaling * change.T if inputs == outputs else None,
-                "The change lies on its side. B @ A has the shape (outputs, inputs) already.",
-            ),
-            (
-                base + scaling * A.T @ B.T if inputs == outputs else None,
-                "The change lies on its side. B @ A has the shape (outputs, inputs) already.",
-            ),
-        ]
-        for wrong, hint in mistakes:
-            if wrong is not None and torch.allclose(found.float(), wrong, atol=1e-5):
+        def close(others, tolerance=1e-5):
+            return all(
+                found[name].shape == other.shape and torch.allclose(found[name], other, atol=tolerance)
+                for name, other in others.items()
+            )
+
+        if close({name: base + change for name, (base, change) in right.items()}):
+            return
+        other_bases = {
+            "It was merged into the original weights. The adapter was trained on those read back from NF4.": {},
+            "The base was in FP4, the default. Say bnb_4bit_quant_type='nf4'.": {"quant_type": "fp4"},
+            "The base was quantised with double quantisation, and the adapter was trained without.": {
+                "quant_type": "nf4",
+                "compress_statistics": True,
+            },
+        }
+        for hint, settings in other_bases.items():
+            made = merged_weights(*given, scaling, **settings)
+            if close({name: base + change for name, (base, change) in made.items()}):
                 raise TryAgain(hint)
-        double = " with quantised scales" if how.get("double") else ""
-        raise TryAgain(
-            f"The base is in {kind.upper()}{double} here. The merged weight is off by {(found - right).abs().max():.2g}. Read the base back with "
-            "bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), and add scaling * B @ A."
-        )
-
-
-def small_model():
-    """Two blocks of 4-bit layers, one of them with quantised scales, and a head that is not in 4 bits."""
-    from torch import nn
-
-    parts = ("query", "key", "up", "down")
-    blocks = nn.ModuleList(
-        nn.ModuleDict({name: four_bit_layer(64, 64, 4 * i + j) for j, name in enumerate(parts)}) for i in range(2)
+            if close({name: base for name, (base, _) in made.items()}):
+                raise TryAgain(f"The adapter's change is missing. And: {hint}")
+        if close({name: base for name, (base, _) in right.items()}):
+            raise TryAgain("This is the base read back: the adapter's change is missing.")
+        if close({name: base + 2 * change for name, (base, change) in right.items()}):
+            raise TryAgain("The adapter's change was added twice.")
+        if close({name: base + change for name, (base, change) in right.items()}, tolerance=1e-2):
+            raise TryAgain("This is right to 16 bits. Load the base with dtype=torch.float32.")
+        name = next(iter(right))
+        off = (found[name] - sum(right[name])).abs().max()
+    raise TryAgain(
+        f"{name}.weight is off by up to {off:.2g}. Load the base in NF4, dequantise it, load the adapter on it, and merge."
     )
-    last = four_bit_layer(64, 64, 9, double=True)
-    return nn.ModuleDict({"blocks": blocks, "last": last, "head": nn.Linear(64, 8)})
-
-
-def spoilers(model):
-    """{what happens: (an action that does it to the model, the names of the layers that it spoils)}."""
-    import copy
-
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
-    first, second = model["blocks"]
-
-    def nothing():
-        pass
-
-    def repack():
-        for layer in (first["key"], second["up"]):
-            weight = layer.weight
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-
-    def other_numbers():
-        second["query"].weight.data.copy_(second["query"].weight.data.flip(0))
-
-    def one_number():
-        second["key"].weight.data[-1] ^= 1  # one step up or down in the last two numbers of the last row
-
-    def scales_only():
-        first["down"].weight.quant_state.absmax.mul_(2)
-
-    def scales_of_scales():
-        model["last"].weight.quant_state.state2.absmax.mul_(1.001)
-
-    def another_layer():
-        first["up"] = four_bit_layer(64, 64, seed=77)
-
-    def equal_copy():
-        first["query"] = copy.deepcopy(first["query"])
-
-    def first_and_last():
-        first["query"].weight.data[0] ^= 16
-        model["last"].weight.data[0] ^= 16
-
-    def head_only():
-        model["head"].weight.data.zero_()
-
-    return {
-        "nothing": (nothing, set()),
-        "repacking": (repack, {"blocks.0.key", "blocks.1.up"}),
-        "other numbers": (other_numbers, {"blocks.1.query"}),
-        "another last number": (one_number, {"blocks.1.key"}),
-        "other scales": (scales_only, {"blocks.0.down"}),
-        "other scales of the scales": (scales_of_scales, {"last"}),
-        "another layer in the place of one": (another_layer, {"blocks.0.up"}),
-        "an equal layer in the place of one": (equal_copy, set()),
-        "another first number": (first_and_last, {"blocks.0.query", "last"}),
-        "a head in float32": (head_only, set()),
-    }
-
-
-def _watched(action, ran):
-    """The action as the learner gets it: it adds to `ran` when it is called, and takes nothing."""
-
-    def watched(*given):
-        if given:
-            raise TryAgain(f"The action takes no arguments, and you gave it {len(given)}: call action().")
-        ran.append(True)
-        action()
-
-    return watched
-
-
-@exercise("05.spoilt", title="Which weights were spoilt?", level="stretch", minutes=15)
-def spoilt(function):
-    """Plant damage of several kinds, in place, and compare the names that are returned."""
-    from bitsandbytes.nn import Linear4bit
-
-    for what in spoilers(small_model()):
-        model, ran = small_model(), []
-        action, right = spoilers(model)[what]
-
-        answer = expect_list(call_learner(function, model, _watched(action, ran)), "the answer", in_order=False)
-        if not ran:
-            raise TryAgain("Your function was given an action and did not call it: action().")
-        if len(ran) > 1:
-            raise TryAgain("The action was called more than once. Call it once, between the two looks at the weights.")
-        if not all(isinstance(name, str) for name in answer):
-            raise TryAgain("Return the names of the layers, as named_modules() gives them.")
-        found, layers = set(answer), {name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-        if found == right:
-            continue
-        if {name.rpartition(".")[2] for name in right} == found != right:
-            raise TryAgain(
-                f"Two blocks may have a layer {sorted(found)[0]!r}. Give whole names, as named_modules() does: {sorted(right)[0]!r}."
-            )
-        if strangers := sorted(found - layers):
-            raise TryAgain(
-                f"{strangers[0]} is no 4-bit layer. Look at isinstance(layer, Linear4bit), and give the layer's name, not its weight's."
-            )
-        if what.startswith("an equal") and found:
-            raise TryAgain(
-                f"A layer was replaced by an equal one, and you found {sorted(found)}. Compare the numbers: torch.equal."
-            )
-        if what == "nothing":
-            raise TryAgain(
-                f"Nothing happened, and you found {sorted(found)}. Compare tensors with torch.equal, of the same layer before and after."
-            )
-        if "scales" in what and not found:
-            raise TryAgain(
-                f"The action brought {what}, and you found nothing. Its numbers alone don't tell, and there may be scales of scales: "
-                "compare what dequantize_4bit gives."
-            )
-        if what.startswith("another layer") and not found:
-            raise TryAgain(
-                "A layer was replaced by another one, and you found nothing. After the action, go through the model again."
-            )
-        if not found:
-            raise TryAgain(
-                f"The action brought {what}, and you found nothing. Did you keep the weights themselves, which change with the "
-                "model, rather than what dequantize_4bit gives? And compare every number."
-            )
-        raise TryAgain(f"The action spoilt {sorted(right)}, and you return {sorted(found)}.")

@@ -50,7 +50,9 @@ def loss(function):
         for value, hint in mistakes:
             if abs(found - value) < 1e-5 * max(1, abs(value)):
                 raise TryAgain(hint)
-        raise TryAgain(f"For {pairs} pairs and beta {beta:g} the loss is {wanted:.4f}; yours is {found:.4g}.")
+        raise TryAgain(
+            f"For {pairs} pair{'s' * (pairs > 1)} and beta {beta:g} the loss is {wanted:.4f}; yours is {found:.4g}."
+        )
 
 
 CAUSES = ("wrong reference", "learned nothing", "ruined", "refuses everything", "chosen fell", "healthy")
@@ -213,6 +215,10 @@ def advantages(function):
         given = rewards.clone()
         returned = expect_plain_tensor(call_learner(function, given), "the advantages")
         if bool(returned.isnan().any()):
+            if not bool((rewards.amax(1) == rewards.amin(1)).any()):
+                raise TryAgain(
+                    "There is NaN in a group whose rewards differ. Mean and standard deviation are those of each group: dim=1, keepdim=True."
+                )
             raise TryAgain("There is NaN in a group whose rewards are all alike. Add 1e-4 to the standard deviation.")
         found = expect_tensor(returned, shape, "the advantages").double()
         if not torch.equal(given, rewards):

@@ -15,7 +15,9 @@ from course_utils.exercises import (
 METHODS = ("a written prompt", "prompt tuning", "prefix tuning", "IA3", "layer norms", "VeRA", "LoRA")
 # Letter -> the methods that do, and for others what stands against them. Every choice that is none of the METHODS is named first.
 _MERGE = "Virtual tokens stand before the input: no weight can take them up, so nothing is left once PEFT is gone."
-_FORM = "It can be merged, but on `extract`, whose answers have a form of their own, its score is far below LoRA's."
+_FORM = (
+    "It can be merged, but on `sailor`, whose style is new to the base, its score is far below that of LoRA of rank 8."
+)
 _WRAP = "It sits in the layers, and nobody may touch these. What can be given is the embeddings of the input."
 _PLACES = "Its virtual tokens take places of the context, and none are free."
 _CHOICES = {
@@ -25,9 +27,9 @@ _CHOICES = {
             "prompt tuning": _MERGE,
             "prefix tuning": _MERGE,
             "IA3": _FORM,
-            "layer norms": "It can be merged, and gets most of `extract` right, but not nearly all, as LoRA does.",
+            "layer norms": _FORM,
             "VeRA": _FORM,
-            "a written prompt": "The base does not answer in that form however it is asked: it has to learn it.",
+            "a written prompt": "The base does not answer in that style however it is asked: it has to learn it.",
         },
     ),
     "b": (
@@ -41,7 +43,7 @@ _CHOICES = {
     "c": (
         {"layer norms"},
         {
-            "prompt tuning": "20 virtual tokens of width 256 are 5,120 numbers, 20 kB, and with 9 of them the score falls.",
+            "prompt tuning": "20 virtual tokens of width 256 are 5,120 numbers, 20 kB, and with only 5 of them the score falls.",
             "prefix tuning": "20 virtual tokens are 40,960 numbers here: keys and values of width 256 in each of 4 layers.",
             "IA3": "It has 4,352 numbers here, 17 kB.",
             "VeRA": "Of rank 64 on queries and values it has 2,560 numbers here, 10.24 kB: just too many.",
@@ -108,6 +110,8 @@ def _tiny_llama(seed, width):
 
 def _read_inputs(value, batch, length, tokens, width):
     """{name: tensor} of what the function returned, of the right shapes."""
+    import torch
+
     if not isinstance(value, dict):
         raise TryAgain(f"Return a dict with inputs_embeds, attention_mask and labels; this is {describe(value)}.")
     with using("the dict"):
@@ -117,6 +121,8 @@ def _read_inputs(value, batch, length, tokens, width):
         raise TryAgain(f"The dict lacks {' and '.join(missing)}.")
     long = (batch, tokens + length)
     for name in ("attention_mask", "labels"):
+        if name == "attention_mask" and type(found[name]) is torch.Tensor and found[name].dtype is torch.bool:
+            found[name] = found[name].long()  # a mask of True and False means the same
         tensor = expect_plain_tensor(found[name], name)
         if tuple(tensor.shape) == (batch, length):
             raise TryAgain(
@@ -227,7 +233,7 @@ def _mistakes(method, layers, width, feed_forward, tokens, rank):
             layers * 2 * width * width: "These are the weights that LoRA leaves alone. A is (rank, inputs), B is (outputs, rank).",
         },
         "VeRA": {
-            layers * 4 * rank * width: "That is LoRA. VeRA's matrices are random, shared by all layers and frozen; it trains two vectors a layer.",
+            layers * 4 * rank * width: "That is LoRA. VeRA's matrices are random, shared by all layers and frozen; it trains two vectors for each of q_proj and v_proj.",
             layers * 2 * width: "That is one of the two vectors. The other has the rank's length.",
             layers * 2 * rank: "That is one of the two vectors. The other has a number for each output.",
             layers * (rank + width): "q_proj and v_proj both have vectors of their own.",

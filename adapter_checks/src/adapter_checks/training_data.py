@@ -66,16 +66,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "the answer does not end with EOS or the end of turn, so the model never learns to stop",
         "See whether it was cut off; else let the chat template or your own code end each answer so.",
     ),
-    "loss_on_prompt": (
-        "fail",
-        "the prompt carries loss as well, so the model learns to ask as much as to answer",
-        "Give SFTTrainer prompt and completion and leave completion_only_loss alone, or messages with "
-        "assistant_only_loss=True. For plain text without a prompt it is right.",
-    ),
     "labels_shifted": (
         "fail",
         "labels are not the tokens at their own places",
         "Copy input_ids and set -100 where no loss is wanted; the model itself shifts labels by one.",
+    ),
+    "loss_on_prompt": (
+        "warn",
+        "the prompt carries loss as well, so the model learns to write prompts, too",
+        "If you mean that, or the text has no prompt, it is right. Else give SFTTrainer prompt and completion and leave "
+        "completion_only_loss alone, or messages with assistant_only_loss=True.",
     ),
     "loss_on_pads": (
         "warn",

@@ -1,4 +1,4 @@
-"""The deep dives: their checks, and what is said there of libraries."""
+"""The deep dive on rounding: its checks, and what it says of libraries."""
 
 import math
 import re
@@ -7,9 +7,7 @@ import numpy
 import pytest
 import torch
 
-from course_utils.exercises import deep
-
-# Rounding: the solutions
+from course_utils.exercises import deep_rounding
 
 
 def right_tolerance(x, W, A, B, s, dtype):
@@ -120,77 +118,97 @@ SOLUTIONS = {"deep.tolerance": right_tolerance, "deep.agreement": right_agreemen
 @pytest.mark.parametrize(
     "check, wrong, hint",
     [
-        (deep.agreement, log_of_softmax(lambda p: p.clamp(1e-30).log()), "Use log_softmax"),
-        (deep.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
-        (deep.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
+        (deep_rounding.agreement, log_of_softmax(lambda p: p.clamp(1e-30).log()), "Use log_softmax"),
+        (deep_rounding.agreement, lambda r, c: (right_agreement(r.T, c.T)[0], 0), "compares columns"),
+        (deep_rounding.agreement, lambda r, c: (len(r) * right_agreement(r, c)[0], 0), "number of positions"),
         (
-            deep.agreement,
+            deep_rounding.agreement,
             lambda r, c: (r.argmax() == c.argmax(), 0.0),
             "of type|should be a number|one place of the whole",
         ),
-        (deep.agreement, lambda r, c: (0.123, 0), "you return 0.12"),
+        (deep_rounding.agreement, lambda r, c: (0.123, 0), "you return 0.12"),
         (
-            deep.agreement,
+            deep_rounding.agreement,
             lambda r, c: (right_agreement(r, c)[0], len(r) * right_agreement(r, c)[1]),
             "sum over positions",
         ),
-        (deep.agreement, lambda r, c: mean_of_all(*all_terms(r, c)), "size of the vocabulary"),
+        (deep_rounding.agreement, lambda r, c: mean_of_all(*all_terms(r, c)), "size of the vocabulary"),
         (
-            deep.agreement,
+            deep_rounding.agreement,
             lambda r, c: (right_agreement(r, c)[0], right_agreement(c, r)[1]),
             "The reference stands first",
         ),
-        (deep.agreement, lambda r, c: (right_agreement(r, c)[0], -right_agreement(r, c)[1]), "sign is turned"),
+        (deep_rounding.agreement, lambda r, c: (right_agreement(r, c)[0], -right_agreement(r, c)[1]), "sign is turned"),
         (
-            deep.agreement,
+            deep_rounding.agreement,
             lambda r, c: (right_agreement(r, c)[0], right_agreement(r, c)[1] / math.log(2)),
             "in bits",
         ),
         (
-            deep.agreement,
+            deep_rounding.agreement,
             lambda r, c: (right_agreement(r, c)[0], (r.softmax(-1) * (r - c)).sum(-1).mean()),
             "no log-probabilities",
         ),
-        (deep.agreement, lambda r, c: (right_agreement(r, c)[0], 7.0), "KL is not right"),
-        (deep.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
-        (deep.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
-        (deep.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
-        (deep.agreement, log_of_softmax(torch.log), "Use log_softmax"),
-        (deep.agreement, log_of_softmax(lambda p: (p + 1e-9).log()), "Use log_softmax"),
-        (deep.agreement, log_of_softmax(lambda p: p.clamp(1e-12).log()), "Use log_softmax"),
-        (deep.agreement, log_of_softmax(torch.log, torch.nan_to_num), "Use log_softmax"),
-        (deep.agreement, log_of_softmax(torch.log, lambda terms: terms.nan_to_num(0, 0, 0)), "Use log_softmax"),
-        (deep.tolerance, with_size(right_size, steps=1), "eps, is twice u"),
-        (deep.tolerance, with_size(right_size, steps=0.25), "begins with 2"),
-        (deep.tolerance, with_size(lambda x, W, A, B, s: x.abs() @ (W + s * B @ A).abs().T), "cancel in W"),
-        (deep.tolerance, with_size(lambda x, W, A, B, s: (x @ (W + s * B @ A).T).abs()), "size of the result"),
-        (deep.tolerance, with_size(lambda x, W, A, B, s: x.abs() @ (W.abs() + s * B.abs() @ A.abs()).T), "below zero"),
+        (deep_rounding.agreement, lambda r, c: (right_agreement(r, c)[0], 7.0), "KL is not right"),
+        (deep_rounding.agreement, lambda r, c: (right_agreement(r, c)[0], float("nan")), "is nan"),
+        (deep_rounding.agreement, lambda r, c: right_agreement(r, c)[0], "of type tuple or list"),
+        (deep_rounding.agreement, lambda r, c: (1, 2, 3), "you returned 3"),
+        (deep_rounding.agreement, log_of_softmax(torch.log), "Use log_softmax"),
+        (deep_rounding.agreement, log_of_softmax(lambda p: (p + 1e-9).log()), "Use log_softmax"),
+        (deep_rounding.agreement, log_of_softmax(lambda p: p.clamp(1e-12).log()), "Use log_softmax"),
+        (deep_rounding.agreement, log_of_softmax(torch.log, torch.nan_to_num), "Use log_softmax"),
         (
-            deep.tolerance,
+            deep_rounding.agreement,
+            log_of_softmax(torch.log, lambda terms: terms.nan_to_num(0, 0, 0)),
+            "Use log_softmax",
+        ),
+        (deep_rounding.tolerance, with_size(right_size, steps=1), "eps, is twice u"),
+        (deep_rounding.tolerance, with_size(right_size, steps=0.25), "begins with 2"),
+        (deep_rounding.tolerance, with_size(lambda x, W, A, B, s: x.abs() @ (W + s * B @ A).abs().T), "cancel in W"),
+        (deep_rounding.tolerance, with_size(lambda x, W, A, B, s: (x @ (W + s * B @ A).T).abs()), "size of the result"),
+        (
+            deep_rounding.tolerance,
+            with_size(lambda x, W, A, B, s: x.abs() @ (W.abs() + s * B.abs() @ A.abs()).T),
+            "below zero",
+        ),
+        (
+            deep_rounding.tolerance,
             with_size(lambda x, W, A, B, s: x.abs() @ (W.abs() + B.abs() @ A.abs()).T),
             "scaling is missing",
         ),
-        (deep.tolerance, with_size(lambda x, W, A, B, s: x.abs() @ W.abs().T), "change is missing"),
+        (deep_rounding.tolerance, with_size(lambda x, W, A, B, s: x.abs() @ W.abs().T), "change is missing"),
         (
-            deep.tolerance,
+            deep_rounding.tolerance,
             with_size(lambda x, W, A, B, s: x.abs() @ (abs(s) * B.abs() @ A.abs()).T),
             "own part is missing",
         ),
-        (deep.tolerance, with_size(lambda x, W, A, B, s: x.abs() @ (W.abs() + abs(s) * (B @ A).abs()).T), "not "),
         (
-            deep.tolerance,
+            deep_rounding.tolerance,
+            with_size(lambda x, W, A, B, s: x.abs() @ (W.abs() + abs(s) * (B @ A).abs()).T),
+            "not ",
+        ),
+        (
+            deep_rounding.tolerance,
             with_size(lambda x, W, A, B, s: x @ (W.abs() + abs(s) * B.abs() @ A.abs()).T),
             "absolute values of every",
         ),
-        (deep.tolerance, with_size(right_size, roundings=lambda W, A: len(W) + len(A) + 4), "inputs is W.shape"),
-        (deep.tolerance, with_size(right_size, roundings=lambda W, A: W.shape[1] + 4), "inputs \\+ r \\+ 4"),
         (
-            deep.tolerance,
+            deep_rounding.tolerance,
+            with_size(right_size, roundings=lambda W, A: len(W) + len(A) + 4),
+            "inputs is W.shape",
+        ),
+        (deep_rounding.tolerance, with_size(right_size, roundings=lambda W, A: W.shape[1] + 4), "inputs \\+ r \\+ 4"),
+        (
+            deep_rounding.tolerance,
             lambda x, W, A, B, s, dtype: right_tolerance(x, W, A, B, s, torch.float32),
             "dtype is float16 here",
         ),
-        (deep.tolerance, lambda x, W, A, B, s, dtype: right_tolerance(x, W, A, B, s, dtype).max(), "has shape"),
-        (deep.tolerance, in_place, "has changed"),
+        (
+            deep_rounding.tolerance,
+            lambda x, W, A, B, s, dtype: right_tolerance(x, W, A, B, s, dtype).max(),
+            "has shape",
+        ),
+        (deep_rounding.tolerance, in_place, "has changed"),
     ],
 )
 def test_typical_mistakes_get_their_own_hint(check, wrong, hint):

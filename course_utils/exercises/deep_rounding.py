@@ -1,4 +1,4 @@
-"""Checks of the deep dives."""
+"""Checks of the deep dive on rounding."""
 
 from course_utils.exercises import (
     TryAgain,
@@ -9,8 +9,6 @@ from course_utils.exercises import (
     expect_tensor,
     using,
 )
-
-# Rounding
 
 
 @exercise("deep.tolerance", title="Write the tolerance", level="core", minutes=15)
