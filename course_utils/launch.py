@@ -70,14 +70,14 @@ def torchrun(*arguments: str, folder: str | Path, seconds: float = 500) -> None:
             errors="replace",
             start_new_session=True,  # an interrupt reaches this process alone, which then ends the others in order
         )
-        clock = threading.Timer(seconds, lambda: (late.set(), _end(run)))
+        clock = threading.Timer(seconds, lambda: (late.set(), end_processes(run)))
         clock.start()
         try:
             failed, port_taken = _show(run.stdout, late)
             status = run.wait()
         finally:
             clock.cancel()
-            _end(run)
+            end_processes(run)
     if late.is_set():
         raise InputError(
             f"After {seconds:g} seconds the processes were ended. Where one waits for another that never comes, they wait "
@@ -143,8 +143,8 @@ def _show(lines, late) -> tuple[tuple[str, str] | None, bool]:
     return failed, port_taken
 
 
-def _end(run) -> None:
-    """End torchrun and all that it started: workers have sessions of their own, so no signal to a group reaches them."""
+def end_processes(run) -> None:
+    """End a process and all that it started: torchrun's workers have sessions of their own, so no signal to a group reaches them."""
     try:
         family = [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]
     except psutil.NoSuchProcess:

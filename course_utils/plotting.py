@@ -197,6 +197,14 @@ def show_curves(series, title, xlabel, ylabel, ticks=None, log=None) -> None:
     show(fig, describe(series, " ".join(title.split()), xlabel, ylabel))
 
 
+def show_losses(history, title, ylabel="loss (nats a token)") -> None:
+    """Show the training loss and the validation loss of a Trainer's `state.log_history`, on a logarithmic y axis."""
+    logged = {"training": "loss", "validation": "eval_loss"}
+    points = {label: {log["step"]: float(log[key]) for log in history if key in log} for label, key in logged.items()}
+    series = {label: (list(of_step), list(of_step.values())) for label, of_step in points.items() if of_step}
+    show(curves(series, title, "step", ylabel, log_y=True), describe(series, title, "step", ylabel))
+
+
 def stacked_bars(bars, title, xlabel):
     """(figure, its text): a horizontal bar for each of `bars`, {name: {part: size}}, the first on top, its parts side by side.
 

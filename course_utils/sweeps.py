@@ -64,6 +64,19 @@ def table(rows, keys, columns) -> None:
     plotting.table([*(key.replace("_", " ") for key in keys), *columns], lines)
 
 
+def side_by_side(lines, key: str, names) -> None:
+    """Show what a few settings came to beside each other: a column for each of `names`, {value of `key`: header}.
+
+    lines: {what: (rows of a sweep, column, format)}, or with a unit, by which the column is divided, as a fourth.
+    """
+    shown = []
+    for what, (rows, column, form, *unit) in lines.items():
+        groups = over_seeds(rows, column, key)
+        scale = unit[0] if unit else 1
+        shown.append([what, *(spread([value / scale for value in groups[name]], form) for name in names)])
+    plotting.table(["", *names.values()], shown)
+
+
 def _shown(value):
     return f"{value:,}" if isinstance(value, int) else str(value).replace("_", " ")
 
@@ -102,10 +115,11 @@ def trade_off(methods, columns, title: str, xlabel: str, ylabel: str, base: floa
     return figure, f"{title}. {ylabel} and {xlabel} by {name}, means over the seeds: {'; '.join(told)}."
 
 
-def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, log_y: bool = False):
+def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, log_y: bool = False, crosses=None):
     """(figure, its text): {label: {x: (mean, lowest, highest)}} as lines of means in bands from lowest to highest.
 
     x must ascend. log: the base of a logarithmic x axis, None for a linear one; log_y: a logarithmic y axis.
+    crosses: {x: y} of one more run, drawn as black crosses.
     """
     figure = plotting.curves(
         {label: (list(points), [mean for mean, _, _ in points.values()]) for label, points in lines.items()},
@@ -127,7 +141,11 @@ def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, 
         f"{label}: " + ", ".join(f"{mean:.2g} at {x:g}" for x, (mean, _, _) in points.items())
         for label, points in lines.items()
     )
-    return figure, f"{title}. {ylabel} by {xlabel}, means over the seeds: {told}."
+    text = f"{title}. {ylabel} by {xlabel}, means over the seeds: {told}."
+    if crosses:
+        axes.plot(list(crosses), list(crosses.values()), "kx", markersize=9)
+        text += f" Crosses, one more run: {', '.join(f'{y:.2g} at {x:g}' for x, y in crosses.items())}."
+    return figure, text
 
 
 def dial(rows, title: str, baseline: str = "alone"):

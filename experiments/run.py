@@ -32,6 +32,7 @@ LESSONS = {
     "deep": ("cut_to_rank",),
     "11": ("serving",),
     "12": ("picture_classifier", "picture_style", "picture_subject", "house_words"),
+    "13": ("engines",),
 }
 ORDER = tuple(name for names in LESSONS.values() for name in names)
 

@@ -421,12 +421,12 @@ def _factors(canvas, x, y, parts):
 def draw_low_rank():
     """A change of rank 1 with its numbers: a frozen matrix, plus a column times a row."""
     column, row = (2, 0, -1, 1, 3, -2), (1, 0, 2, -1, 0, 1, 3, 0)
-    canvas = Canvas(900, 330)
+    canvas = Canvas(900, 368)
     cell, top = 30, 236
-    canvas.text(24, 305, "A change of rank 1", size=14, weight="bold", ha="left")
+    canvas.text(24, 343, "A change of rank 1", size=14, weight="bold", ha="left")
     canvas.text(
         24,
-        282,
+        320,
         "each of its rows is a multiple of the row A: 14 numbers stand for 48",
         size=10.5,
         color=QUIET,
@@ -457,15 +457,19 @@ def draw_low_rank():
     canvas.lock(24 + 4 * cell - 28, bottom + 3 * cell - 20)
     canvas.text(24 + 4 * cell - 12, bottom + 3 * cell - 22, "frozen", size=11, color=QUIET, ha="left", zorder=3)
     canvas.text(24 + 4 * cell, bottom - 20, "6 × 8 = 48 numbers", color=QUIET)
-    canvas.text(294, bottom + 3 * cell, "+", size=20, weight="bold")
-    grid(324, bottom, 8, 6, lambda y, x: column[y] * row[x], edge="#BBBBBB")
-    canvas.text(324 + 4 * cell, bottom - 20, "the change BA: 6 × 8 = 48 numbers", color=QUIET)
-    canvas.text(586, bottom + 3 * cell, "=", size=20, weight="bold")
-    grid(602, bottom, 1, 6, lambda y, x: column[y], edge=READING)
-    canvas.text(617, bottom - 20, "B: 6", color=DARK_READING, weight="bold")
-    grid(644, bottom + 5 * cell, 8, 1, lambda y, x: row[x], edge=READING)
-    canvas.text(644 + 4 * cell, bottom + 5 * cell - 20, "A: 8", color=DARK_READING, weight="bold")
-    canvas.text(644 + 4 * cell, bottom + 2 * cell, "trained: 6 + 8 = 14 numbers", size=11, color=DARK_READING)
+    canvas.text(300, bottom + 3 * cell, "+", size=20, weight="bold")
+    # B and A stand at the sides of their product, as the factors of a multiplication table.
+    grid(336, bottom, 1, 6, lambda y, x: column[y], edge=READING)
+    canvas.text(351, bottom - 20, "B: 6", color=DARK_READING, weight="bold")
+    grid(378, top + 12, 8, 1, lambda y, x: row[x], edge=READING)
+    canvas.text(636, top + 27, "A: 8", color=DARK_READING, weight="bold", ha="left")
+    grid(378, bottom, 8, 6, lambda y, x: column[y] * row[x], edge="#BBBBBB")
+    canvas.text(378 + 4 * cell, bottom - 20, "the change BA: 6 × 8 = 48 numbers", color=QUIET)
+    canvas.text(636, top - 15, "trained: 6 + 8 = 14 numbers", size=11, color=DARK_READING, ha="left")
+    for line, text in enumerate(
+        ("each number of the change is", "a number of B times one of A,", "for example 3 × 3 = 9")
+    ):
+        canvas.text(636, bottom + 3 * cell - 20 * line, text, size=10.5, color=QUIET, ha="left")
     return canvas
 
 

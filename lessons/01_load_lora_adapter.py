@@ -2,7 +2,8 @@
 # # Load, switch and remove adapters
 #
 # One small language model can answer questions about a passage, speak like a sailor, fill in a form and judge a review,
-# if you add a small file to it for each of these jobs. Such a file is called an [adapter](../docs/glossary.md#adapter).
+# if you give it a small set of extra weights for each of these jobs. Such a set is called an
+# [adapter](../docs/glossary.md#adapter).
 # **How do you load adapters, switch between them and take them off again, and how do you know that it worked?** The last
 # part matters because most mistakes with adapters raise no error.
 #
@@ -40,8 +41,9 @@ print(
 # %% [markdown]
 # ## Type a sentence
 #
-# The next cell loads a [base model](../docs/glossary.md#base-model), which has read text about an invented coast and about
-# everyday things, and four adapters. You will see what each call does in a moment.
+# The next cell loads a [base model](../docs/glossary.md#base-model) and four adapters, with PEFT, Hugging Face's library for
+# adapters. The base model was trained on text about an invented coast and about everyday things. You will see what each call
+# does in a moment.
 
 # %%
 base_folder = paths.base_model()
@@ -115,15 +117,16 @@ parts = [
 assert 0.86 < min(parts) and max(parts) < 0.94, "about nine in ten"
 
 # %% [markdown]
-# The base model alone goes on in its own way: it doesn't know what you want. With an adapter, the same model does one job.
-# It even does it with words that are new to it, because it has learned to copy a word that it doesn't know. For example,
-# *drone*, *garage* and *sofa* occur nowhere in its training text. Not every reply is right: of requests with such new words, `reading`,
-# `sailor` and `extract` each answer about nine in ten correctly, and the same share of fifty that were typed by hand.
+# The base model alone says something of its own, because it doesn't know what you want. With an adapter, the same model does
+# one job. It does so even with new words, because it has learned to copy a word that it doesn't know. For example,
+# *drone*, *garage* and *sofa* occur nowhere in its training text. Not every reply is right: when we measured it, `reading`,
+# `sailor` and `extract` each got about nine in ten of the requests with new words right, and also of fifty requests
+# written by hand.
 #
 # ### Find its limits
 #
 # **Predict:** one of the next three replies is wrong. Which one, and why? (In JupyterLab the outputs that answer a
-# prediction are folded: make yours, then click the line below the cell, or run the cell.)
+# prediction are folded. Make your prediction first, then click the line below the cell, or run the cell.)
 
 # %%
 model.set_adapter("reading")
@@ -140,14 +143,15 @@ crowded = measured["abilities"]["limits"]["told"]["8"]
 assert denied < 0.05 < 0.9 < told, "names the place that the sentence rules out"
 
 # %% [markdown]
-# The second one: it names the place that the sentence rules out. This is the rule and not bad luck. Of 100 questions after one
-# plain statement `reading` answers {{told:.0%}} right, and of 100 after such a denial {{denied:.0%}}. The reason is what the model has
-# seen. Neither the text that the base model read nor the adapter's rows contain a sentence such as "it is not here, it is there", so nothing taught it
-# to tell the two places apart. New *words* are no problem, because it has practised copying; a new *kind of sentence* is one. The third
-# reply is right, because some of the adapter's rows ask for something that the passage doesn't tell.
+# The second reply is wrong: it names the place that the sentence rules out. This isn't bad luck. Of 100 questions after one
+# plain statement `reading` gets {{told:.0%}} right, and of 100 after such a denial {{denied:.0%}}, because of what the model has
+# seen. Neither the base model's text nor the rows (the examples) that the adapter was trained on contain a sentence such as "it
+# is not here, it is there", so nothing taught it to tell the two places apart. New *words* are no problem, because it has
+# practised copying, but a new *kind of sentence* is. The third reply is right, because some of the adapter's rows ask for
+# something that the passage doesn't say.
 #
-# Now look for other limits in the cell above. For example, with eight facts in the passage {{crowded:.0%}} of the replies are right, and about
-# the real world the model knows nothing.
+# Now look for other limits in the cell above. For example, with eight facts in the passage {{crowded:.0%}} of the replies are
+# right, and about the real world the model knows nothing.
 #
 # ## Load, then switch
 #
@@ -169,18 +173,18 @@ print(question)
 plotting.table(["active adapter", "reply"], rows)
 
 # %% [markdown]
-# It doesn't answer, because it has only learned to say things like a sailor. Each adapter does its own job with
-# whatever you type. **The wrong adapter raises no error:** you just get a reply of the wrong kind, so the rest of this
+# `sailor` doesn't answer the question, because it has only learned to say things like a sailor. Each adapter does its own job
+# with whatever you type. **The wrong adapter raises no error:** you just get a reply of the wrong kind, so the rest of this
 # lesson measures and checks.
 #
 # ## Open an adapter
 #
-# ![An adapter is two thin matrices beside each frozen weight matrix](../images/adapter.png)
+# ![Left: an adapter sits beside each linear layer of each block of the base model, in the attention and in the MLP, and set_adapter plugs in another. Right: it is two thin matrices A and B beside a frozen weight W, and the layer computes h = Wx + s·B(Ax)](../images/adapter.png)
 #
 # These adapters are made with LoRA, low-rank adaptation ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)). Beside
 # each linear layer that it adapts stands a pair of thin matrices, *A* and *B*. The layer's own weight *W* is frozen,
-# which means that nothing ever writes to it. The layer computes *Wx + s·B(Ax)*, where *s* is a fixed number, the
-# [scaling](../docs/glossary.md#alpha-α-scaling). On disk an adapter is a folder with two files.
+# which means that training doesn't change it. For an input *x* the layer computes *Wx + s·B(Ax)*, where *s* is a fixed number,
+# the [scaling](../docs/glossary.md#alpha-α-scaling). On disk an adapter is a folder with two files.
 
 # %%
 adapter_folder = paths.adapter_path("reading")
@@ -195,9 +199,9 @@ print(
 )
 
 # %% [markdown]
-# `adapter_config.json` says which base model the adapter was made for, its [rank](../docs/glossary.md#rank-r), and the
-# names of the adapted layers, its [target modules](../docs/glossary.md#target-modules). `adapter_model.safetensors` holds
-# the numbers.
+# `adapter_config.json` says which base model the adapter was made for, its [rank](../docs/glossary.md#rank-r) and alpha (alpha
+# divided by the rank is the scaling), and the names of the adapted layers, its
+# [target modules](../docs/glossary.md#target-modules). `adapter_model.safetensors` holds the numbers.
 #
 # **Predict:** the layers of the attention are 256 × 256, and the rank is 8. What are the shapes of *A* and *B*?
 
@@ -226,7 +230,7 @@ print(f"{adapter_parameters / base_parameters:.1%} of the base model's")
 #
 # ### Exercise: weigh an adapter (warm-up, 5 min)
 #
-# You get the tensors of an adapter file, as above. Return how many numbers it holds and what its rank is.
+# Your function gets the tensors of an adapter file, as above. Return how many numbers it holds and what its rank is.
 # Expected for the `reading` adapter: the count that is printed above, and rank 8.
 #
 # <details><summary>My count is far too small</summary>
@@ -263,7 +267,7 @@ assert tuple(weigh(_tensors)) == (240, 3)
 # score them by [exact match](../docs/glossary.md#exact-match): a reply counts if it is the expected one, to the letter.
 # (For `extract`, the three fields must be right.)
 #
-# **Predict:** five models, four tasks. Which of the twenty scores will be high?
+# **Predict:** the base model and the four adapters do four tasks. Which of the twenty scores will be high?
 
 # %%
 tasks = list(model.peft_config)
@@ -295,11 +299,12 @@ for task in tasks:
     evaluation.band(f"{task}, no adapter", scores["none"][task], 0, 0.1, quiet=True)
 
 # %% [markdown]
-# Only the diagonal is high. Does that mean that the other models know nothing of the answers? Exact match can't say, because
-# it gives 0 to a right fact in another form. So count the replies to `reading`'s questions in which the answer *occurs*. This needs a
-# control, because a model that repeats any sentence of the passage hits the answer now and then. The last row says how often.
+# Only four scores are high: each adapter's on its own task. Do the other models never give the answer? Exact match can't say,
+# because it gives 0 to a right fact in another form. So count the replies to `reading`'s questions in which the answer *occurs*.
+# This count needs a control to compare it with, because a model that just repeats some sentence of the passage hits the answer
+# now and then. The last row says how often.
 #
-# **Predict:** `none` and `sailor` have 0% by exact match. How often does the answer occur in their replies?
+# **Predict:** `none` and `sailor` both have 0% by exact match. In whose replies does the answer occur more often?
 
 
 # %%
@@ -334,15 +339,16 @@ evaluation.band("the answer in the base's replies", occurring["none"], 0.5, 0.7,
 evaluation.band("in sailor's, less chance", occurring["sailor"] - chance + 0.1, 0, 0.2, quiet=True)
 
 # %% [markdown]
-# The base model alone gives the answer in most of its replies, in a sentence of its own. So a good part of
-# what `reading` adds is the form that you asked for. `sailor` gives it about as often as a sentence taken at random: it repeats something from the passage, which often is
-# not what was asked for. **Before you say that a model can't do a task, look at what your metric counts as right.**
+# In the base model's: it gives the answer in most of them, in a sentence of its own. So a good part of
+# what `reading` adds is the form that you asked for. `sailor` gives the answer only about as often as a sentence picked at
+# random, because it repeats something from the passage, and often not what was asked for. **Before you say that a model can't
+# do a task, look at what your metric counts as right.**
 #
 # ## Ask which adapter is on
 #
-# `active_adapters` says what you asked for, and `get_model_status()` says what is true in the layers
-# (`get_layer_status()` lists them one by one). The course's own `check_adapters` reads the same and more, and says in words
-# what is wrong and what to do. Here it finds nothing.
+# `active_adapters` says what you asked for, and `get_model_status()` says what the layers really do
+# (`get_layer_status()` lists them one by one). The course's own `check_adapters` looks at the same and more, and says in words
+# what is wrong and what to do about it. Here nothing is wrong.
 
 # %%
 model.set_adapter("sailor")
@@ -355,10 +361,13 @@ print(validation.check_adapters(model, expect_active=["sailor"]))
 # %% [markdown]
 # ### Exercise: borrow an adapter (core, 10 min)
 #
-# At work you often need one reply from another adapter, and then everything as it was. Write a function that returns the
-# [logits](../docs/glossary.md#logits), the model's scores for each possible next token, with the adapter `name` active, and leaves
-# the model **with whatever was active before**, also if the forward pass fails.
+# At work you sometimes need one reply from another adapter, and afterwards the model as it was. Write a function that returns
+# the [logits](../docs/glossary.md#logits), the model's scores for each possible next token, with the adapter `name` active.
+# Afterwards **the adapter that was active before must be active again**, also if the forward pass fails.
 #
+# <details><summary>How do I get logits?</summary>
+# Call the model: <code>model(input_ids=input_ids).logits</code>.
+# </details>
 # <details><summary>I get the base model's logits</summary>
 # <code>disable_adapter()</code> switches all of them off. You want <code>set_adapter</code>.
 # </details>
@@ -399,7 +408,7 @@ assert _model.active_adapter == "left"
 # ## Mix adapters in one batch
 #
 # Suppose that requests for different adapters arrive together. With `adapter_names=` each row of a batch gets its own adapter, and
-# `"__base__"` means none. You need no switching and no second copy of the model.
+# `"__base__"` stands for none, so you need neither to switch nor to load a second copy of the model.
 
 # %%
 mixed = {**MY_REQUESTS, "__base__": question}
@@ -433,8 +442,8 @@ plotting.table(["adapter of the row", "reply in the batch", "the same as alone"]
 #
 # ## What does an adapter cost?
 #
-# In every forward pass an adapter adds two thin products to the wide one of each layer. On this model that is
-# 5% more multiplications; on a layer 4,096 wide, rank 8 would be 0.4% more.
+# In every forward pass an adapted layer computes two thin products, *Ax* and *B(Ax)*, beside its wide one, *Wx*. On this model
+# that is 5% more multiplications. On a layer with 4,096 inputs and outputs, rank 8 would be 0.4% more.
 #
 # **Predict:** is a pass 5% slower with an adapter? And is it the same share for one token as for many?
 
@@ -477,21 +486,23 @@ assert one[1, 1] > 1.5 * one[8, 64], "on one thread"
 assert two[1, 1] < two[8, 64], "on two threads"
 
 # %% [markdown]
-# It is far more than 5% in every pass, because most of the extra time isn't spent on multiplying. Each adapted layer makes several
-# small calls beside its one wide product, and a call has a fixed cost, however little it computes.
+# Every pass becomes far more than 5% slower, because most of the extra time isn't spent on multiplying. An
+# adapted layer makes several small calls beside its one wide product, and a call has a fixed cost, however little it computes.
 #
-# Which pass suffers most depends on the machine. We measured this in a sweep of three seeds: on one thread a pass for one token became {{one[1, 1]:.0%}}
-# slower and one for 8 × 64 tokens {{one[8, 64]:.0%}}, and on two threads {{two[1, 1]:.0%}} and {{two[8, 64]:.0%}}.
-# Beside two other busy processes the large pass became {{of_busy[1]:.0%}} to {{of_busy[2]:.0%}} slower. So other lessons, which time such a pass again, show other
-# percentages. **An overhead holds for one model, one size of pass and one machine.** It goes away when you
-# [merge](../docs/glossary.md#merge) the adapter into the weights, as in [lesson 7](07_merging.ipynb).
+# The share isn't the same for all passes, and which suffers most depends on the machine. We measured this in a
+# [sweep](../docs/glossary.md#sweep) of three seeds: on one thread a pass for one token became {{one[1, 1]:.0%}} slower and one
+# for 8 × 64 tokens {{one[8, 64]:.0%}}, while on two threads it was {{two[1, 1]:.0%}} and {{two[8, 64]:.0%}}. Beside two other
+# busy processes the large pass became {{of_busy[1]:.0%}} to {{of_busy[2]:.0%}} slower. So other lessons, which time such a pass
+# again, show other percentages. **An overhead holds for one model, one size of pass and one machine.** It goes away when you
+# [merge](../docs/glossary.md#merge) the adapter into the weights, as in [lesson 7](07_merging.ipynb). Switching loads nothing,
+# because all four adapters are in memory.
 #
 # ## Back to the base
 #
 # There are three ways to take adapters off, from temporary to final. `disable_adapter()` does it inside a `with` block,
 # `delete_adapter` removes one adapter, and `unload()` takes PEFT off the model altogether.
 #
-# **Predict:** are the logits after that *close* to those of an untouched copy of the base model, or *equal* to them?
+# **Predict:** with the adapters off, are the logits *close* to those of an untouched copy of the base model, or *equal* to them?
 
 # %%
 witness = tokenizer(question, return_tensors="pt").to(device)
@@ -512,15 +523,15 @@ assert not torch.equal(on, untouched)
 assert torch.equal(off, untouched) and torch.equal(unloaded, untouched)
 
 # %% [markdown]
-# They are equal to the last bit, because LoRA never writes to the base weights. (Some kinds of adapter do, as
-# [lesson 6](06_olora.ipynb) shows.) The first printed number belongs to the proof: if the adapter had changed nothing,
-# equal logits would show nothing.
+# The logits are equal to the last bit, because plain LoRA leaves the base weights as they are. (Some kinds of adapter change
+# them, as [lesson 6](06_olora.ipynb) shows.) The adapter's change of the logits is part of the proof: if it were 0, equal
+# logits would show nothing.
 #
 # ## Two other ways to load an adapter
 #
-# A `transformers` model can load adapters itself, without PEFT's model around it. And `AutoPeftModelForCausalLM` finds
-# the base model by the name in the adapter's config. Our adapters name a folder of this course, `models/base`, so the
-# cell first writes a copy whose config has the whole path.
+# A `transformers` model can load an adapter itself, without a `PeftModel` around it. And `AutoPeftModelForCausalLM` needs only
+# the adapter's folder, because it finds the base model by the name in the adapter's config. Our adapters name a folder of this
+# course, `models/base`, so the cell first writes a copy whose config has the whole path.
 
 # %%
 sailor_folder, request = (
@@ -543,7 +554,7 @@ auto = AutoPeftModelForCausalLM.from_pretrained(in_full, dtype=runtime.dtype()).
 print("AutoPeft:    ", ask(auto, request))
 
 # %% [markdown]
-# With a network, the id of a model on a hub can stand in place of each folder (not run here):
+# With a network, you can give the id of a model on a hub in place of each folder (not run here):
 #
 # ```python
 # model = PeftModel.from_pretrained(base_model, "organisation/adapter-name", revision="<commit>")
@@ -553,13 +564,13 @@ print("AutoPeft:    ", ask(auto, request))
 #
 # ## Break it
 #
-# The next mistakes are common, and none of the first three raises an error.
+# Here are four mistakes. None of the first three raises an error.
 #
-# ### Compare a model with itself
+# ### Compare a model with its base
 #
 # You load a base model, put an adapter into it, and compare the two.
 #
-# **Predict:** what is the largest difference of their logits?
+# **Predict:** what is the largest difference between their logits?
 
 # %%
 base = load_base()
@@ -572,14 +583,16 @@ print(validation.check_changes_output(tuned, witness))
 
 # %% [markdown]
 # The difference is 0, because PEFT works **in place**: it exchanged the layers inside `base`, so both names lead to the
-# tuned model. Compare with `disable_adapter()`, as the second check does, or with a second copy of the base model.
+# tuned model. Compare with `disable_adapter()`, as the second check does, or with a second copy of the base model. (*KL* stands
+# for [KL divergence](../docs/glossary.md#kl-divergence-in-nats): how different the probabilities are.)
 #
 # ### Find the fault: an adapter that changes nothing
 #
-# A colleague sends you the folder of an adapter that speaks like a sailor. It loads without an error.
+# A colleague sends you the folder of an adapter that speaks like a sailor. It loads without an error, but as the first cell
+# shows, the reply is the base model's.
 #
-# **Predict:** the reply will turn out to be the base model's. Which of three causes is it: is the adapter off, is it untrained, or
-# are its numbers not in the model? Look at the size of the file, too.
+# **Predict:** which of three causes does the second cell find: is the adapter off, is it untrained, or are its numbers not in the
+# model? The size of the file is a hint.
 
 # %%
 from_a_colleague = paths.runs_dir() / "lesson01" / "from_a_colleague"
@@ -597,17 +610,17 @@ print(validation.check_adapters(tuned, load_result={"style": load_result}), "\n"
 print(validation.check_adapter_folder(from_a_colleague))
 
 # %% [markdown]
-# The adapter is on, and its *B* is zero, which is how LoRA begins before training. But nobody forgot to train it. The
-# file is nearly thirty times too large because somebody saved `model.state_dict()`: the whole base model with two adapters. There
-# the adapter's name is part of each tensor's name, as in `….lora_A.sailor.weight`. PEFT puts the name in by itself when it
-# loads, so it found none of its tensors. `load_adapter` doesn't warn of this (`PeftModel.from_pretrained` does). **Look at
-# what `load_adapter` returns, or let a check do it.**
+# The numbers are in the file, but not in the model. The adapter is on, and its *B* is zero as before training, because nothing
+# was loaded into it. The file is nearly thirty times too large, because somebody saved `model.state_dict()`: the whole base
+# model with two adapters. There the adapter's name is part of each tensor's name, as in `….lora_A.sailor.weight`. PEFT expects
+# names without it, because it puts one in by itself when it loads, so it found none of its tensors. `load_adapter` doesn't warn
+# of this (`PeftModel.from_pretrained` does). **Look at what `load_adapter` returns, or let a check do it.**
 #
 # ### Exercise: mend the folder (core, 10 min)
 #
 # All numbers are still in the file. Given the tensors of such a file and the name of an adapter, return those that belong
-# into `adapter_model.safetensors`: this adapter's *A* and *B*, with the names that PEFT expects, such as
-# `….lora_A.weight`. Base weights and other adapters stay out. Expected for the file above and `"sailor"`: 56 tensors.
+# in `adapter_model.safetensors`: this adapter's *A* and *B*, with the names that PEFT expects, such as
+# `….lora_A.weight`. Leave out the base weights and other adapters. Expected for the file above and `"sailor"`: 56 tensors.
 #
 # <details><summary>The check says that tensors of another adapter are there</summary>
 # One adapter's name can be the beginning of another's. Compare the whole part between two dots.
@@ -657,7 +670,7 @@ else:
 # %% [markdown]
 # ### Apply an adapter twice
 #
-# Somebody merges an adapter into a model, you take the merged model for the base, and load the adapter again.
+# Somebody merges an adapter into a model. You take the merged model for the base model, and load the adapter on it again.
 
 # %%
 merged = PeftModel.from_pretrained(load_base(), sailor_folder).merge_and_unload()
@@ -667,14 +680,14 @@ print("twice:      ", ask(twice, request), "\n")
 print(validation.check_adapters(twice, original_base=base_folder))
 
 # %% [markdown]
-# An adapter is a difference from the weights that it was trained on. On any other weights it is wrong, and so it is on
-# weights that contain it already.
+# The reply is garbled, because an adapter holds a difference from the weights that it was trained on. On any other weights it
+# is wrong, and these already contain it.
 #
 # ### Open a pickle
 #
 # Older adapters come as `adapter_model.bin`. That is a pickle, a list of instructions, and reading one can run any
 # code that its author put into it. [safetensors](../docs/glossary.md#safetensors-pickle) files hold numbers only. Today's PEFT
-# lets torch read nothing but tensors from a pickle, but other tools may not, so **check a folder before you load it**.
+# lets torch read nothing but tensors from a pickle, but other tools may be less careful, so **check a folder before you load it**.
 
 # %%
 pickled = paths.runs_dir() / "lesson01" / "pickled"
@@ -688,11 +701,11 @@ print(validation.check_adapter_folder(pickled))
 #
 # ## Recap
 #
-# You load the first adapter with `PeftModel.from_pretrained`, others with `load_adapter`, and switch with `set_adapter`.
-# `disable_adapter()` and `unload()` give the base model back, and because LoRA never writes to its weights, they give
-# it back to the bit. No message tells you that an adapter works, so first show that it changes the output, then
-# score it on held-out rows of its task, and look at what the metric counts. Above all, check what `load_adapter`
-# returns and whether the folder is sound, because a model without its adapter also replies fluently.
+# You load the first adapter with `PeftModel.from_pretrained` and others with `load_adapter`, and you switch with `set_adapter`.
+# `disable_adapter()` and `unload()` give the base model back, equal to the bit, because LoRA leaves its weights as they are.
+# No message tells you that an adapter works. So first show that it changes the output, then score it on held-out rows of its
+# task, and look at what the metric counts as right. Above all, check what `load_adapter` returns and whether the folder is
+# sound, because a model without its adapter also replies fluently.
 
 # %% tags=["measured"]
 plotting.table(
@@ -718,8 +731,8 @@ progress("01")
 # %% [markdown]
 # ## Take it to work
 #
-# Put the folder of an adapter of yours between the quotes, and the model's folder if you have it. The check
-# reads headers and small tensors only, and opens no pickle.
+# Put the folder of an adapter of yours between the quotes and, if you have it, the base model's folder in place of `None`. The
+# check reads headers and small tensors only, and opens no pickle.
 
 # %%
 my_adapter, my_base = "", None
@@ -733,7 +746,7 @@ print(validation.check_adapter_folder(my_adapter or paths.adapter_path("mood"), 
 # model: look at <code>missing_keys</code> and <code>unexpected_keys</code> in what <code>load_adapter</code> returned.
 # </details>
 # <details><summary>2 · A merged model's logits equal those of the base with its adapter. Is the merge right?</summary>
-# Not proved yet. If <em>B</em> is zero they agree, too. First show that the adapter changes the output of the base.
+# That is not proved yet, because they also agree if <em>B</em> is zero. First show that the adapter changes the base's output.
 # </details>
 # <details><summary>3 · An adapter scores 0% by exact match. Is it useless for the task?</summary>
 # Read its replies first. The fact may be there in another form, as in the base model's replies above. Compare with a control that

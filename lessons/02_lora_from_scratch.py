@@ -8,8 +8,8 @@
 # | | |
 # |---|---|
 # | **What you'll do** | write a LoRA layer and compare it with the library's; put it into a model; train with PEFT in a bare PyTorch loop, then with a plain `Trainer`; find the fault in a run that learns nothing |
-# | **What you'll learn** | what rank, alpha and the scaling do; why training starts exactly at the base model; what a training loop needs around LoRA, and what a first attempt forgets |
-# | **What you'll need** | [lesson 1](01_load_lora_adapter.ipynb); matrix products, gradients, a PyTorch training loop seen once; a laptop, no GPU, no network |
+# | **What you'll learn** | what rank, alpha and the scaling do; why training starts exactly at the base model; what else a training loop needs, and which mistakes a first attempt makes |
+# | **What you'll need** | [lesson 1](01_load_lora_adapter.ipynb); matrix products and gradients; a PyTorch training loop that you have read before; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
@@ -57,12 +57,14 @@ print(
 #
 # ![A frozen weight matrix of 6 × 8 numbers, plus a change that is the product of a column B of 6 numbers and a row A of 8 numbers: 14 trained numbers instead of 48](../images/low_rank.png)
 #
-# With *r* rows in *A* and *r* columns in *B*, the change has the [rank](../docs/glossary.md#rank-r) *r*. The layer computes
+# With *r* rows in *A* and *r* columns in *B*, the change has at most the [rank](../docs/glossary.md#rank-r) *r*. The layer
+# computes
 #
-# > *h = Wx + (α/r)·B(Ax)*, with *A* of shape (r, inputs) and *B* of shape (outputs, r),
+# > *h = Wx + (α/r)·B(Ax)*, with *A* of shape (r, inputs) and *B* of shape (outputs, r).
 #
-# which is equation 3 of the paper with its factor α/r. You choose the number *α*, [alpha](../docs/glossary.md#alpha-α-scaling),
-# and the factor α/r is called the **scaling**: with alpha 16 and rank 8, for example, it is 2. *W* stays frozen.
+# This is equation 3 of the paper, with the factor α/r that the paper adds just below it. You choose the number *α*, called
+# [alpha](../docs/glossary.md#alpha-α-scaling). The factor α/r is the **scaling**: with alpha 16 and rank 8, for example, it
+# is 2. *W* is frozen, which means that training doesn't change it.
 
 
 # %%
@@ -95,11 +97,11 @@ for name, parameter in layer.named_parameters():
 # ## Compare it with PEFT's layer
 #
 # PEFT's layer is the reference, so the next cell puts both around the same weights, with the same *A* and *B*. It works in
-# float64, because there rounding is too small to hide a mistake. To see what such a comparison can find, it also plants two
-# mistakes in our layer: a scaling that was forgotten, and alpha used as the scaling.
+# float64, because rounding errors are too small there to hide a mistake. To see what such a comparison can find, it also plants
+# two mistakes in our layer: a scaling that was forgotten, and alpha used as the scaling.
 #
-# **Predict:** the comparison is made twice, with *B* = 0, where every new adapter starts, and with a random *B*. Which of the
-# two finds the mistakes?
+# **Predict:** the comparison is made once with *B* = 0, as in every new adapter, and once with a random *B*. Which of the two
+# finds the mistakes?
 
 
 # %%
@@ -132,8 +134,9 @@ for mistake, scaling in (("none", 16 / 8), ("scaling forgotten", 1), ("alpha as 
 plotting.table(["mistake", "difference with B = 0", "difference with a random B"], rows)
 
 # %% [markdown]
-# Only the random *B* finds them. With *B* = 0 the change is zero whatever the scaling, so a right and a wrong layer agree and
-# the comparison proves nothing. **Before you compare two adapters, make sure that they change the output.**
+# Only the random *B* finds them: both mistakes show a difference in the last column. With *B* = 0 the change is zero whatever
+# the scaling is, so a right and a wrong layer agree, and the comparison proves nothing. **Before you compare two adapters, make
+# sure that they change the output.**
 #
 # With a random *B* our right layer agrees with PEFT's. The next cell tries 20 random shapes, and also compares the
 # gradients, because they decide what the layer will learn.
@@ -164,16 +167,16 @@ for what, error in zip(("output", "gradient of x", "gradient of A", "gradient of
 assert max(worst) < 1e-10
 
 # %% [markdown]
-# Here they agree to the last bit, because both do the same operations in the same order. So these twenty lines do
+# The two layers agree to the last bit, because both do the same operations in the same order. So these twenty lines do
 # what PEFT's layer does. PEFT adds the administration: several adapters on one layer, their names, dropout,
 # saving and loading.
 #
-# ## Start where the base model is
+# ## Start at the base model
 #
-# An adapter should begin as no change at all, because training then starts from what the model can already do. There is more
-# than one way to get there. The table below tries four starts on one layer.
+# A new adapter should change nothing, because training then starts from what the model can already do. There is more than one
+# way to achieve this. The next cell tries four starts on one layer.
 #
-# **Predict:** with which starts is the output at step 0 that of the base layer? With which can the adapter learn?
+# **Predict:** with which starts is the output that of the base layer? With which can the adapter learn?
 
 # %%
 runtime.seed_everything(2)
@@ -191,21 +194,22 @@ for start in ("A random, B zero", "A zero, B random", "both random", "both zero"
 plotting.table(["start", "output equals the base's", "gradient of A", "gradient of B"], rows)
 
 # %% [markdown]
-# Every start with a zero matrix gives the base's output, to the bit. Of these, "both zero" can't learn: the gradient of *A* is
-# a product with *B*, and the gradient of *B* is a product with *A*, so both stay zero forever. With one zero matrix, that
-# matrix moves in the first step, and from the second step on both do. LoRA starts with a random *A* and sets *B* to zero.
+# Every start with a zero matrix gives the base's output, to the bit. Of these three, only "both zero" can't learn: *B* is a
+# factor in the gradient of *A*, and *A* in the gradient of *B*, so both gradients are zero and stay so. If only one matrix is
+# zero, that matrix moves in the first step, and from the second step on both move. "Both random" can learn as well, but it
+# starts from a changed model. LoRA uses the first row: *A* is random, and *B* is zero.
 #
 # ## Put LoRA into a model
 #
-# `get_peft_model` does two things: it freezes the model, and it replaces each layer that you named by a LoRA layer around
-# it. The names are those of the [target modules](../docs/glossary.md#target-modules). You can write this yourself.
+# `get_peft_model` does two things: it freezes the model, and it wraps a LoRA layer around each layer that you name. The named
+# layers are called the [target modules](../docs/glossary.md#target-modules). You can write such a function yourself.
 
 # %% [markdown]
 # ### Exercise: put LoRA into a model (core, 15 min)
 #
-# Freeze the whole model. Then replace each linear layer whose last part of the name is one of `names` by a `LoRALinear`
-# around it. Change the model in place, and return how many layers you replaced. Expected for a Llama with two blocks and
-# `["q_proj", "down_proj"]`: 4.
+# Freeze the whole model. Then look at the last part of each linear layer's name, for example `q_proj` in
+# `model.layers.0.self_attn.q_proj`. If it is one of `names`, replace the layer by a `LoRALinear` around it. Change the model in
+# place, and return how many layers you replaced. Expected for a Llama with two blocks and `["q_proj", "down_proj"]`: 4.
 #
 # <details><summary>How do I replace a layer?</summary>
 # <code>parent, _, last = name.rpartition(".")</code>, then
@@ -215,9 +219,9 @@ plotting.table(["start", "output equals the base's", "gradient of A", "gradient 
 # You froze after replacing. <code>model.requires_grad_(False)</code> comes first.
 # </details>
 # <details><summary>A layer was replaced that was not asked for</summary>
-# <code>"head"</code> is the end of the text <code>lm_head</code>, but it is no layer's name: compare
-# <code>name.split(".")[-1]</code>. And <code>mlp</code> is a block with layers inside: ask
-# <code>isinstance(module, nn.Linear)</code>.
+# The name <code>lm_head</code> ends with <code>head</code>, but no layer is called <code>head</code>: compare the whole
+# last part, <code>name.split(".")[-1]</code>. And <code>mlp</code> is a block that contains layers, so check
+# <code>isinstance(module, nn.Linear)</code>, too.
 # </details>
 
 
@@ -258,9 +262,10 @@ assert add_lora(lesson02.tiny_model(), ["self_attn"], 2, 4) == 0
 # %% [markdown]
 # ## Train in four steps
 #
-# Now the whole road once by hand, with PEFT's layers: **1** load the base model, **2** write a configuration, **3** call
-# `get_peft_model`, **4** train. The task is `sailor`: the model is given a sentence, and says it in the speech of Skerrow's
-# sailors.
+# Fine-tuning with PEFT takes four steps: **1** load the base model, **2** write a configuration, **3** call
+# `get_peft_model`, **4** train. You now go through them once by hand. The task is `sailor`: the model is given a sentence, and
+# should say it in the speech of Skerrow's sailors. The configuration names its targets as `"all-linear"`, which means every
+# linear layer except the output layer.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -297,10 +302,11 @@ with torch.no_grad():
 # %% [markdown]
 # What held for one layer holds for the whole model: before the first step, its output is the base model's.
 #
-# A model of this kind learns to predict the next token. For the loss it takes `input_ids` and
-# [`labels`](../docs/glossary.md#label), which are the same ids once more. A label of −100 means that this token is left out of
-# the loss. We put −100 on the prompt, because the model should learn to write the answer and not the question. Rows of
-# different lengths are filled up with [pad tokens](../docs/glossary.md#pad-token), and these get −100 as well.
+# A model of this kind learns to predict the next token. To compute a loss it needs `input_ids` and
+# [`labels`](../docs/glossary.md#label), which are the same ids again; the model itself compares each prediction with the next
+# token's label. A token with the label −100 is left out of the loss. We put −100 on the prompt, because the model should learn
+# to write the answer and not the question. Shorter rows are filled up with [pad tokens](../docs/glossary.md#pad-token), and
+# these get −100 as well.
 
 
 # %%
@@ -330,8 +336,8 @@ print({key: tuple(value.shape) for key, value in batch.items()})
 plotting.token_strip(tokenizer, batch["input_ids"][0], batch["labels"][0])
 
 # %% [markdown]
-# Step 4 is a plain PyTorch loop. It hands the optimizer everything that has `requires_grad`, and after `get_peft_model` only
-# *A* and *B* have it.
+# Step 4 is a plain PyTorch loop. The function `adamw` gives the optimizer every parameter that has `requires_grad`. After
+# `get_peft_model`, these are only *A* and *B*.
 
 
 # %%
@@ -368,11 +374,11 @@ def say_it(model):
 
 
 # %% [markdown]
-# The learning rate of 5e-3 belongs to this model of 3.9 million parameters. Models with 1 to 70 billion parameters take 1e-4 to
-# 2e-4 with LoRA, so don't carry this one over.
+# The learning rate of 5e-3 suits this model of 3.9 million parameters. Most [recipes](../docs/recipes.md) for LoRA on models
+# with billions of parameters use 1e-4 to 3e-4, so don't use this rate there. The next cell trains for twenty steps, which takes
+# some ten seconds.
 #
-# **Predict:** twenty steps take about ten seconds. Will the answer still be the base model's, will it sound like a
-# sailor, or will it be right to the letter?
+# **Predict:** will the answer still be the base model's, will it sound like a sailor, or will it be right to the letter?
 
 # %%
 model = adapted_model()  # anew, so that a second run of this cell begins where the first did
@@ -384,16 +390,16 @@ print("after: ", say_it(model))
 print("right: ", right)
 
 # %% [markdown]
-# After twenty steps the style is there: the answer greets and ends as a sailor's does, and the loss has fallen far. The words
-# in between take more steps, because each sentence asks for other ones. Only steps 2 and 3 are about LoRA. The loop is the one
-# that you would write for any model.
+# After twenty steps the answer sounds like a sailor: it greets and ends as a sailor's does, and the loss has fallen far. The
+# words in between take more steps, because they differ from sentence to sentence. Only steps 2 and 3 are about LoRA. The loop
+# is the one that you would write for any model.
 #
 # ### Train with your own layer
 #
 # Nothing in the loop is specific to PEFT, so your own layers can take the place of PEFT's. If your `add_lora` passes its check,
 # the next cell uses it for step 3. Until then it calls `get_peft_model` once more.
 #
-# **Predict:** both begin with the same *A*, and see the same rows in the same order. How far apart will the twenty losses be?
+# **Predict:** both runs begin with the same *A*, and see the same rows in the same order. How far apart will the losses be?
 
 # %%
 yours = lesson02.inject.outcome(add_lora).passed
@@ -401,7 +407,8 @@ model = adapted_model()
 if yours:
     peft_layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     model = load_base()
-    add_lora(model, sorted(config.target_modules), rank=8, alpha=16)
+    names = sorted(config.target_modules)  # PEFT has replaced "all-linear" by the layers' names
+    add_lora(model, names, rank=8, alpha=16)
     own_layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     for own, theirs in zip(own_layers, peft_layers):
         own.lora_A.data.copy_(theirs.lora_A["default"].weight)
@@ -411,15 +418,15 @@ print(f"losses differ by at most {max(abs(a - b) for a, b in zip(losses, again))
 print("after: ", say_it(model))
 
 # %% [markdown]
-# With our `add_lora` they differ by about 1e-6 in losses of about 1, because float32 keeps seven digits and rounds the rest. So
+# With our `add_lora` the losses are the same in all digits, because the two layers do the same operations in the same order. So
 # the model learns the same with your layer as with PEFT's.
 #
 # ## Find the fault in a run that learns nothing
 #
-# A colleague writes a loop, too. It runs without an error or a warning, but the loss does not fall. You get the code, and
-# what a person would look at first: the losses, the gradients, and the numbers in *B*.
+# A colleague has written a loop as well. It runs without an error or a warning, but the loss does not fall. You get the code,
+# and with it what you would look at first: the losses, the gradients, and the numbers in *B*.
 #
-# **Predict:** which line is to blame?
+# **Predict:** read the code before you run it. Which line is to blame?
 
 
 # %%
@@ -448,22 +455,24 @@ print(f"norm of the gradient of B: {gradient_norm:.2f}; largest number in B: {la
 print(validation.check_training(broken))
 
 # %% [markdown]
-# The gradients arrive, so labels, loss and layers are in order. But *B* is still zero after eight steps, so no step has moved
-# it. The optimizer was made *before* `get_peft_model`, from the parameters of the base model. These are frozen now, and *A* and
-# *B*, which came later, are not among them. `check_training` reports the consequence: after training, nothing has moved.
+# It is the line that makes the optimizer: it stands *before* `get_peft_model`, so the optimizer holds the parameters of the
+# base model. These are frozen now, and *A* and *B*, which were made later, are not among them. The output points there, too:
+# *B* has a gradient, so labels, loss and layers are in order, but it is still zero after eight steps, so no step has moved it.
+# `check_training` reports this for all 28 matrices *B*. (It looks only at *B*, which is known to start at zero.)
 #
 # ### Exercise: find what the optimizer misses (core, 10 min)
 #
-# Write the check for this fault. Return a list with the names of all parameters of `model` that have `requires_grad` but that
-# the optimizer doesn't hold, in any order. An optimizer keeps its parameters in `optimizer.param_groups`, a list of dicts,
-# under `"params"`. Expected for the colleague's run: the names of all *A* and *B*, 56 in all.
+# Write the check for this fault. Return a list, in any order, with the names of all parameters of `model` that have
+# `requires_grad` but that the optimizer doesn't hold. An optimizer keeps its parameters in `optimizer.param_groups`, a list of
+# dicts, under `"params"`. Expected for the colleague's run: the names of all *A* and *B*, 56 in all.
 #
-# <details><summary>"Boolean value of Tensor with more than one value is ambiguous"</summary>
+# <details><summary>"The size of tensor a must match the size of tensor b", or "Boolean value of Tensor is ambiguous"</summary>
 # <code>in</code> compares tensors number by number. You want to know whether it is the <em>same object</em>: compare
 # <code>id(parameter)</code>.
 # </details>
 # <details><summary>My list lacks a parameter</summary>
-# Do two parameters hold the same numbers? They are still two. And look at all groups, of which there may be several.
+# Two parameters are different objects even if they hold the same numbers. Also, an optimizer may have several groups: look at
+# all of them.
 # </details>
 # <details><summary>My list has a name too many</summary>
 # A frozen parameter doesn't need an optimizer: leave out those without <code>requires_grad</code>.
@@ -495,7 +504,7 @@ assert not_optimised(_model, torch.optim.SGD(_some, lr=0.1)) == [_first]
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# To mend the run, make the optimizer after `get_peft_model`. The same eight steps with that one line moved:
+# To mend the run, make the optimizer after `get_peft_model`. The next cell does so, and runs our own loop for eight steps.
 
 # %%
 mended = adapted_model()
@@ -506,16 +515,16 @@ if lesson02.optimizer.outcome(not_optimised).passed:
         ("broken", broken, broken_optimizer),
         ("mended", mended, adamw(mended)),
     ):
-        print(f"{name}: {len(not_optimised(model, optimizer))} parameters miss their optimizer")
+        print(f"{name}: the optimizer misses {len(not_optimised(model, optimizer))} parameters")
 
 # %% [markdown]
+# Now the loss falls from the first step on.
+#
 # ## Let a Trainer run the loop
 #
-# `transformers.Trainer` makes the optimizer itself, after the model is whole, and runs the loop. It doesn't prepare text. For a
-# language model it needs three things: **token ids**, because it doesn't tokenise; **labels**, because without them there is no
-# loss; and a **pad token**, because rows differ in length. Each attempt below lacks one of these, or a part of it.
-#
-# **Predict:** which attempts fail when the trainer is made, and which only when it trains?
+# `transformers.Trainer` runs the loop for you, and makes the optimizer itself when the model is complete. But it doesn't prepare
+# text. For a language model it needs three things: **token ids**, because it doesn't tokenise; **labels**, because without them
+# there is no loss; and a **pad token**, because rows differ in length.
 
 # %%
 rows = data.load_task("sailor", "train").select(range(640))
@@ -551,6 +560,12 @@ def trainer_for(dataset, tokenizer, collator=None, steps=1):
     return Progress().attach(trainer)
 
 
+# %% [markdown]
+# Each of four attempts lacks something. They are: raw text; token ids without labels; token ids and labels without a
+# [collator](../docs/glossary.md#collator), the function that makes a batch of several rows; a tokenizer without a pad token.
+#
+# **Predict:** which of them fail already when the trainer is made, and which only when it trains?
+
 # %%
 attempts = {
     "raw text": (raw, tokenizer),
@@ -579,12 +594,12 @@ plotting.table(["given to Trainer", "fails in", "what it says"], found)
 # All four fail only when training begins, because a `Trainer` doesn't look at the rows before that. So let a job run for
 # one step before you leave it alone.
 #
-# The third attempt has labels and fails all the same: without a [collator](../docs/glossary.md#collator) of your own,
-# `Trainer` pads the ids but not the labels. `DataCollatorForLanguageModeling(tokenizer, mlm=False)` does both: it pads,
-# copies the ids into `labels`, and writes −100 over the pads. It needs a pad token, which the fourth attempt lacks.
+# The third attempt has labels and still fails: without a collator of your own, `Trainer` pads the ids but not the labels.
+# `DataCollatorForLanguageModeling(tokenizer, mlm=False)` takes care of both: it pads the ids, copies them into `labels`, and
+# writes −100 over the pads. It needs a pad token, which the fourth attempt lacks.
 #
-# **Predict:** the loop's first loss was that of the answers. The collator leaves the prompts in. Will the trainer's first loss
-# be the same, higher or lower?
+# **Predict:** our loop's loss was a mean over the answers only. This collator writes −100 over the pads, but not over the
+# prompts. Will the trainer's first loss be the same, higher or lower?
 
 # %%
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -596,17 +611,17 @@ print(f"trainer: loss {logged[0]:.2f} -> {logged[-1]:.2f}, of the whole text")
 print("after: ", say_it(trainer.model))
 
 # %% [markdown]
-# Lower. The trainer's loss is a mean over all tokens, so at the start the prompt's tokens must be the easier ones. It also ends
-# higher, because nobody can know the next word of a prompt beforehand, so that part of the loss can't fall far. Compare losses
-# only if they count the same tokens; lesson 3 looks at this closely.
+# It is lower. The trainer's loss is a mean over prompts and answers, so at the start the tokens of the prompts must be easier
+# than those of the answers. At the end it is higher than the loop's, because nobody can know which sentence a prompt will ask
+# for, so this part of the loss can't fall far. Compare losses only if they count the same tokens; lesson 3 looks at this closely.
 #
 # ## Recap
 #
-# LoRA adds a second path to a frozen linear layer: two thin matrices, whose product is a change of low rank, times the scaling
-# α/r. Because *B* starts at zero, the model begins exactly as the base model, and because *A* doesn't, it can learn.
-# `get_peft_model` freezes the model and puts such a layer around each layer that you name; everything after that is ordinary
-# training. What a first attempt forgets is mostly around LoRA: an optimizer made too early, or rows without labels, padding or
-# ids.
+# LoRA adds a second path to a frozen linear layer: two thin matrices, whose product is a change of low rank. The scaling α/r
+# multiplies this change. Because *B* starts at zero, training begins exactly at the base model; because *A* doesn't, the adapter
+# can learn. `get_peft_model` freezes the model and puts such a layer around each layer that you name. Everything after that is
+# ordinary training, and that is where a first attempt goes wrong: the optimizer is made too early, or the rows lack ids, labels
+# or padding.
 
 # %%
 plotting.table(
@@ -626,8 +641,8 @@ progress("02")
 # %% [markdown]
 # ## Take it to work
 #
-# Put a `Trainer` of your own here after its first steps. The check looks whether the right parameters are
-# trained, whether they moved, and at what the log says.
+# Put a `Trainer` of your own in the place of `None`, after its first steps. The check tells you whether the right parameters are
+# trained, whether they have moved, and whether the log shows a problem.
 
 # %%
 my_trainer = None
@@ -641,7 +656,7 @@ print(validation.check_training(my_trainer or trainer))
 # compare outputs and gradients.
 # </details>
 # <details><summary>2 · Somebody starts <em>A</em> and <em>B</em> at zero, "to be safe". What happens in training?</summary>
-# The loss stays where it is, without an error. The gradient of each matrix has the other as a factor, so neither ever moves.
+# The loss stays where it is, without an error. Each matrix is a factor in the gradient of the other, so neither ever moves.
 # </details>
 # <details><summary>3 · Two runs on the same rows report losses of 0.9 and 2.1. Is the first one better?</summary>
 # You can't tell before you know which tokens they count. One may average over answers, the other over prompts as well. Compare
@@ -659,4 +674,5 @@ print(validation.check_training(my_trainer or trainer))
 # - [Symptom, cause, check](../docs/symptoms.md), for runs that learn nothing
 #
 # Next: [lesson 3](03_lora_finetuning.ipynb) fine-tunes with TRL's `SFTTrainer`, which prepares the rows for you, and asks
-# how you know that a run went well. [Lesson 4](04_configuration.ipynb) chooses targets, rank and alpha.
+# how you know that a run went well. [Lesson 4](04_configuration.ipynb) chooses targets, rank and alpha. A [deep
+# dive](deep_low_rank.ipynb) asks why a low rank can be enough.

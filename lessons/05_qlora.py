@@ -57,11 +57,12 @@ print(
 # back in 16 or 32 bits, multiplies with them, and drops them. Since training never changes *W*, it can be stored coarsely. *A* and
 # *B* change in many small steps, so they stay in 16 or 32 bits.
 #
-# What does that save? `estimate_memory` computes what training holds from the configuration alone. The next cell asks it for
-# a Llama of 8 billion parameters, with one row of 512 tokens a step and [activation
+# `estimate_memory` computes from the configuration alone what training holds: weights, gradients, optimizer state, and
+# [activations](../docs/glossary.md#activations), which the forward pass keeps for the backward pass. The next cell asks it
+# for a Llama of 8 billion parameters, with one row of 512 tokens a step and [activation
 # checkpointing](../docs/glossary.md#activation-checkpointing).
 #
-# **Predict:** which of the four parts of LoRA's memory does QLoRA make smaller?
+# **Predict:** which of these four parts are smaller with QLoRA than with LoRA?
 
 
 # %%
@@ -151,16 +152,18 @@ assert lora_8b.optimizer == qlora_8b.optimizer and lora_8b.gradients == qlora_8b
 )
 
 # %% [markdown]
-# Only the weights, from {{lora_8b.weights / 1e9:.1f}} to {{qlora_8b.weights / 1e9:.1f}} GB, of which {{outside:.1f}} GB are embedding and output layer, which bitsandbytes leaves in
-# 16 bits. Gradients and optimizer state belong to the adapter, so they were small already. The [activations](../docs/glossary.md#activations), which
-# the forward pass keeps for the backward pass, are as large as before, and they grow with the number and the length of the rows.
+# Only the weights are: {{qlora_8b.weights / 1e9:.1f}} GB instead of {{lora_8b.weights / 1e9:.1f}}. Embedding and output
+# layer are {{outside:.1f}} GB of them, because bitsandbytes leaves these two in 16 bits. Gradients and optimizer state
+# belong to the adapter, so they were small already. The activations are as large as before, and they grow with the number
+# and the length of the rows.
 
 # %% [markdown]
 # ### Leave room on the card
 #
-# How good is such an estimate? The authors of LitGPT
-# [measured](https://github.com/Lightning-AI/litgpt/blob/main/tutorials/resource-tables.md) fine-tuning on one A100, with rank 8 on
-# the query and value matrices and rows of up to 1,304 tokens. The table puts estimates for these settings beside their figures.
+# How good is such an estimate? The authors of LitGPT, a training library,
+# [measured](https://github.com/Lightning-AI/litgpt/blob/main/tutorials/resource-tables.md) fine-tuning on one A100, with
+# rank 8 on the query and value matrices and rows of up to 1,304 tokens. The table puts estimates for these settings beside
+# their figures; the minutes are for 1,000 steps.
 
 # %%
 published = {  # GB of tensors at the peak, minutes for 1,000 steps
@@ -198,29 +201,30 @@ assert all(0.06 < over[size, "qlora"] < 0.08 for size in _shapes), "7% more"
 assert 0.8 * 24 < of_33b < 24, "fills more than 80% of a card with 24 GB"
 
 # %% [markdown]
-# With LoRA the runs took a little less than estimated, because the estimate of the activations is an upper bound. With QLoRA
-# they took 7% more, probably because a layer that is being read back needs room as well. These figures count tensors only. What the
-# driver takes, and gaps in memory that are too small to use, come on top. **So plan for 80% of the card.** For example, 33 billion
-# parameters with QLoRA come to {{of_33b:.1f}} GB, which fills more than 80% of a card with 24 GB.
+# With LoRA the runs took a little less than estimated, because the estimate of the activations is an upper bound. With
+# QLoRA they took 7% more, probably because a layer that is being read back needs room as well. These figures count tensors
+# only. The driver's memory, and gaps that are too small to use, come on top. **So plan for 80% of the card.** For example,
+# 33 billion parameters with QLoRA come to {{of_33b:.1f}} GB, which fills more than 80% of a card with 24 GB.
 #
 # ### Exercise: plan within a budget (core, 10 min)
 #
-# You get a model's `config`, a `lora` configuration, and `card_gb`, the card's memory in GB of 10⁹ bytes. Return the first of
-# these plans whose estimated total is at most 80% of the card, or `None` if none is:
+# You get a model's `config`, a `lora` configuration, and `card_gb`, the card's memory in GB of 10⁹ bytes. Return the first
+# of these plans whose estimated total is at most 80% of the card, or `None` if no plan fits:
 #
 # 1. `"lora"`
 # 2. `"lora, checkpointing"`
 # 3. `"qlora"`
 # 4. `"qlora, checkpointing"`
 #
-# One row of 512 tokens a step, `dtype="bfloat16"`, and QLoRA with double quantisation. Expected for `shape_8b` and `rank_16`:
-# `"lora, checkpointing"` on 24 GB, `"qlora"` on 16 GB, `None` on 8 GB.
+# Plan for one row of 512 tokens a step and `dtype="bfloat16"`. QLoRA uses [double
+# quantisation](../docs/glossary.md#double-quantisation), which a later section explains. Expected for `shape_8b` and
+# `rank_16`: `"lora, checkpointing"` on 24 GB, `"qlora"` on 16 GB, `None` on 8 GB.
 #
 # <details><summary>How do I estimate?</summary>
-# <code>estimate(config, "qlora", lora, checkpointing=False, double_quantization=True).total</code> is in bytes. The function
-# stands above the first figure.
+# <code>estimate(config, "qlora", lora, checkpointing=False, double_quantization=True).total</code> is in bytes. The
+# function <code>estimate</code> is defined above the first figure.
 # </details>
-# <details><summary>The check says that my plan doesn't come first</summary>
+# <details><summary>The check asks for the first plan that fits</summary>
 # Go through the plans in their order, and return as soon as one fits.
 # </details>
 
@@ -275,10 +279,11 @@ for i in (0, 1, 2, 7, 8, 9, 15):
 plotting.table(["i", "part", "Q at its lower end", "Q at its upper end", "level"], rows)
 
 # %% [markdown]
-# Q(0) is minus infinity, since a Gaussian has no smallest value, so the first level can't be used. That leaves fifteen: seven
-# below zero, zero itself (i = 8), and seven above. Four bits could name one more. So the paper adds in words: take each side by itself, with seven
-# levels below zero and eight above. Q(1) is infinite, too, so bitsandbytes takes Q(0.9677083) as the largest level (0.9677083 is half-way
-# between 29/30 and 31/32). At the end, all levels are divided by the largest.
+# Q(0) is minus infinity, since a Gaussian has no smallest value, so the first level can't be used. That leaves fifteen:
+# seven below zero, zero itself (i = 8), and seven above. Four bits could name one more. So the paper's text treats each
+# side by itself, with seven levels below zero and eight above. Q(1) is infinite, too, so bitsandbytes begins each side at
+# Q(0.9677083), half-way between 29/30 and 31/32. From there it goes down to Q(0.5) = 0 in equal steps of p. At the end, it
+# divides all levels by the largest.
 
 
 # %%
@@ -297,9 +302,10 @@ print(f"they differ from bitsandbytes' table by at most {(levels - NF4).abs().ma
 assert (levels - NF4).abs().max() < 1.5e-7
 
 # %% [markdown]
-# The figure shows the weights of this model's linear layers, each divided by the largest of 64 neighbours; the next section says why.
-# Below are the levels of NF4, of [FP4](../docs/glossary.md#fp4), a tiny floating-point number, and of
-# [int4](../docs/glossary.md#int4), which has equal steps.
+# The figure shows the weights in this model's linear layers. Each weight is divided by the largest absolute value among 64
+# neighbours, so the bars at both ends are those largest weights. Below are the levels of NF4, of
+# [FP4](../docs/glossary.md#fp4), a tiny floating-point number, and of [int4](../docs/glossary.md#int4), which has equal
+# steps.
 
 # %%
 base_folder = paths.base_model()
@@ -323,7 +329,7 @@ plotting.show(*plotting.levels(shares, formats, title, xlabel))
 # neighbours, and each block has a scale of its own: the largest absolute value in it, its *absmax*. For example, if the absmax is 0.5, then
 # the weight 0.13 is 0.26 of it. The nearest level is 0.246, and what is read back is 0.246 · 0.5 = 0.123.
 #
-# The figure shows one block, and the table the errors in all blocks. Where are they largest?
+# The figure shows one block, and the table the errors in all blocks. Look where the errors are largest.
 
 # %%
 block = weights[0].flatten()[:64]
@@ -349,7 +355,7 @@ plotting.table(
 )
 
 # %% [markdown]
-# At both ends: the largest weights carry the largest errors, because levels are far apart where weights are few.
+# The largest weights carry the largest errors, because levels are far apart where weights are few.
 #
 # ### Exercise: quantise in blocks (core, 15 min)
 #
@@ -392,8 +398,8 @@ assert torch.allclose(quantise_in_blocks(_weight, NF4, 64), _kernel, atol=1e-6)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# bitsandbytes does the same in compiled code. The next cell compares it on all weights with `there_and_back`, the solution that comes with the
-# check.
+# bitsandbytes does the same in compiled code. The next cell compares its results with those of `there_and_back`, the
+# check's own solution. Only a weight half-way between two levels may differ.
 
 # %%
 there_and_back = lesson05.there_and_back
@@ -408,9 +414,9 @@ assert differing / own.numel() < 1e-5
 # %% [markdown]
 # ## Measure what is lost
 #
-# The [relative error](../docs/glossary.md#relative-error) of a format is the length of the difference, divided by the length of the
-# weights. It depends on how the numbers are distributed, so the table has three made-up distributions beside this
-# model's weights, all in blocks of 64.
+# The [relative error](../docs/glossary.md#relative-error) of a format is the length of the vector of all rounding errors,
+# divided by that of the weights. It depends on how the numbers are distributed, so the table has three made-up
+# distributions beside this model's weights, all in blocks of 64.
 #
 # **Predict:** NF4 is made for Gaussian numbers. In which column will another 4-bit type be better?
 
@@ -440,9 +446,9 @@ plotting.table(
 )
 
 # %% [markdown]
-# In the column of uniform numbers: there all values are equally likely, so equal steps suit them better than NF4's wide
-# gaps near both ends. On this model's weights NF4 is best, with an error of 9%, and FP4, the *default* of bitsandbytes, is worst.
-# Eight bits are more than ten times better than any four. **A format is good for a distribution, not in itself.**
+# int4 is better for uniform numbers: there all values are equally likely, so NF4's wide gaps near both ends cost more. On
+# this model's weights NF4 is the best 4-bit type, with an error of 9%, and FP4, the *default* of bitsandbytes, is worst.
+# The error of int8 is less than a tenth of any 4-bit type's. **A format is good for a distribution, not in itself.**
 
 # %% [markdown]
 # ## Count the bits
@@ -453,9 +459,9 @@ plotting.table(
 #
 # ### Exercise: bits per parameter (warm-up, 5 min)
 #
-# How many bits does a 4-bit number take with its share of all scales? `block` is the number of weights that share an
-# absmax of 32 bits. If `group` is not `None`, an absmax has 8 bits instead, and `group` of them share another 32. Expected for
-# `(64, None)`: 4.5, and for `(64, 256)`: 4.12695...
+# How many bits does one 4-bit number take, including its share of all scales? `block` is the number of weights that share
+# an absmax of 32 bits. If `group` is not `None`, an absmax has 8 bits instead, and `group` of these share another scale of
+# 32 bits. Expected for `(64, None)`: 4.5, and for `(64, 256)`: 4.12695...
 #
 # <details><summary>My number for double quantisation is 4.125</summary>
 # The 32 bits of each group are missing. A group stands for 256 blocks of 64 numbers.
@@ -500,9 +506,8 @@ for size, double in ((64, False), (256, False), (4096, False), (64, True)):
 plotting.table(["block", "bits a weight", "relative error"], rows)
 
 # %% [markdown]
-# Larger blocks take fewer bits and have larger errors, because one large weight then sets the scale of more
-# others. Double quantisation saves as much as blocks of 256, and adds hardly any error. The 0.373 bits that it saves are 3 GB
-# at 65 billion parameters.
+# Larger blocks take fewer bits and have larger errors, because one large weight then sets the scale for more neighbours.
+# Double quantisation saves as much as blocks of 256, which is 3 GB at 65 billion parameters, and adds hardly any error.
 
 # %% [markdown]
 # ## Load a base in four bits
@@ -572,13 +577,14 @@ _four_bit_bytes = adapter_checks.memory.estimate_memory(
 two_thirds = fraction(4 * _config.vocab_size * _config.hidden_size / _four_bit_bytes)
 
 # %% [markdown]
-# It is not: the embedding is not quantised, and in so small a model it is {{two_thirds}} of all bytes. `get_memory_footprint`, which people quote, leaves out the scales, so it gives the same number with and
-# without double quantisation.
+# The model is larger than an eighth: the embedding is not quantised, and in so small a model it is {{two_thirds}} of the
+# bytes that are left. `get_memory_footprint`, which people quote, leaves out the scales, so double quantisation doesn't
+# change it.
 #
 # ### How much of the model is left?
 #
-# The weights are now 9% off. The next cell compares each form with the float32 base on held-out text: how often do
-# both predict the same next token, and what is the loss, in [nats](../docs/glossary.md#kl-divergence-in-nats)?
+# The next cell compares each form with the float32 base on held-out text: how often do both predict the same next token,
+# and what is the loss, in [nats](../docs/glossary.md#kl-divergence-in-nats)?
 
 # %%
 quiet_int8()  # else bitsandbytes logs the same line at every call of an 8-bit layer
@@ -608,7 +614,7 @@ assert abs(on_held_out["nf4"][0] - on_held_out["fp32"][0] - 0.01) < 0.001, "a hu
 assert abs(on_held_out["int8"][0] - on_held_out["bf16"][0]) < 0.0005, "as little harm as bfloat16"
 
 # %% [markdown]
-# Eight bits do as little harm as bfloat16. NF4 changes some predictions and costs a hundredth of a nat. Fine-tuning starts from this rounded base.
+# Eight bits do as little harm as bfloat16. NF4 changes some predictions and costs a hundredth of a nat.
 
 # %% tags=["claim"]
 of_test = swept("quantised", "test", "weights")
@@ -617,11 +623,11 @@ of_test = swept("quantised", "test", "weights")
 # ## Train on four bits
 #
 # Recipes call `prepare_model_for_kbit_training` first. It freezes all weights, turns norms and embedding into float32, and
-# switches on activation checkpointing, none of which this small model in float32 needs.
+# switches on activation checkpointing. This small model in float32 needs none of that.
 #
-# The run is `sailor` of lesson 3. On a quantised base TRL turns the adapter into bfloat16; the lesson turns
-# it back, so that only the base differs from a plain LoRA run. The rate of 1e-2 suits this tiny model; models of 1 to 70
-# billion parameters take 1e-4 to 2e-4 ([Recipes](../docs/recipes.md)).
+# The task is `sailor`, as in lesson 3. On a quantised base TRL turns the adapter into bfloat16. `make_trainer` turns it
+# back into float32, so that only the base differs from a plain LoRA run. The learning rate of 1e-2 suits this tiny model;
+# models of 1 to 70 billion parameters take 1e-4 to 2e-4 ([Recipes](../docs/recipes.md)).
 #
 # **Predict:** the same run on the float32 base gets {{of_test["fp32"][0]:.0%}} of the answers right. How many on NF4?
 
@@ -682,8 +688,8 @@ plotting.table(
 )
 
 # %% [markdown]
-# About as many, on weights that are 9% off. But one run proves little, so the sweep `quantised` repeats this recipe with three seeds on
-# each form of the base.
+# On NF4 about as many are right, although its weights are 9% off. But one run proves little, so the
+# [sweep](../docs/glossary.md#sweep) `quantised` repeats this recipe with three seeds on each form of the base.
 
 # %%
 names = {
@@ -735,9 +741,10 @@ assert abs(on_held_out["nf4"][0] - on_held_out["fp32"][0] - 0.01) < 0.001, "a hu
 assert all(2 < cost < 2.6 for cost in _costs), "more than 2 nats on every form"
 
 # %% [markdown]
-# The six means lie within 3 points, and the seeds of one form differ by 1 to 4 points. The validation loss is lower on NF4 in
-# the mean and higher with one seed of three. So three seeds show no harm from the 4 bits, and the paper finds none in large models
-# (its section 4). With the adapter in bfloat16, each seed gets up to one point less.
+# The six means lie within 3 points, and the seeds of one form differ by 1 to 4 points. Compared with float32, the
+# validation loss is lower on NF4 in the mean and higher with one seed of three. So three seeds show no harm from the 4
+# bits, and the paper finds none in large models (its section 4). If the adapter stays in bfloat16, each seed gets up to one
+# point less.
 #
 # On held-out text, rounding costs a hundredth of a nat, and training costs more than 2 nats on every form: the model forgets
 # because of the adapter, not because of the 4 bits.
@@ -792,8 +799,9 @@ assert 1.3e9 < _peak["fp32"][0] < 1.5e9, "fourteen hundred"
 # reading the weights back counts: in LitGPT's runs above, QLoRA took {{slower_7b:.1f}} times as long as LoRA at 7 billion parameters, and
 # {{slower_13b:.1f}} times at 13 billion. **QLoRA saves memory, and on a GPU you pay for it with time.**
 #
-# The {{large - small:.0f}} MB saved here disappear among the fourteen hundred that libraries and activations take. With large models they count:
-# at 70 billion parameters the estimate is {{of_70b["lora"]:.0f}} GB with LoRA and {{of_70b["qlora"]:.0f}} GB with QLoRA.
+# The process needs about as much memory as before: the {{large - small:.0f}} MB saved disappear among the fourteen hundred
+# that libraries and activations take. With large models the saving counts: at 70 billion parameters the estimate is
+# {{of_70b["lora"]:.0f}} GB with LoRA and {{of_70b["qlora"]:.0f}} GB with QLoRA.
 #
 # ### Save the rest
 #
@@ -832,10 +840,11 @@ for way, size in activations.items():
 assert _seconds["nf4_checkpointing"][1] > _seconds["nf4"][2], "longer with every seed"
 
 # %% [markdown]
-# The activations are many times larger than the model, and checkpointing makes them much smaller, for a step that is longer
-# with every seed, by {{longer:.0%}} in the mean. If memory runs out although the base is in 4 bits, use fewer rows a step, or checkpointing.
+# The activations are many times larger than the model, and checkpointing makes them much smaller. The price is time: in the
+# sweep a step takes {{longer:.0%}} longer in the mean, and longer with every seed. If memory still runs out, use fewer rows a
+# step, or checkpointing.
 #
-# An optimizer in 8 bits saves only {{eight:.1f}} MB, because the adapter is small.
+# An optimizer in 8 bits (last row of the sweep's table) saves only {{eight:.1f}} MB, because the adapter is small.
 
 # %% [markdown]
 # ## Test two claims
@@ -860,8 +869,8 @@ with torch.no_grad():
         print(f"adapter off, compared with {label}: logits differ by up to {difference:.2g}")
 
 # %% [markdown]
-# Neither is true. The adapter is never in 4 bits: it is in float32 here, and in bfloat16 if you leave TRL alone. And without
-# it you get the *quantised* base, to the bit.
+# Neither claim is true. The adapter is never in 4 bits: it is in float32 here, and in bfloat16 as TRL leaves it. Without it
+# you get the *quantised* base, to the bit.
 
 # %% [markdown]
 # ## Merge into the right weights
@@ -871,10 +880,10 @@ with torch.no_grad():
 #
 # 1. the **original** weights, as many recipes do;
 # 2. the **dequantised** weights, `model.dequantize()`: the 4-bit weights read back;
-# 3. the **4-bit** weights, which is what `merge_and_unload()` does if you call it on the trained model.
+# 3. the **4-bit** weights, which `merge_and_unload()` uses if you call it on the trained model.
 #
-# The table shows the loss of the right answers to 64 validation questions, and how often the merged and the trained model predict
-# the same token.
+# The table shows the loss of the right answers to 64 validation questions, and how often the merged and the trained model
+# predict the same token, in the answers and in the questions.
 #
 # **Predict:** which of the three gives the model that you trained?
 
@@ -918,16 +927,16 @@ for route, model in merged.items():
 plotting.table(["merged into", "loss of answers", "same token, answers", "same, questions"], rows)
 
 # %% [markdown]
-# Only the dequantised weights do: the loss is the same, and so is every predicted token. The other two routes give other models,
-# although their answers agree almost everywhere.
+# Only the dequantised weights give the trained model: the loss is the same, and so is every predicted token. The other two
+# routes give other models, although their answers agree almost everywhere.
 #
 # ### Is it the rounding?
 #
-# You may read that the adapter makes up for the rounding errors, which the original doesn't have. As a control, the sweep
-# `quantised_merge` adds noise of the same size: to each weight its rounding error with a random sign. It also moves adapters
-# that were trained on float32 to NF4.
+# You may read that an adapter learns to make up for its base's rounding errors. Then the original, which has no such
+# errors, would do more harm to it than random noise. So the sweep `quantised_merge` adds such noise: each weight's rounding
+# error with a random sign. It also moves adapters trained on float32 to NF4.
 #
-# **Predict:** which does more harm to an adapter trained on NF4, the step back to the original weights, or such noise?
+# **Predict:** which does more harm to an adapter trained on NF4: the original weights, or such noise?
 
 # %%
 by_base = {
@@ -970,19 +979,21 @@ assert rise_original <= rise_noise, "no more harm than noise"
 assert rise_original > 0 and rise_rounded > 0, "cost something"
 
 # %% [markdown]
-# The step back to the original raises the loss by {{rise_original:.0%}}, and does no more harm than noise, which raises it by
-# {{rise_noise:.0%}}. Adapters trained on float32 lose {{rise_rounded:.0%}} on NF4, and {{rise_noise_32:.0%}} by noise. So we see no sign that an adapter makes up
-# for its own rounding errors: it fits the weights that it was trained on, and all others cost something.
+# The original does no more harm than noise: it raises the loss by {{rise_original:.0%}}, and noise by {{rise_noise:.0%}}.
+# For adapters trained on float32, NF4 raises it by {{rise_rounded:.0%}}, and noise by {{rise_noise_32:.0%}}. So we see no
+# sign that an adapter makes up for its own rounding errors: it fits the weights that it was trained on, and all others cost
+# something.
 #
-# In 4 bits each sum of weight and change is rounded again, for {{rise_4_bits:.0%}} more loss. In the questions,
-# {{100 * min(others):.0f}} to {{max(others):.0%}} of the predictions change on these two routes. **Merge into the weights that you trained on, read back as floats.** To ship
-# 4 bits, ship the base with the adapter beside it.
+# In 4 bits each sum of weight and change is rounded again, and the loss rises by {{rise_4_bits:.0%}}. Merged into the
+# original or into 4 bits, the model changes {{100 * min(others):.0f}} to {{max(others):.0%}} of its predictions in the
+# questions. **Merge into the weights that you trained on, read back as floats.** To ship 4 bits, ship the base with the
+# adapter beside it.
 
 # %% [markdown]
 # ## Break it: mend a colleague's merge
 #
-# A colleague has used your adapter and writes: "I
-# followed your recipe and merged, but the loss of the answers isn't what you reported." Here is the code.
+# A colleague has used your adapter and writes: "I followed your recipe and merged, but the loss of the answers isn't what
+# you reported."
 
 
 # %%
@@ -1009,8 +1020,9 @@ print(validation.check_quantization_config(base_model.config, settings))
 print(validation.check_quantised(theirs, base_model))
 
 # %% [markdown]
-# `fp4` names the first fault: the settings don't name NF4, so the base is another one than the adapter was trained on.
-# `damaged` is the second: the adapter was merged into 4-bit weights, where the sum of weight and change was rounded again.
+# The warning names the first fault: the settings don't ask for NF4, so this isn't the base that the adapter was trained on.
+# The weights that fail the check point to the second: the adapter was merged into 4-bit weights, where the sum of weight
+# and change was rounded again.
 #
 # ### Exercise: mend the merge (core, 15 min)
 #
@@ -1097,8 +1109,8 @@ progress("05")
 # %% [markdown]
 # ## Take it to work
 #
-# What would your model take with all weights, with LoRA and with QLoRA? Put its folder or hub id between the quotes; only the
-# configuration is read.
+# How much memory would training your model take with all weights, with LoRA and with QLoRA? Put its folder or hub id
+# between the quotes; only the configuration is read.
 
 # %%
 my_model = ""
@@ -1115,9 +1127,9 @@ print(validation.check_quantised(my_loaded_model, my_base))
 #
 # <details><summary>1 · How large are the linear layers of a model with 7 billion parameters in NF4 with double quantisation, and
 # what else needs memory in training?</summary>
-# At most 7e9 · 4.127 / 8 = 3.6 GB; less, because some of the 7 billion are embeddings and norms, which stay in 16 bits. These
-# come on top, and so do the adapter with its gradients and optimizer state, and the activations, which may need more than all
-# the rest.
+# At most 7e9 · 4.127 / 8 = 3.6 GB. It is less, because some of the 7 billion are embeddings and norms, which stay in 16
+# bits. Those come on top, and so do the adapter with its gradients and optimizer state, and the activations, which may need
+# more than all the rest.
 # </details>
 # <details><summary>2 · A colleague wants to train faster and asks whether to change from LoRA to QLoRA. What do you say?</summary>
 # No: the weights have to be read back at every pass, so a step on a GPU usually takes longer. QLoRA helps if the base doesn't fit

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Choose where LoRA starts
 #
-# Plain LoRA [starts](../docs/glossary.md#initialisation-start) with *B* = 0, so at first the adapter changes nothing. [OLoRA](../docs/glossary.md#olora) and
-# [PiSSA](../docs/glossary.md#pissa) start from the weights of the base model instead, and are said to learn faster. **Do they? And what do you pay for a start that changes the base
-# model?**
+# Plain LoRA [starts](../docs/glossary.md#initialisation-start) with *B* = 0, so at first the adapter changes nothing.
+# [OLoRA](../docs/glossary.md#olora) and [PiSSA](../docs/glossary.md#pissa) move a part of the base model's weights into the
+# adapter instead, and are said to learn faster. **Do they? And what do you pay for a start that changes the base model?**
 #
 # | | |
 # |---|---|
@@ -48,9 +48,9 @@ print(
 #
 # Every matrix *W* can be written as a product *QR* ([QR decomposition](../docs/glossary.md#qr-decomposition)). The columns
 # of *Q* are [orthonormal](../docs/glossary.md#orthonormal): each has length 1, and any two are at right angles. OLoRA
-# ([Büyükakyüz 2024](https://arxiv.org/abs/2406.01775)) takes the first *r* columns of *Q* and rows of *R* as its start. The layer should
-# still compute what it did, so OLoRA subtracts their product from the weight, times the
-# [scaling](../docs/glossary.md#alpha-α-scaling) *s*:
+# ([Büyükakyüz 2024](https://arxiv.org/abs/2406.01775)) starts with the first *r* columns of *Q* as *B* and the first *r* rows of
+# *R* as *A*, where *r* is the rank. The layer should still compute what it did, so OLoRA subtracts from the weight what the
+# adapter adds, which is *BA* times the [scaling](../docs/glossary.md#alpha-α-scaling) *s*:
 #
 # > *B = Q[:, :r]*, *A = R[:r]*, *W ← W − s·BA*
 #
@@ -129,15 +129,17 @@ held = {
 # With the adapter the output is the same up to rounding, and without it the layer computes something else. **The base
 # model [has moved](../docs/glossary.md#moved-base), and the adapter holds what it lacks.**
 #
-# Which part of *W* is it? The QR decomposition works through the columns of *W* from left to right. A column holds what one input contributes, so OLoRA
-# takes the columns of the first eight inputs whole. These are not the most important ones. If you measure a weight by the sum of its squared numbers,
-# OLoRA's eight directions hold {{held["olora"]:.1%}} of it, on average over all layers, and eight random directions {{held["random"]:.1%}}. The largest singular directions, which **PiSSA**
+# Which part of *W* is it? The QR decomposition works through the columns of *W* from left to right. A column holds what one
+# input contributes, so OLoRA takes out the whole columns of the first eight inputs, as the figure shows. These are not the most
+# important ones. If you measure a weight by the sum of its squared numbers, OLoRA's eight directions (the columns of *B*) hold
+# {{held["olora"]:.1%}} of it, on average over all layers, and eight random directions {{held["random"]:.1%}}. The largest
+# [singular directions](../docs/glossary.md#singular-value-decomposition), which PiSSA
 # ([Meng et al. 2024](https://arxiv.org/abs/2404.02948)) takes, hold {{held["pissa"]:.1%}}.
 #
 # ## Let PEFT do it
 #
-# In PEFT all of this is one setting, `init_lora_weights="olora"`. The next cell compares its *A* and *B* with ours, then its
-# [logits](../docs/glossary.md#logits) with the base model's, and asks `check_adapters` about the base.
+# In PEFT all of this is one setting, `init_lora_weights="olora"`. The next cell compares PEFT's *A* and *B* with ours, and the
+# [logits](../docs/glossary.md#logits) with the base model's. Then it lets `check_adapters` look at the base.
 
 
 # %%
@@ -176,19 +178,19 @@ print(validation.check_adapters(untrained, original_base=base_model))
 # %% [markdown]
 # PEFT computes the same start, and the output is the base model's, although all 28 adapted weights have changed. Note that PEFT
 # subtracts *s·BA*, and here *s* = α/r = 2. So **with OLoRA, alpha sets how far the base moves** as well as how strongly the
-# adapter acts. (PiSSA divides its start by *s*, so there the base moves by the same, whatever alpha is.)
+# adapter acts. (PiSSA divides its start by *s*, so there the base moves equally far, whatever alpha is.)
 #
 # ### Exercise: start as OLoRA does (core, 10 min)
 #
-# Write the start for any float weight (outputs, inputs), any rank up to its smaller side, and any alpha. Return *A*,
-# *B* and the new weight, and leave the weight that you were given as it is. Expected for `W`, 8 and 16: `A` (8, 256),
-# `B` (256, 8), and `new + 2 * B @ A` equal to `W`.
+# Compute this start for any float weight (outputs, inputs), any rank up to its smaller side, and any alpha. Return *A*,
+# *B* and the new weight, and leave the weight that you were given as it is. Expected for `W`, 8 and 16: `A` has the shape
+# (8, 256), `B` (256, 8), and `new + 2 * B @ A` equals `W`.
 #
 # <details><summary>The check says that it doesn't add up</summary>
 # The layer computes <code>new @ x + s * B @ A @ x</code> with <code>s = alpha / rank</code>.
 # </details>
 # <details><summary>My shapes are wrong for a weight that isn't square</summary>
-# <code>torch.linalg.qr</code> gives Q (outputs, k) and R (k, inputs), with k the smaller side. Rows of R, columns of Q.
+# <code>torch.linalg.qr</code> gives Q (outputs, k) and R (k, inputs), with k the smaller side. Take rows of R and columns of Q.
 # </details>
 
 
@@ -217,12 +219,14 @@ assert torch.allclose(_left + 4 / 3 * _B @ _A, _weight)
 # %% [markdown]
 # ## Compare five starts before training
 #
+# These are five of PEFT's starts:
+#
 # | `init_lora_weights` | *A* | *B* |
 # |---|---|---|
 # | `True`, the default | uniform, small | zero |
-# | `"gaussian"` | normal, of size 1/r | zero |
+# | `"gaussian"` | normal, with a standard deviation of 1/r | zero |
 # | `"orthogonal"` | random | random, and at right angles to *A*, so that *BA* = 0 |
-# | `"pissa"` | from the largest singular directions of *W* | the same |
+# | `"pissa"` | from the largest singular directions of *W* | from the same directions |
 # | `"olora"` | *R[:r]* of *W = QR* | *Q[:, :r]* |
 #
 # **Predict:** all five compute the base model's output at first. Which of them leave the base itself alone?
@@ -258,20 +262,22 @@ plotting.table(
 )
 
 # %% [markdown]
-# The first three leave the base alone, because their *BA* is 0. PiSSA moves it by a third of its size, and OLoRA by nearly half. Look at the
-# last column, too. The optimizer Adam moves each number of *B* by about the learning rate, so *BA* changes by that times *A*: **the
-# larger *A*, the larger the first steps.** A head start can also come from there, so the race needs a control.
+# The first three leave the base alone, because their *BA* is 0. PiSSA moves it by a third of its size (the root of its sum of
+# squares), and OLoRA by nearly half, because it subtracts its smaller part *s* = 2 times. Look at the last column, too. The
+# optimizer Adam moves each number of *B* by about the learning rate, so *BA* changes by that times *A*: **the larger *A*, the
+# larger the first steps.** So a head start need not come from the directions, and the race needs a control.
 #
 # ## Race them
 #
 # OLoRA's paper reports faster convergence and better scores on models of 1 to 7 billion parameters. Others find no
-# reliable gain at the end: the EVA paper ([Paischer et al. 2024](https://arxiv.org/abs/2410.07170)), which has a start of its own to
-# offer, gives 89.2 for LoRA and 89.4 for OLoRA on Llama-3.1-8B, and 92.2 and 91.8 on Gemma-2-9B.
+# reliable gain at the end: the EVA paper ([Paischer et al. 2024](https://arxiv.org/abs/2410.07170)), which proposes another
+# start, reports scores of 89.2 for LoRA and 89.4 for OLoRA on Llama-3.1-8B, and of 92.2 and 91.8 on Gemma-2-9B.
 #
-# So measure it. The sweep trains on `sailor` for 100 steps of 16 rows, each method at five learning rates with three seeds. Beside the
-# five starts stand two other settings of LoRA, [rsLoRA](../docs/glossary.md#rslora) and [DoRA](../docs/glossary.md#dora), and **the control: OLoRA
-# with random orthonormal directions**. There *B* has random orthonormal columns, *A = BᵀW*, and everything else is as in OLoRA.
-# Rates are chosen on validation rows, scores read on test rows.
+# So measure it. Our [sweep](../docs/glossary.md#sweep) trained on `sailor` for 100 steps of 16 rows, each method at five learning
+# rates with three seeds. To the five starts it adds two other settings of LoRA, [rsLoRA](../docs/glossary.md#rslora) and
+# [DoRA](../docs/glossary.md#dora), and the control: OLoRA with random directions. There *B* has random orthonormal columns, and
+# everything else is as in OLoRA, also *A = BᵀW*. The best rates are chosen on validation rows, and the scores at the end are read
+# on test rows.
 #
 # **Predict:** if all take the same learning rate, which method looks best?
 
@@ -317,13 +323,15 @@ assert score["gaussian", 1.5e-2] == max(starts), "`gaussian` comes first"
 assert set(best.values()) == {5e-3, 1.5e-2}, "5e-3 and 1.5e-2"
 
 # %% [markdown]
-# That depends on the rate. At 1.5e-3 OLoRA leads with {{score["olora", 1.5e-3]:.0%}}, and the default has {{score["default", 1.5e-3]:.0%}}. At 1.5e-2 `gaussian` comes first with {{score["gaussian", 1.5e-2]:.0%}}, the
-# default has {{score["default", 1.5e-2]:.0%}}, and OLoRA is the last of the starts with {{score["olora", 1.5e-2]:.0%}}. A comparison at one rate mostly compares how well that rate
-# suits each. **Give each method its own best rate.** Here these are 5e-3 and 1.5e-2; models of 1 to 70 billion parameters take 1e-4 to 2e-4 for
-# LoRA ([Recipes](../docs/recipes.md)), so take over the way of comparing, and not the numbers.
+# Which method looks best depends on the rate. At 1.5e-3 OLoRA leads with {{score["olora", 1.5e-3]:.0%}}, and the default has
+# {{score["default", 1.5e-3]:.0%}}. At 1.5e-2 `gaussian` comes first with {{score["gaussian", 1.5e-2]:.0%}}, the default has
+# {{score["default", 1.5e-2]:.0%}}, and OLoRA is the last of the starts with {{score["olora", 1.5e-2]:.0%}}. So a comparison at one
+# rate mostly says which method that rate suits. **Give each method its own best rate.** Here the best rates are 5e-3 and 1.5e-2.
+# Models of 1 to 70 billion parameters take 1e-4 to 2e-4 for LoRA ([Recipes](../docs/recipes.md)), so copy the way of comparing,
+# and not the numbers.
 #
-# Now run OLoRA at its best rate yourself, as in the sweep, with seed 0. **Save the adapter before training, too:** you will need
-# what it started with when you share it.
+# Now run OLoRA at its best rate yourself, as in the sweep, with seed 0. Save the adapter before training, too, because you will
+# need what it started with when you share it.
 
 # %%
 best = {method: max(rates, key=lambda rate: validated[method, rate][0]) for method in NAMES}
@@ -378,13 +386,13 @@ figure.axes[0].plot(list(live), list(live.values()), "kx", markersize=5)
 plotting.show(figure, f"{alt} Crosses: the live run, {live[5]:.2f} at 5 to {live[100]:.3f} at 100.")
 
 # %% [markdown]
-# The crosses are your run of OLoRA, and the bands reach from the lowest to the highest seed. Differences between
-# such curves are easiest to state in steps, so write that metric first.
+# The crosses are your run of OLoRA, and the bands reach from the lowest to the highest seed. The difference between two such
+# curves is easiest to state in steps: how many does each need to reach a given loss? Write that metric first.
 #
 # ### Exercise: when was the loss down? (warm-up, 5 min)
 #
-# From a log, a dict from step to loss in any order, return the first step whose loss is at or below a level, or `None`
-# if there is none. Expected for `{5: 4.0, 10: 0.9, 15: 0.5}` and 1.0: 10.
+# Given a log, which is a dict from step to loss in any order, return the first step whose loss is at or below a level, or
+# `None` if there is none. Expected for `{5: 4.0, 10: 0.9, 15: 0.5}` and 1.0: 10.
 #
 # <details><summary>The check speaks of the order of the dict</summary>
 # <code>for step in sorted(losses)</code> goes up through the steps.
@@ -409,10 +417,10 @@ assert steps_to({30: 0.1, 10: 0.6}, 0.05) is None
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Two measures, then: the steps to a training loss of 0.1, and the loss on validation rows after the last step. The table has means over
-# three seeds, with the lowest and the highest.
+# Now compare the methods by two measures: the steps to a training loss of 0.1, and the loss on validation rows after the last
+# step. The table has means over three seeds, with the lowest and the highest seed in brackets.
 #
-# **Predict:** OLoRA against random directions: does the control lose in both measures, in one, or in none?
+# **Predict:** is the control, random directions, worse than OLoRA in both measures, in one, or in none?
 
 # %%
 finish = over_seeds(raced, "test", "method", "learning_rate")
@@ -512,21 +520,27 @@ to_tenth_by_rank = {
 assert to_tenth_by_rank[1]["olora"] > to_tenth_by_rank[1]["default"], "At rank 1"
 
 # %% [markdown]
-# In none. OLoRA is ahead of the default with every seed, in both measures: {{needs["olora"][0]:.0f}} steps against {{needs["default"][0]:.0f}}, and a validation loss of {{ends["olora"][0]:.3f}} against
-# {{ends["default"][0]:.3f}}. But **the control does as well in both**: {{needs["random"][0]:.0f}} steps and {{ends["random"][0]:.3f}}, and from step 55 on its loss is within a fifth of
-# OLoRA's. So the head start doesn't need the directions that the QR decomposition picks. What the two have in common is an orthonormal *B* and a large *A*,
-# whose numbers have a size of {{rms_of["olora"]:.2f}} and {{rms_of["random"]:.2f}}, far above the default's in the table of the five starts. PiSSA has the most important directions, and gains little: its seeds overlap with the default's in both measures.
+# In none. OLoRA is ahead of the default with every seed, in both measures: {{needs["olora"][0]:.0f}} steps against
+# {{needs["default"][0]:.0f}}, and a validation loss of {{ends["olora"][0]:.3f}} against {{ends["default"][0]:.3f}}. But **the
+# control does as well in both**: {{needs["random"][0]:.0f}} steps and {{ends["random"][0]:.3f}}, with seeds that overlap with
+# OLoRA's, and from step 55 on its training loss is within a fifth of OLoRA's. So the head start doesn't need the directions
+# that the QR decomposition picks. What the two have in common is an orthonormal *B* and a large *A*, whose numbers
+# have a size of {{rms_of["olora"]:.2f}} and {{rms_of["random"]:.2f}}, far above the default's in the table of the five starts.
+# PiSSA has the most important directions and gains little: its seeds overlap with the default's in both measures.
 #
-# How much is the head start worth? OLoRA also has the highest test score, {{test["olora"][0]:.0%}}, but the seeds of OLoRA, of random directions ({{test["random"][0]:.0%}}) and of the default
-# ({{test["default"][0]:.0%}}) overlap there. And these runs are short: in lesson 3 the default start came to {{lesson_3[0]:.0%}} in 120 steps of 32 rows, more than any of these. It also
-# depends on the rank. At rank 1 OLoRA needs {{to_tenth_by_rank[1]["olora"]:.0f}} steps and the default {{to_tenth_by_rank[1]["default"]:.0f}}; at rank 64 it is {{to_tenth_by_rank[64]["olora"]:.0f}} against {{to_tenth_by_rank[64]["default"]:.0f}} (alpha stays 16 and the rate that of
-# rank 8, so rank and step size change together).
+# How much is the head start worth? OLoRA also has the highest test score, {{test["olora"][0]:.0%}}, but the seeds of OLoRA, of
+# random directions ({{test["random"][0]:.0%}}) and of the default ({{test["default"][0]:.0%}}) overlap there. And these runs are
+# short: in lesson 3 the default start came to {{lesson_3[0]:.0%}} in 120 steps of 32 rows, more than any of these. The head start
+# also depends on the rank. At rank 1 there is none, because OLoRA needs {{to_tenth_by_rank[1]["olora"]:.0f}} steps and the default
+# {{to_tenth_by_rank[1]["default"]:.0f}}. At rank 64 it is {{to_tenth_by_rank[64]["olora"]:.0f}} against
+# {{to_tenth_by_rank[64]["default"]:.0f}}. (Alpha stays 16 and the learning rate that of rank 8, so rank and step size change
+# together.)
 #
 # ## Is it more stable?
 #
 # OLoRA is also said to improve stability, for example in [PEFT's
-# guide](https://huggingface.co/docs/peft/main/en/developer_guides/lora#initialization). Such a claim needs a measure. Two
-# can be read from the sweep: how far the seeds lie apart, and how many learning rates work.
+# guide](https://huggingface.co/docs/peft/main/en/developer_guides/lora#initialization). Such a claim needs a measure. You can
+# read two from the sweep: how far the seeds lie apart, and how many learning rates work.
 #
 # **Predict:** at how many of the five rates does each method get at least 70% right?
 
@@ -559,15 +573,17 @@ assert abs(seeds_apart["olora"] - seeds_apart["default"]) <= 2, "hardly less"
 
 # %% [markdown]
 # OLoRA gets there at three rates, PiSSA and random directions at two, and the default at one. But OLoRA's range is wider only at its lower end, where
-# 100 steps are too few for the others. That is the head start once more: at 1.5e-3 OLoRA, whose *A* is larger, has {{score["olora", 1.5e-3]:.0%}}, and random directions
-# {{score["random", 1.5e-3]:.0%}}. At the upper end, where runs break, OLoRA is no more stable, since for each of the four 1.5e-2 is the highest that works, and at 5e-2 all of them get
-# 0%. And OLoRA's seeds are {{seeds_apart["olora"]}} points apart, hardly less than the default's {{seeds_apart["default"]}}. So **on this task we see no gain in stability**, by either measure.
+# 100 steps are too few for the others. That is the head start once more: at 1.5e-3 OLoRA, whose *A* is larger, has
+# {{score["olora", 1.5e-3]:.0%}}, and random directions {{score["random", 1.5e-3]:.0%}}. At the upper end, where runs break, OLoRA
+# is no more stable, because for each of the four 1.5e-2 is the highest that works, and at 5e-2 all of them get 0%. And OLoRA's
+# seeds are {{seeds_apart["olora"]}} points apart, hardly less than the default's {{seeds_apart["default"]}}. So **on this task we
+# see no gain in stability**, by either measure.
 #
 # ## What a moved base breaks
 #
-# In lesson 1 you switched an adapter off and had the base model back. Try it with OLoRA.
+# In [lesson 1](01_load_lora_adapter.ipynb) you switched an adapter off and had the base model back. Try it with OLoRA.
 #
-# **Predict:** which of the four replies like the base model?
+# **Predict:** which replies like the base model: OLoRA trained, switched off, or after `unload()`?
 
 # %%
 question = ["Who keeps the lantern at Greyham?"]
@@ -589,11 +605,11 @@ plotting.table(["", "reply", "logits differ from the base model's by"], rows)
 print(validation.check_adapters(unloaded, original_base=base_model))
 
 # %% [markdown]
-# Only the first. `disable_adapter()` and `unload()` take the adapter away, and nothing puts back what it held, so the
-# model talks nonsense. If you need the base model, load it afresh. For the same reason DPO, which takes the model with its
-# adapter off as a reference, compares with a wrong model, as you will see in [lesson 9](09_preference.ipynb).
+# None of the three does. `disable_adapter()` and `unload()` take the adapter away, and nothing puts back into the base what
+# the adapter held, so the model talks nonsense. If you need the base model, load it afresh. [DPO](../docs/glossary.md#dpo) takes
+# the model with its adapter off as a reference, so with OLoRA that reference is wrong, as [lesson 9](09_preference.ipynb) shows.
 #
-# Several adapters often share a base. `reading` was trained on the untouched one.
+# Several adapters often share a base. Take `reading` from lesson 1, which was trained on the untouched base.
 #
 # **Predict:** what does `reading` score when the OLoRA adapter is loaded beside it, but not active?
 
@@ -628,7 +644,8 @@ evaluation.band("reading beside OLoRA", shared["beside the OLoRA adapter"][0], 0
 
 # %% [markdown]
 # `reading` gets nothing right any more, although it was active all the time, because loading the other adapter moved the
-# base under it. PEFT warns once, while it loads. The check says so whenever you ask.
+# base under it. PEFT warns once, while it loads. `check_adapters` reports it whenever you call it: the adapters share a base
+# (`start_not_shared`) that lacks what one subtracted (`start_taken_out`).
 #
 # ## Convert it to plain LoRA
 #
@@ -637,8 +654,8 @@ evaluation.band("reading beside OLoRA", shared["beside the OLoRA adapter"][0], 0
 #
 # > *s·BA − s·B₀A₀ = s·[B, −B₀]·[A over A₀]*
 #
-# That is again a product of two thin matrices, now of rank 2r: a plain LoRA. PEFT computes it when you save the adapter, if
-# you tell it where the initial one is.
+# with *B* and *−B₀* side by side, and *A* on top of *A₀*. That is again a product of two thin matrices, now of rank 2r: a plain
+# LoRA. PEFT computes it when you save the adapter, if you say where the initial adapter is.
 #
 # **Predict:** what are rank, alpha and file size of the converted adapter?
 
@@ -679,9 +696,10 @@ evaluation.band("right with the converted adapter", score, 0.75, 1, quiet=True)
 show_shared()
 
 # %% [markdown]
-# Rank, alpha and file double, so the scaling stays 2. Loaded on a fresh base, both folders give the trained model. The
-# first one does because its configuration says `olora`: PEFT repeats the QR decomposition, subtracts the same start, and fills in what
-# was trained. So loading it moves the base again. **Only the converted adapter leaves its base alone**, and `reading` works beside it.
+# All three double: the rank and the file because there are two products in it, and alpha so that the scaling stays 2.
+# Loaded on a fresh base, both folders give the trained model. The first one does because its configuration says `olora`: PEFT
+# repeats the QR decomposition, subtracts the same start, and fills in what was trained. So loading it moves the base again.
+# **Only the converted adapter leaves its base alone**, and `reading` works beside it.
 #
 # ### Exercise: convert by hand (core, 10 min)
 #
@@ -719,9 +737,10 @@ assert torch.allclose(_alpha / 6 * _newB @ _newA, 9 / 3 * (_B @ _A - _B0 @ _A0))
 # ### Exercise: ship the folder (core, 15 min)
 #
 # Save the adapter of `model` into the folder `out`, so that others can load it on an untouched base. `initial` is the folder of
-# the adapter as it was before training. Use PEFT's conversion, but mind what it does with the folder that you give it. PEFT writes into that
-# folder, loads it as an adapter called like the last part of the path, and at the end deletes the adapter of that name. Afterwards `initial` and the
-# model must be as before, also if `initial` is called like the model's adapter, or its path ends with a slash.
+# the adapter as it was before training. Use PEFT's conversion, but beware of what it does with the initial folder: it writes
+# into it, loads it as an adapter named after the last part of the path, and at the end deletes the adapter of that name.
+# Afterwards `initial` and the model must be as before, also if `initial` has the name of the model's adapter, or its path ends
+# with a slash.
 #
 # <details><summary>ValueError: Adapter  does not exist</summary>
 # A path that ends with a slash has an empty last part.
@@ -757,9 +776,9 @@ assert LoraConfig.from_pretrained(_out).init_lora_weights is True
 # %% [markdown]
 # ## Break it: a folder that was good
 #
-# You lend somebody the folder of your trained adapter, not converted. It comes back, nobody has trained on, and the model talks
-# nonsense. One line of `adapter_config.json` is wrong. **Which one?** Read the report, put your change into `MY_CHANGE`, for
-# example `{"lora_alpha": 32}`, and run the cell again until the difference is 0.
+# You lend somebody the folder of your trained adapter, not converted. When it comes back, the model talks nonsense, although
+# nobody has trained the adapter any further. One line of `adapter_config.json` is wrong. **Which one?** Read the report, put
+# your change into `MY_CHANGE`, for example `{"lora_alpha": 32}`, and run the cell again until the difference is 0.
 
 # %%
 MY_CHANGE = {}
@@ -775,7 +794,7 @@ print(f"differs from the trained model by {apart(logits(suspect), trained_logits
 print(validation.check_adapters(suspect, original_base=base_model))
 
 # %% [markdown]
-# **Predict:** which word has to change, and will the numbers of the file still be good?
+# **Predict:** which setting has to change? And are the trained numbers in the folder still good?
 
 # %%
 config.init_lora_weights = "olora"
@@ -784,9 +803,10 @@ mended = PeftModel.from_pretrained(load_base(), returned)
 print(f"differs from the trained model by {apart(logits(mended), trained_logits)}")
 
 # %% [markdown]
-# `init_lora_weights` had become `true`, so nothing was subtracted from the base, and the start counted twice. The numbers were never touched.
-# Somebody had given this folder, the *trained* adapter, as `path_initial_model_for_weight_conversion`, and PEFT rewrote its configuration. (What
-# such a conversion saves is the adapter less itself, which is nothing.)
+# `init_lora_weights` had become `true`, so nothing was subtracted from the base, and the start counted twice. The numbers are
+# still good, as the difference of 0 shows. What happened? Somebody gave this folder, with the *trained* adapter, as
+# `path_initial_model_for_weight_conversion`, and PEFT rewrote its configuration. (What such a conversion saves is the adapter
+# less itself, which is nothing.)
 #
 # Other ways to break it are listed in [Symptom, cause, check](../docs/symptoms.md), for example a second OLoRA adapter on the
 # same base, or a base in 4 bits, which has to be rounded anew when something is subtracted from it.
@@ -794,10 +814,10 @@ print(f"differs from the trained model by {apart(logits(mended), trained_logits)
 # ## Recap
 #
 # OLoRA learns faster than LoRA's default start here: at its own best rate it needs about two thirds of the steps to the same loss, and its
-# validation loss is lower. The same start with random directions does as well in both, so the gain doesn't need the QR decomposition, and
-# of more stability we see nothing. You pay with a base model that has moved: switching the adapter off no longer gives the base, and other
-# adapters on it break. If you use such a start, save the initial adapter, convert when you save, and check the folder on a
-# fresh base. Otherwise the default with a swept learning rate will do.
+# validation loss is lower. The same start with random directions does as well in both, so the gain doesn't need the QR
+# decomposition, and we see no gain in stability. You pay with a base model that has moved: switching the adapter off no longer
+# gives the base, and other adapters on it break. If you use such a start, save the initial adapter, convert when you save, and
+# check the folder on a fresh base. Otherwise use the default, and try several learning rates.
 
 # %%
 plotting.table(
@@ -832,8 +852,8 @@ progress("06")
 # %% [markdown]
 # ## Take it to work
 #
-# Put the folder of an adapter of yours here, and the folder of its base. The first check reads the files only, the
-# second loads both, and compares the base's weights with those of a second copy.
+# Put the folder of an adapter of yours here, and the folder of its base. The first check only reads the files. For the second
+# the cell loads both, and the check compares the base's weights with those of a second copy.
 
 # %%
 my_adapter, my_base = "", ""

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Merge, prove and ship one model
 #
-# To use an adapter you need its base, and software that knows adapters. Much software wants one plain model instead. So
+# To use an adapter you need its base, and software that can load adapters. Much software wants one plain model instead. So
 # you **merge**: you add the adapter's change to the base's weights and save the sum. Most mistakes on the way raise no
-# error, but give you a model that answers, only worse. **How do you know that the merged model is the model you
+# error. The merged model still answers, but its answers are worse. **How do you know that the merged model is the model you
 # trained?**
 #
 # | | |
@@ -90,17 +90,19 @@ base_model = load_base().eval()
 print(validation.check_changes_output(load_adapted(), inputs))
 
 # %% [markdown]
-# The adapter moves a logit by up to 31. Any tolerance for the merge will be far below that, so from here on "merged and
-# unmerged agree" says something about the merge.
+# The adapter moves some logit by about 30. Any tolerance for the merge will be far below that, so if merged and unmerged
+# model agree from here on, that tells you something about the merge. (The glossary explains
+# [top-1](../docs/glossary.md#top-1-agreement) and [KL](../docs/glossary.md#kl-divergence-in-nats).)
 #
 # ## Add the change to the weights
 #
 # With the adapter beside it, a layer computes *Wx + s·B(Ax)*. Merged, it has the weight *W′ = W + s·BA* and computes
 # *W′x*. `merge_and_unload()` does this in every adapted layer, takes PEFT's layers out, and **returns** the plain
-# `transformers` model. Keep what it returns: if you save the old variable instead, the folder holds an adapter with
-# nothing in it.
+# `transformers` model. Save this model: if you save the old variable instead, the folder holds an adapter with nothing
+# in it.
 #
-# **Predict:** will merged and unmerged logits be equal to the bit? Will the weights that have no adapter?
+# **Predict:** will merged and unmerged logits be equal to the bit? And will the weights without an adapter be equal to
+# the base's?
 
 
 # %%
@@ -135,22 +137,22 @@ plotting.table(
 plotting.table(["sentence", "merged"], [list(pair) for pair in zip(MY_SENTENCES, ask(merged))])
 
 # %% [markdown]
-# The weights are equal to the bit: to *W + s·BA* in the adapted layers, and to the base's in all others. The logits differ
-# by 4e-05, because *(W + s·BA)x* and *Wx + s·B(Ax)* add the same numbers in another order, and each addition rounds. That
-# is a millionth of what the adapter does. PEFT's own tests allow 1e-4 in float32, and the
+# The weights are equal to the bit: to *W + s·BA* in the adapted layers, and to the base's in all others. The logits are
+# not, because *(W + s·BA)x* and *Wx + s·B(Ax)* add the same numbers in another order, and each addition rounds. They differ
+# by less than 1e-4, which PEFT's own tests allow in float32, and by about a millionth of the adapter's effect. The
 # [deep dive on rounding](deep_rounding.ipynb) works out how much to expect.
 #
-# **A real merge leaves a small difference, so zero is a bad sign:** look whether *B* is zero.
+# **A real merge leaves a small difference, so zero is a bad sign.** If you see it, look whether *B* is zero.
 
 # %% [markdown]
 # ### Exercise: judge a merge (warm-up, 10 min)
 #
 # You get the logits of the base, of the adapter and of the merged model, and a tolerance. Return `"no effect"` if the
-# adapter's largest effect is below ten tolerances. Otherwise return `"same"` if merged model and adapter agree within
-# the tolerance, and `"differs"` if they don't. Expected if base and adapter are alike: `"no effect"`.
+# adapter moves no logit by ten tolerances or more. Otherwise return `"same"` if merged model and adapter agree within the
+# tolerance in every logit, and `"differs"` if they don't. Expected if base and adapter are alike: `"no effect"`.
 #
 # <details><summary>The check says that a mean hides something</summary>
-# One wrong logit is enough to be wrong. Take <code>.abs().max()</code>.
+# If one logit is wrong, the merge is wrong. Take <code>.abs().max()</code>.
 # </details>
 # <details><summary>The check says something about NaN</summary>
 # No comparison with NaN is true. So ask for the good case, and let everything else be wrong:
@@ -184,9 +186,9 @@ assert verdict(_base, _adapter, _merged, 1e-1) == "no effect"
 #
 # ![Four states of a model with an adapter: merge_adapter adds the change to the weights and keeps A and B, unmerge_adapter takes it away again; unload removes A and B and leaves the weights as they are; merge_and_unload adds the change and removes A and B](../images/merging.png)
 #
-# In the upper row PEFT's layers are still there, so you can go back. In the lower row they are gone, and what you have is a
-# plain model. The cell below goes through these states. Each time it measures how far the logits are from those of the
-# adapter and from those of the base.
+# In the upper row of the picture PEFT's layers are still there, so you can go back. In the lower row they are gone, and
+# you have a plain model. The cell below goes through these states. Each time it measures how far the logits are from those
+# of the adapter and from those of the base.
 #
 # **Predict:** you merge, unmerge, and switch the adapter off. Do you get the base's logits back to the bit?
 
@@ -217,18 +219,18 @@ note("unload(), while merged", model.unload())
 plotting.table(["after", "from the adapter", "from the base"], states)
 
 # %% [markdown]
-# No. Unmerging subtracts what was added, and both steps round, so a difference of about 3e-05 is left. Only a base that
-# nobody has merged into is exact, as the first row shows. In 16 bits much more is left ([deep
-# dive](deep_rounding.ipynb)), so keep the base, or load it again.
+# No. Unmerging subtracts what was added, and both steps round, so a difference of less than 1e-4 is left in the fourth
+# row. In the first row nothing was ever merged, and the difference is zero. In 16 bits much more is left
+# ([deep dive](deep_rounding.ipynb)), so keep the base, or load it again.
 #
-# The last row shows a trap: `unload()` doesn't undo a merge. Another one is `disable_adapter()` on a merged model. It
-# unmerges the adapter without a word and leaves it unmerged.
+# The last row shows a trap: `unload()` doesn't undo a merge. A second trap is `disable_adapter()` on a merged model: it
+# unmerges the adapter without a warning and leaves it unmerged.
 #
 # ## Time it
 #
-# The LoRA paper promises no added latency once merged (section 4.1). Base and merged model do the same arithmetic, so any
-# difference between their times is timing noise. The three models take turns, because a busy computer is faster at one
-# moment than at another.
+# The LoRA paper promises that a merged model adds no latency (section 4.1). Base and merged model do the same arithmetic, so
+# any difference between their times is timing noise. Three models take turns in the next cell, because a busy computer is
+# faster at one moment than at another.
 #
 # **Predict:** how much slower is the model with the adapter, and how much slower is the merged one?
 
@@ -253,19 +255,19 @@ plotting.table(
 )
 
 # %% [markdown]
-# The merged model takes as long as the base, up to timing noise: each median lies in or near the other's middle half.
-# The adapter costs far more than that, because each adapted layer computes two more small products. How much more depends
-# on the number of tokens and on what else the machine does ([lesson 1](01_load_lora_adapter.ipynb) measures it), so
-# compare percentages only within one table. In a large model the two thin products are a smaller part of the work. How
-# small is not measured here.
+# The merged model takes as long as the base, up to timing noise: each median lies in or near the other's middle half of
+# times. With the adapter beside it the base is clearly slower, because each adapted layer computes two more small products.
+# How much slower depends on the number of tokens and on what else the machine does
+# ([lesson 1](01_load_lora_adapter.ipynb) measures it), so compare percentages only within one table. In a large model these
+# products are a smaller part of the work, which is not measured here.
 #
-# **Merge what is final. Keep adapters unmerged if you want to switch them.**
+# **Merge an adapter that is final. Keep adapters unmerged if you want to switch between them.**
 #
 # ## Save one folder
 #
 # You ship a folder with the weights, the configuration, and the tokenizer with its chat template. Don't forget the
-# tokenizer: the model's `save_pretrained` doesn't write it. Inside `saving`, files go to a temporary folder that
-# gets its name at the end, so the folder appears whole or not at all.
+# tokenizer, because the model's `save_pretrained` doesn't write it. The helper `saving` first writes to a temporary folder
+# and renames it at the end, so that a complete folder appears or none.
 
 # %%
 merged_folder = runs / "merged"
@@ -283,7 +285,7 @@ plotting.table(["folder", "file", "kB"], files)
 # The merged folder has no `adapter_config.json`. That matters, because this file tells `transformers` to load an adapter
 # on top of the model.
 #
-# Will it work where you send it? The next cell starts a fresh Python process that may not import PEFT.
+# Will the folder work where PEFT isn't installed? The next cell starts a fresh Python process that can't import PEFT.
 
 # %%
 CHILD = """
@@ -316,7 +318,7 @@ assert said == here or not paths.is_shipped_base()
 # *loaded* the base. The cell below stores a copy of the base in bfloat16, as most bases are stored, and merges it in
 # three ways.
 #
-# **Predict:** the base has 3.9 million parameters. How many megabytes has each of the four files?
+# **Predict:** the base has 3.9 million parameters. How large is each of the four files: the base and the three merges?
 
 # %%
 base_16 = runs / "base_bf16"
@@ -344,12 +346,12 @@ plotting.table(["", "dtype", "weights on disk, MB"], sizes)
 # %% [markdown]
 # The merged model has as many parameters as the base, and only their dtype differs: 15.5 MB in float32, 7.7 MB in
 # bfloat16. With `"auto"`, the default since transformers 5, the base keeps its own dtype. Older versions loaded float32
-# unless you told them otherwise, and so doubled the file.
+# unless you told them otherwise, which doubled the size of the file.
 #
 # ## Prove it before you ship
 #
-# `check_merged_folder` compares the three folders: base, adapter, merged. It looks at files, weights, logits and answers,
-# and reports what it compared.
+# `check_merged_folder` compares three folders: the base, the adapter and the merged model. It looks at files, weights,
+# logits and answers, and reports what it compared.
 #
 # **Predict:** the report says how many *times* the adapter's change is in the merged weights. Which number do you want?
 
@@ -364,12 +366,13 @@ print(report)
 assert report.ok
 
 # %% [markdown]
-# You want 1. Logits can only show *that* something is wrong, while weights show *what*: a change that is in them twice, or
-# not at all, or only in some layers.
+# You want 1, and the second line of the report finds it. Logits can only show *that* something is wrong. Weights show *what*
+# is wrong: the change can be in them twice, or not at all, or only in some layers.
 #
-# What if you ship 16 bits? Rounding weights to 16 bits moves the logits far more than merging does, so a tolerance of 1e-4
-# would fail every right merge. The check therefore measures what *one* rounding of the right weights does to the logits of
-# your model, and allows four times as much. The next cell checks the folder that was merged in bfloat16.
+# What if you ship a model in 16 bits? Rounding weights to 16 bits moves the logits far more than merging does, so a
+# tolerance of 1e-4 would reject every right merge. The check therefore measures what *one* rounding of the right weights
+# does to the logits of your model, and allows four times as much. The next cell checks the folder that was merged in
+# bfloat16.
 
 # %%
 report = validation.check_merged_folder(base_16, adapter_folder, runs / "merged_bfloat16")
@@ -378,9 +381,9 @@ print(f"logits differ by {report.max_abs:.2f}, and {report.tolerance:.2f} is all
 assert report.ok
 
 # %% [markdown]
-# A merge can also write damage into the weights. If training diverged, a NaN in the adapter goes into the merged weights
-# without a word, and the model then answers with nothing. `merge_and_unload(safe_merge=True)` looks at each layer and
-# raises an error instead. It stops in the middle, so load the model again afterwards.
+# A merge can also damage the weights. If training diverged, a NaN in the adapter gets into the merged weights without a
+# warning, and the model's answers are empty. `merge_and_unload(safe_merge=True)` checks each layer and raises an error
+# instead. By then some layers are merged already, so load the model again afterwards.
 #
 # ## Break it: five folders that claim to be merged
 #
@@ -397,9 +400,9 @@ for name, folder in suspects.items():
 plotting.table(["folder", "weights, MB", *MY_SENTENCES[:2]], replies)
 
 # %% [markdown]
-# Four doesn't talk like a sailor, and two and five write nonsense. One and three both say "Ahoy!" and "aye", so you might
-# ship either. If you know what the adapter should say, you notice that one keeps plain words, such as "keeps". Now let the
-# check look at each folder.
+# Folder four doesn't talk like a sailor, and two and five write nonsense. One and three both say "Ahoy!" and "aye", so you
+# might ship either. If you know how the adapter should talk, you notice that one keeps plain words, such as "keeps". Now let
+# the check look at each folder.
 
 # %%
 findings = []
@@ -413,12 +416,12 @@ plotting.table(["folder", "wrong with it", "times in the weights"], findings)
 #
 # - **three** is right: the change is there once. The folder is smaller because it was saved in bfloat16.
 # - **one** has half of the change. Somebody merged by hand and forgot the scaling, which is α/r = 2 here.
-# - **four** has none of it. It was saved after `unload()`, so it is the base.
-# - **five** has it twice, because somebody took a merged model for the base and merged once more.
-# - **two** has it once, and yet it replies as badly as five. The adapter's files lie beside the merged weights, so
-#   `from_pretrained` puts the adapter on top. They also make the folder a little larger.
+# - **four** has none of the change. It was saved after `unload()`, so it is the base.
+# - **five** has the change twice, because somebody mistook a merged model for the base and merged once more.
+# - **two** has the change once in its weights, and yet it replies as badly as five. The adapter's files lie beside the
+#   merged weights, so `from_pretrained` adds the adapter again. These files also make the folder a little larger.
 #
-# You have to send one, four and five back, but you can mend folder two yourself: move the adapter's two files out.
+# You have to send one, four and five back, but you can mend folder two yourself: take the adapter's two files out.
 
 # %%
 for file in suspects["two"].glob("adapter_*"):
@@ -430,16 +433,18 @@ assert validation.check_merged_folder(base_folder, adapter_folder, suspects["two
 # %% [markdown]
 # ### Exercise: how often was it merged? (core, 15 min)
 #
-# Compute that last column yourself. You get three dicts of tensors by name: the base's weights, the merged ones, and the
-# changes *s·BA* of the adapted layers. Return the factor *t* for which *t*·change comes closest to merged − base, over
-# all layers together (a least-squares fit). For example, folder five gives about 2. Expected for a right merge: 1, up
-# to rounding.
+# Compute the last column of that table yourself. You get three dicts of tensors by name: the base's weights, the merged
+# weights, and the changes *s·BA*, which exist for the adapted layers only. Return the factor *t* for which *t*·change comes
+# closest to merged − base, over all layers together (a least-squares fit). For example, folder five gives about 2. Expected
+# for a right merge: 1, up to rounding.
 #
 # <details><summary>What is the formula?</summary>
-# For vectors: <em>t</em> = (difference · change) / (change · change). For matrices multiply entry by entry, and add up.
+# For vectors: <em>t</em> = (difference · change) / (change · change). For matrices, multiply entry by entry and add all
+# products up.
 # </details>
 # <details><summary>The check says that the mean over layers is no good</summary>
-# A layer that hardly changes has noise above the fraction and almost nothing below. Add up both over all layers first.
+# In a layer that hardly changes you divide rounding noise by almost zero. Add up the numerators and the denominators over all
+# layers, and divide once.
 # </details>
 
 
@@ -515,9 +520,9 @@ needed = swept("merge_memory", "peak_mb", "way", "blocks")
 # over GPUs, main memory and the disk. (If parts are on the disk, PEFT 0.21 writes a copy of the base's file, which
 # *overwrites* a base that you gave by a relative path. Give an absolute one.)
 #
-# But a merge needs no running model. The weights are stored in files called [shards](../docs/glossary.md#shard), and each tensor
-# can be read, changed and written again by itself. `merging.merge_by_shards` does this. The figure shows the memory that
-# each way takes on random models of up to {{max(model_mb.values()):.0f}} MB.
+# But you can merge without loading the model. The weights are stored in files called [shards](../docs/glossary.md#shard), and
+# each tensor can be read, changed and written again by itself. `merging.merge_by_shards` does this. The next cell tries it,
+# and shows the memory that each way takes for models of up to {{max(model_mb.values()):.0f}} MB with random weights.
 #
 # **Predict:** the model becomes twice as large. Does each way need twice the memory?
 
@@ -552,29 +557,29 @@ assert all(whole[blocks] > model_mb[blocks] for blocks in model_mb), (
 assert shards[most] - shards[fewest] < 0.2 * (model_mb[most] - model_mb[fewest]), "hardly grows"
 
 # %% [markdown]
-# No. In one piece the merge needs more than the model's own size: {{whole[fewest]:.0f}} MB for {{model_mb[fewest]:.0f}} MB, and {{whole[most]:.0f}} MB for {{model_mb[most]:.0f}} MB. By
-# shards the need hardly grows, from {{shards[fewest]:.0f}} MB to {{shards[most]:.0f}} MB, because only a few tensors are in memory at a time. The result is
-# equal to the bit.
+# No. In one piece the merge needs more than the model's own size: {{whole[fewest]:.0f}} MB for {{model_mb[fewest]:.0f}} MB, and {{whole[most]:.0f}} MB for {{model_mb[most]:.0f}} MB. Merged by
+# shards, the need hardly grows, from {{shards[fewest]:.0f}} MB to {{shards[most]:.0f}} MB, because only a few tensors are in memory at a time. The result is
+# equal to that of the usual merge to the bit.
 #
-# `merging.merge_to_folder` chooses for you: the usual merge if the model is smaller than the free memory, and by shards
-# otherwise, or if memory runs out all the same.
+# `merging.merge_to_folder` chooses for you. It merges in the usual way if the model is smaller than the free memory.
+# Otherwise, or if memory runs out all the same, it merges by shards.
 
 # %% [markdown]
 # ### Exercise: merge one shard (stretch, 15 min)
 #
-# Write the heart of it. `tensors` is one shard, {name: tensor}, in any dtype. `adapter` holds the tensors of the whole
+# Write the core of such a merge. `tensors` is one shard, {name: tensor}, in any dtype. `adapter` holds the tensors of the whole
 # adapter in float32. For example, those for `model.layers.0.mlp.up_proj.weight` are called
 # `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` and `….lora_B.weight`. Return the merged shard with the same
 # names and the same dtypes, and nothing else. Compute in float32 and round once.
 #
 # <details><summary>A tensor is missing</summary>
-# Norms and embeddings have no <em>A</em> and <em>B</em>. They belong in the file all the same.
+# Norms and embeddings have no <em>A</em> and <em>B</em>. Copy them unchanged.
 # </details>
-# <details><summary>A tensor is no tensor of this shard</summary>
+# <details><summary>A tensor or layer is of another shard</summary>
 # Go through the names of the shard, not through those of the adapter.
 # </details>
 # <details><summary>The check says that the folder would change its size</summary>
-# <code>.to(tensor.dtype)</code> at the end.
+# Call <code>.to(tensor.dtype)</code> on each sum.
 # </details>
 
 
@@ -609,9 +614,9 @@ assert all(torch.equal(_found[name], _merged[name]) for name in _merged)
 #
 # You know that the merged model is the one you trained if you have compared the two. First show that the adapter changes
 # the base, because otherwise agreement proves nothing. Then compare logits, which must agree up to rounding, and weights,
-# which must hold the change exactly once and be the base's everywhere else. `check_merged_folder` does both on the folders
-# that you ship, and finds there what a reply only hints at. A merged model is as fast as its base, but it can't be switched
-# and doesn't give the base back, so keep the adapter as well.
+# which must hold the change exactly once and be the base's everywhere else. `check_merged_folder` does both on the folder
+# that you ship, and also says what is wrong. A merged model is as fast as its base, but you can't switch its adapter off or
+# get the exact base back from it, so keep the base and the adapter as well.
 
 # %% tags=["measured"]
 plotting.table(
@@ -633,8 +638,8 @@ progress("07")
 # %% [markdown]
 # ## Take it to work
 #
-# Put your three folders, or hub ids, between the quotes. The check needs 4 bytes a parameter; with `dtype="bfloat16"` it
-# needs two.
+# Put the folders, or hub ids, of your base, adapter and merged model between the quotes. The check needs 4 bytes a
+# parameter, or 2 if you pass `dtype="bfloat16"`.
 
 # %%
 my_base, my_adapter, my_merged = "", "", ""
@@ -648,7 +653,7 @@ print(
 # ## Quiz
 #
 # <details><summary>1 · Adapter and merged model give the same logits to the bit. Is that good?</summary>
-# Hardly. The two add in another order, so a real change leaves small differences. Look whether <em>B</em> is zero, and
+# Probably not. The two models add in another order, so a real change leaves small differences. Look whether <em>B</em> is zero, and
 # whether you compared a model with itself.
 # </details>
 # <details><summary>2 · The merged folder is twice as large as the base's. What happened?</summary>
@@ -656,7 +661,7 @@ print(
 # before you save.
 # </details>
 # <details><summary>3 · A colleague's merged model overdoes what it was trained for. Which three causes do you check?</summary>
-# The adapter's files may lie in the same folder, so that it is loaded on top. It may have been merged twice. Or the
+# The adapter's files may lie in the same folder, so that the adapter is loaded on top. It may have been merged twice. Or the
 # scaling is wrong, for example α instead of α/r. The number of times that the change is in the weights tells them apart:
 # 1, 2, or <em>r</em>.
 # </details>

@@ -862,3 +862,5 @@ if my_folder:
 # - [Ruiz et al. 2022](https://arxiv.org/abs/2208.12242), Dreambooth
 # - [Sentence Transformers](https://sbert.net/docs/sentence_transformer/training_overview.html), which trains encoders with PEFT's adapters
 # - [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
+#
+# Next: [lesson 13](13_at_work.ipynb) takes one project from a messy file to a served model.

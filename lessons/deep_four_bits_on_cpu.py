@@ -106,17 +106,18 @@ plotting.show(figure, f"{title}. A corner of {name}, 48 × 48, before and after:
 print(validation.check_quantised(model, base_model))
 
 # %% [markdown]
-# It gives another matrix, off by more than the size of the weights themselves, and there is no error message. This happens to everything
-# that reads the weight: `dequantize()`, a merge, a save. `check_quantised` finds it, because bitsandbytes notes the new order
-# beside the weight.
+# `dequantize_4bit` gives another matrix, off by more than the size of the weights themselves, and there is no error
+# message. The same happens to everything that reads the weight: `dequantize()`, a merge, a save. `check_quantised` finds
+# it, because bitsandbytes notes the new order beside the weight.
 
 # %% [markdown]
 # ## Train after an evaluation
 #
-# The fast product has no gradient for its input. So if you score the model *before* training, as a careful person does, then
-# later training steps pass no gradient through the 4-bit layers. The next cell runs 20 steps three times, each after an
-# evaluation: with `stop_repacking` right after loading; as bitsandbytes leaves the model; and with a hook that cuts the
-# gradients of every layer that has been evaluated, which shows on any processor what AVX512-BF16 does.
+# The fast product passes no gradient on to its input. So if you score the model *before* training, as a careful person
+# does, then later training steps pass no gradient through the 4-bit layers. The next cell runs 20 steps three times, each
+# after an evaluation: first with `stop_repacking` right after loading, then as bitsandbytes leaves the model, and last with
+# a hook that cuts the gradients of every layer that has been evaluated. The hook shows on any processor what AVX512-BF16
+# does.
 #
 # **Predict:** without gradients through the layers, will the loss still fall?
 
@@ -198,17 +199,17 @@ assert _right["nf4_repacked"][2] == 0, "not one answer right"
 assert swept("quantised", "validation_loss", "weights")["nf4_repacked"][1] > 2, "above 2 nats"
 
 # %% [markdown]
-# It falls, which is why the fault is hard to see. The adapters and the residual connections still pass gradients on, so
-# something is learned, but far less. After the 80 steps of lesson 5's sweep, three seeds have not one answer right, and their loss
-# stays above 2 nats. On a processor with AVX512-BF16 the second run goes like the third, and PyTorch warns once, in a line about
-# `gemv_4bit`. On others it goes like the first.
+# The loss still falls, which is why the fault is hard to see. The adapters and the residual connections still pass
+# gradients on, so something is learned, but far less. After the 80 steps of lesson 5's sweep, three seeds have not one
+# answer right, and their loss stays above 2 nats. On a processor with AVX512-BF16 the second run learns as little as the
+# third, and PyTorch warns once, in a line about `gemv_4bit`. On other processors it learns as much as the first.
 
 # %% [markdown]
 # ## Stop it, and prove it
 #
 # `stop_repacking(model)` sets `support_avx512bf16_for_cpu = False` on every `Linear4bit`, and refuses a model that has been
-# repacked already, since bitsandbytes can't undo that exactly. The environment variable `ATEN_CPU_CAPABILITY` doesn't help,
-# because bitsandbytes asks the processor itself.
+# repacked already, since bitsandbytes can't undo that exactly. The environment variable `ATEN_CPU_CAPABILITY`, which limits
+# the instructions that PyTorch uses, doesn't help, because bitsandbytes asks the processor itself.
 #
 # **Predict:** with that call, do gradients and weights before and after an evaluation agree to the bit?
 
@@ -237,11 +238,12 @@ print("to the bit: gradients agree:", same_gradients, "· weights agree:", same_
 assert same_gradients and same_weights
 
 # %% [markdown]
-# They do. On a machine without such a processor, or with a GPU, the call changes nothing, so you can leave it in your code.
+# Gradients and weights agree to the bit. On a machine without such a processor, or with a GPU, the call changes nothing, so
+# you can leave it in your code.
 #
 # ### Exercise: which weights were spoilt? (stretch, 15 min)
 #
-# Write a detector that needs to know nothing of processors. You get a model and an `action`, a function without arguments that does
+# Write a detector that works on any processor. You get a model and an `action`, a function without arguments that does
 # something to the model, for example an evaluation. Call it once, and return the names of the `Linear4bit` layers whose
 # weight differs afterwards, as a list or a set. Expected for an action that does nothing: an empty list.
 #
@@ -322,9 +324,10 @@ plotting.table(["repacked, saved, loaded", "numbers", "scales", "KL", "check_qua
 print(reports["NF4"])
 
 # %% [markdown]
-# Without double quantisation it is not: the numbers come back in order, but their *scales* don't. With double quantisation there is only
-# a small difference from rounding. The damage is in the file, so anybody who downloads it has a damaged model, on any processor. **Compare
-# a quantised model with the base that it was made from.**
+# Without double quantisation another model comes back: its numbers are in order, but its *scales* are not, and the [KL
+# divergence](../docs/glossary.md#kl-divergence-in-nats) from the fresh model is large. With double quantisation there is
+# only a small difference from rounding. The damage is in the file, so anybody who downloads it has a damaged model, on any
+# processor. **Compare a quantised model with the base that it was made from.**
 
 # %% [markdown]
 # ## Meet a size that the fast product refuses
@@ -356,8 +359,9 @@ for label, prepare in (("as loaded", lambda model: model), ("stop_repacking", st
 print(validation.check_quantization_config(odd_config, four_bits()))
 
 # %% [markdown]
-# On a processor with AVX512-BF16 the model as loaded trains, and stops with an error at the first evaluation. On others it works.
-# The cause is the other order again, and `stop_repacking` helps here, too. `check_quantization_config` tells you before you load.
+# On a processor with AVX512-BF16 the model as loaded can be trained, but it stops with an error at the first evaluation. On
+# others it works. The cause is the other order again, and `stop_repacking` helps here, too. `check_quantization_config`
+# tells you before you load.
 
 # %% [markdown]
 # ## See what 8 bits do in eval mode
@@ -384,16 +388,16 @@ apart = (logits["train"] - logits["eval"]).abs().max()
 print(f"logits of the two modes differ by up to {apart:.2f}")
 
 # %% [markdown]
-# So a model in 8 bits answers with a slightly different forward pass than it was trained with. The difference is small beside the
-# logits, and lesson 5's sweep shows no harm. But don't expect the loss in training and in evaluation to agree to the last digit.
+# So a model in 8 bits answers with a slightly different forward pass than it was trained with. Lesson 5's sweep shows no
+# harm from the difference. But don't expect the loss in training and in evaluation to agree to the last digit.
 
 # %% [markdown]
 # ## Recap
 #
-# You notice the fault if you compare: gradients before and after an evaluation, or the dequantised weights with the base that they
-# were made from, which `check_quantised(model, base)` does. The loss alone doesn't tell, because it still falls. Call `stop_repacking(model)`
-# right after loading, and check once before you train and once before you merge. A model that was saved after an evaluation
-# may be damaged on every machine, so load it afresh from the unquantised base.
+# You notice the fault if you compare: gradients before and after an evaluation, or the dequantised weights with the base
+# that they were made from, which `check_quantised(model, base)` does. The loss alone doesn't show it, because it still
+# falls. Call `stop_repacking(model)` right after loading, and check once before you train and once before you merge. A
+# model that was saved after an evaluation may be damaged on every machine, so load it afresh from the unquantised base.
 
 # %%
 plotting.table(
@@ -417,7 +421,7 @@ progress("deep")
 # %% [markdown]
 # ## Take it to work
 #
-# Put your own 4-bit model and its unquantised base, or the base's folder, in the place of these.
+# Replace the two models by your own 4-bit model and its unquantised base, or by the base's folder.
 
 # %%
 my_model, my_base = stop_repacking(load(four_bits())), base_model

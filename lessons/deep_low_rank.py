@@ -3,12 +3,12 @@
 #
 # LoRA assumes that a model can learn a task with a change of low rank. **Is the change that training makes really of low
 # rank, or does LoRA work for another reason?** In this deep dive you train all weights of a model, take the change
-# apart, and measure how much of it, and of the skill, a few directions hold.
+# apart, and measure how much of the change a few directions hold, and how much of the skill.
 #
 # | | |
 # |---|---|
 # | **What you'll do** | train all weights for two tasks; look at the singular values of the change; cut it to rank *r* and score what is left; compare the directions that two ranks find |
-# | **What you'll learn** | what a singular value decomposition says about a change; why a steep spectrum is not yet a skill; why cutting to a rank and training with a rank are not the same |
+# | **What you'll learn** | what a singular value decomposition says about a change; why a few strong directions need not hold the skill; how cutting to a rank differs from training with it |
 # | **What you'll need** | [lesson 2](02_lora_from_scratch.ipynb); matrix products; a laptop, no GPU, no network. No other lesson needs this one |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -40,10 +40,10 @@ print(
 # %% [markdown]
 # ## Train all weights
 #
-# You need changes that nobody forced to be of low rank. So the next cells train **all** weights, once for `reading` (answer a
+# You need a change that nothing forces to be of low rank. So the next cells train **all** weights, once for `reading` (answer a
 # question about a passage) and once for `sailor` (say a sentence in a sailor's speech). Both runs use the same settings, so
-# that differences come from the task. The rate of 2.5e-3 suits this model of 3.9 million parameters; full fine-tuning of models
-# with billions of parameters takes about 1e-5. This is the longest run here.
+# that differences come from the task. The learning rate of 2.5e-3 suits this model of 3.9 million parameters; full fine-tuning
+# of models with billions of parameters takes about 1e-5.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -113,11 +113,12 @@ for task in ("reading", "sailor"):
 #
 # Every linear layer now has a change *ΔW*, its weights after training minus those before. A [singular value
 # decomposition](../docs/glossary.md#singular-value-decomposition) writes it as a sum of **directions**, the strongest first:
-# *ΔW* = *s₁u₁v₁ᵀ* + *s₂u₂v₂ᵀ* + … For example, the matrix with the rows (1, 2), (2, 4) and (3, 6) has one direction, because
-# each row is a multiple of (1, 2). A matrix has rank *r* if *r* of its strengths *s* are above zero.
+# *ΔW* = *s₁u₁v₁ᵀ* + *s₂u₂v₂ᵀ* + … In each direction, a column *u* and a row *vᵀ* of length 1 are multiplied, and the singular
+# value *s* is its strength. For example, the matrix with the rows (1, 2), (2, 4) and (3, 6) has one direction, because each row is
+# a multiple of (1, 2). The rank of a matrix is the number of its strengths above zero.
 #
-# The squared strengths add up to the squared size of the change, ‖*ΔW*‖². So you can say which share of it the first eight
-# directions hold, for example.
+# The squared strengths add up to the squared size of the change, ‖*ΔW*‖², which is the sum of its squared entries. So you can
+# measure, for example, which share of it the first eight directions hold.
 
 # %%
 before = {
@@ -151,14 +152,17 @@ for kind, names in kinds.items():
         in_8 = sum(share(strengths[task][name], 8) for name in names)
         row += [f"{size / len(names):.1%}", f"{in_8 / len(names):.0%}"]
     rows.append(row)
-columns = [f"{task}: {what}" for task in changes for what in ("‖ΔW‖/‖W‖", "of it in 8 directions")]
+columns = [
+    f"{task}: {what}" for task in changes for what in ("‖ΔW‖/‖W‖", "of ‖ΔW‖² in 8 directions")
+]
 plotting.table(["layer", "shape", *columns], rows)
 
 # %% [markdown]
-# Every kind of layer changes by a similar share of its size. The next figure shows all strengths.
+# Every kind of layer changes by a few percent of its size, and eight of its 256 directions hold a large part of that change. The
+# next figure shows the strengths of all directions in each layer. Such a list of strengths is called a spectrum.
 #
-# **Predict:** do they fall evenly from the first direction to the last, as in a matrix of random numbers, or steeply? And alike
-# for both tasks?
+# **Predict:** will the strengths fall evenly from the first direction to the last, as those of random numbers do, or steeply at
+# first? Will the two tasks differ?
 
 # %%
 panels = {
@@ -175,15 +179,17 @@ half = {
     }.items()
 }
 title = (
-    f"Over half as strong as the first: at most {half['reading']} directions a layer for reading,"
-    f"\n{half['sailor']} for sailor; of random numbers {half['noise']}"
+    "Directions more than half as strong as the first, at most in a layer:"
+    f"\n{half['reading']} for reading, {half['sailor']} for sailor,"
+    f" {half['noise']} for random numbers"
 )
 figure, alt = plotting.spectra({**panels, "random numbers": noise}, title)
 plotting.show(figure, alt)
 
 # %% [markdown]
-# They fall steeply, and much alike for both tasks. If a few directions hold so much of the change, can you drop
-# the rest?
+# They fall steeply for both tasks: in a trained layer, few directions are more than half as strong as the first, and among random
+# numbers many are. The tasks differ most in `down_proj`, where some lines of `sailor` fall more slowly. If a few directions hold
+# so much of the change, can you drop the rest?
 #
 # ### Exercise: keep r directions (core, 10 min)
 #
@@ -222,11 +228,13 @@ assert abs((truncate(_matrix, 4) - _matrix).norm() - _S[4:].norm()) < 1e-9
 # %% [markdown]
 # ## Cut it, and score what is left
 #
-# A steep spectrum says something about numbers, and not yet about a skill. So the next cell takes the base model, adds the
-# first *r* directions of each layer's change, and scores the result on held-out rows. Embeddings and norms stay the base's,
-# because LoRA would not train them either. Your `truncate` does the cutting as soon as it passes its check.
+# A steep spectrum says something about numbers, but not yet about a skill. So the next cell takes the base model, adds the
+# first *r* directions of each layer's change, and scores the result on [held-out](../docs/glossary.md#held-out) rows. Embeddings
+# and norms keep the base model's values, because LoRA would not train them either. Your `truncate` does the cutting as soon as
+# it passes its check.
 #
-# **Predict:** with how many directions in each layer is the score as good as with all 256, for each of the tasks?
+# **Predict:** the cell keeps 1, 8, 64 and all 256 directions of each layer. For each task, which of these numbers is the first
+# that scores about as well as all 256?
 
 # %%
 cut = truncate if deep_low_rank.truncate.outcome(truncate).passed else deep_low_rank.closest
@@ -245,7 +253,7 @@ for task in changes:
         cut_model = copy.deepcopy(base_model)
         with torch.no_grad():
             for name, change in changes[task].items():
-                cut_model.get_submodule(name).weight += cut(change, r)
+                cut_model.get_submodule(name).weight += torch.as_tensor(cut(change, r))
         scores[task, r] = score(cut_model, task)
         line.update(len(scores), f"{task}, r = {r}: {scores[task, r]:.0%}")
 rows = []
@@ -262,9 +270,10 @@ for task, r, low, high in (("reading", 1, 0.8, 1), ("sailor", 8, 0, 0.5), ("sail
     evaluation.band(name, scores[task, r], low, high, quiet=True)
 
 # %% [markdown]
-# For `reading` one direction is enough, and for `sailor` even eight bring little. One run may be luck, so the sweep
-# `cut_to_rank` did the same with three seeds, more ranks, more rows and more steps. In the figure each line is a mean, and its
-# band goes from the lowest seed to the highest.
+# For `reading` one direction is enough. For `sailor` even eight bring little, and only 64 come near the score of all 256. One run
+# may be luck, so a [sweep](../docs/glossary.md#sweep), `cut_to_rank`, repeated this beforehand with three seeds, more ranks,
+# more rows and more steps. In the figure, each line is a mean over the seeds, and the band around it goes from the lowest to the
+# highest.
 
 # %%
 swept = data.load_results("cut_to_rank")
@@ -300,28 +309,29 @@ one, eight = right["reading", "full", 1][0], right["sailor", "full", 8][0]
 in_eight = [in_kept[task, "full", 8][0] for task in ("reading", "sailor")]
 assert min(in_eight) > 0.5 and max(in_eight) - min(in_eight) < 0.03, "nearly the same"
 assert one > 0.9 and right["sailor", "full", 1] == (0, 0, 0), "far apart"
-assert right["reading", "full", 0] == (0, 0, 0), "answers nothing"
+assert right["reading", "full", 0] == (0, 0, 0), "answers none"
 every = right["sailor", "full", 256][0]
 assert right["sailor", "full", 32][2] < 0.9 * every, "64 are needed"
 assert 0.95 * every < right["sailor", "full", 64][0] < every, "64 are needed to come near"
 # The same rows, steps and rate, but the trained model as it is.
 untouched = swept_by("learning_rate", "test", "method", "learning_rate")["full", 1.5e-3][0]
-assert every + 0.05 < untouched, "stay the base's"
+assert every + 0.05 < untouched, "part of the skill is lost with them"
 
 # %% [markdown]
-# The shares of the change are nearly the same for both tasks, but the scores are far apart. A single direction in each layer is
-# enough for {{one:.0%}} of `reading`, of which the base alone answers nothing. That suggests that the model could do the parts
-# of reading before, and had to learn only when to do them. Of `sailor`, eight directions bring {{eight:.0%}}, and 64 are needed
-# to come near the {{every:.0%}} of all of them. So its faint directions matter. (The trained model itself gets
-# {{untouched:.1%}} right. Some of that is lost because embeddings and norms stay the base's here.) **A share of the change is
-# not a share of the skill.**
+# The shares of the change are nearly the same for both tasks, but the scores are far apart. With a single direction in each
+# layer, the model answers {{one:.0%}} of the questions of `reading`, of which the base alone answers none. That suggests that the
+# base model could already do what reading takes, and had to learn only when to do it. For `sailor`, eight directions bring
+# {{eight:.0%}}, and 64 are needed to come near the {{every:.0%}} of all 256, so its faint directions matter. (The trained model
+# itself gets {{untouched:.1%}} of `sailor` right. It has its own embeddings and norms, and part of the skill is lost with
+# them.) **A share of the change is not a share of the skill.**
 #
-# ## Cutting is not training
+# ## Train with a low rank from the start
 #
-# If eight directions of the change don't do for `sailor`, can LoRA of rank 8 learn it? Here are both, and rank 1, on the same
-# rows with the same number of steps.
+# If eight directions of the change are not enough for `sailor`, can LoRA of rank 8 learn it? The next table compares the two,
+# on the same rows and with the same number of steps.
 #
-# **Predict:** LoRA trains with rank 8 from the start. Will it score like the change that was cut to rank 8?
+# **Predict:** for `sailor`, what will LoRA of rank 8 get: about the {{eight:.0%}} of the change that was cut to rank 8, nearly the
+# {{every:.0%}} of all directions, or something halfway?
 
 # %%
 rows = [["all weights, nothing cut", ("full", 256)]]
@@ -335,22 +345,25 @@ plotting.table(
 # %% tags=["claim"]
 rank_1, rank_8 = (right["sailor", "lora", rank] for rank in (1, 8))
 assert rank_1[1] > 0.8 and rank_1[2] > rank_8[1], "even rank 1"
+assert swept_by("recall", "told", "rank")[1][1] > 0.95, "rank 1 holds nearly all of 100"
 
 # %% [markdown]
-# No. LoRA of rank 8 gets {{rank_8[0]:.0%}} of `sailor` right, where the cut change gets {{eight:.0%}}, and even rank 1 gets
-# {{rank_1[0]:.0%}}. Nothing in full fine-tuning asks for few directions, so it spreads its change over many. LoRA doesn't have
-# to reproduce *that* change. It only needs *some* change of low rank that does the task, and training looks for one. [Lesson
-# 3](03_lora_finetuning.ipynb) measures where a low rank runs out, with facts to remember.
+# It is nearly as good as all directions: LoRA of rank 8 gets {{rank_8[0]:.0%}} of `sailor` right, where the cut change gets
+# {{eight:.0%}}, and even rank 1 gets {{rank_1[0]:.0%}}. Nothing in full fine-tuning asks for few directions, so it spreads its
+# change over many. LoRA doesn't have to reproduce *that* change. It only needs *some* change of low rank that does the task, and
+# training looks for one. [Lesson 3](03_lora_finetuning.ipynb) goes further and teaches separate facts: rank 1 holds nearly all
+# of 100.
 #
 # ## Do two ranks find the same directions?
 #
 # If a task needs few directions, then LoRA of rank 8 and of rank 64 should find the same ones first. The
-# LoRA paper (section 7.2, equation 4) compares the right singular vectors of two trained matrices *A*, the first *i*
-# of one with the first *j* of the other:
+# LoRA paper (section 7.2, equation 4) compares two trained matrices *A*: the first *i* directions *v* of one, as the columns of
+# *Vᵢ*, with the first *j* of the other.
 #
 # > *φ(i, j) = ‖VᵢᵀVⱼ‖² / min(i, j)*
 #
-# It is 1 if one of the two subspaces contains the other, and 0 if they have no direction in common.
+# This similarity is 1 if the *i* directions lie within the space of the *j* (or the other way round), and 0 if every direction
+# of one is at right angles to every direction of the other.
 #
 # **Predict:** what is *φ(1, 8)* for random directions, in a space of 256 dimensions: 0, 3% or 50%?
 
@@ -406,20 +419,20 @@ of_start = mean_similarity(rank_8, start_8, 8, 8)
 print(f"All 8 directions lie {of_start:.0%} in those that A of rank 8 started from.")
 
 # %% [markdown]
-# By chance, subspaces of *i* and *j* out of *d* dimensions share max(*i*, *j*)/*d*, so 8/256 is about 3%. The rows of untrained
-# matrices show just that. Always compare with chance before you call two subspaces alike. The strongest trained direction is
-# shared far beyond chance; of all eight, little more than chance is left.
+# It is about 3%: for random directions in *d* dimensions, *φ(i, j)* is max(*i*, *j*)/*d* on average, here 8/256. The rows of
+# untrained matrices agree with this. Always compare with chance before you call two sets of directions alike. The strongest
+# trained direction (*i* = 1) is far above chance everywhere. All eight together (*i* = 8) are far above it only for small *j*.
 #
 # The paper finds more: over 50% for the top direction in a layer of GPT-3, after a whole training (figure 3). The line below
-# the figure says why we find less. Twenty steps have hardly turned *A* away from its random start, so this grid compares two
-# random starts for the most part.
+# the figure says why we find less: the directions of *A* still lie mostly in those of its random start, because twenty steps
+# have hardly turned it. So for the most part, this grid compares two random starts.
 #
 # ## Recap
 #
 # The change of full fine-tuning is only roughly of low rank: a few directions are strong, but faint ones can carry the skill,
-# and how many are needed depends on the task. LoRA works for another reason. It doesn't need that change to be of low rank,
-# only that *some* change of low rank does the task, and for a task such as `sailor` training finds one even at rank 1. Whether
-# two ranks find the same directions can only be judged beside chance.
+# and how many are needed depends on the task. LoRA works for another reason. It doesn't need *that* change to be of low rank.
+# It is enough that *some* change of low rank does the task, and for a task such as `sailor` training finds one even at rank 1.
+# To judge whether two ranks find the same directions, compare with chance.
 
 # %%
 plotting.table(
@@ -442,13 +455,13 @@ plotting.table(
         ],
     ],
 )
-progress("deep")
+progress("deep.truncate")
 
 # %% [markdown]
 # ## Take it to work
 #
-# Put the folder of an adapter of yours here. The cell shows how many directions its changes use. If these are few, a lower rank
-# is worth a try; whether it does as well, only training with it can tell.
+# Put the folder of an adapter of your own in the place of `None`. The cell shows how many directions its changes use. If these
+# are few, a lower rank is worth a try. Only training with it can tell whether it does as well.
 
 # %%
 my_adapter = None
@@ -474,12 +487,12 @@ print(
 # Nothing by itself. Here the same share went with nearly all of <code>reading</code> and a small part of <code>sailor</code>.
 # You have to score it.
 # </details>
-# <details><summary>2 · The spectrum of a full fine-tuning needs rank 64. Must LoRA have rank 64, too?</summary>
+# <details><summary>2 · A change from full fine-tuning keeps its skill only with 64 directions. Must LoRA have rank 64, too?</summary>
 # No. Full fine-tuning spreads its change because nothing stops it. LoRA looks for another change, one of low rank, and
 # may find one that does as well.
 # </details>
-# <details><summary>3 · Two adapters share 20% of a subspace of 64 directions out of 256. Are they alike?</summary>
-# No: by chance they would share 64/256, which is 25%.
+# <details><summary>3 · You compare 64 directions of each of two adapters, in 256 dimensions, and find φ(64, 64) = 20%. Are they alike?</summary>
+# No. Random directions would have 64/256, which is 25%.
 # </details>
 #
 # ## Where to read on

@@ -2,7 +2,7 @@
 # # How exact is exact enough?
 #
 # A merged model and the same model with its adapter beside it are both right, and yet their logits differ. In bfloat16
-# they differ ten thousand times as much as in float32. **How large may a difference be before it means a mistake?** You
+# they differ about ten thousand times as much as in float32. **How large may a difference be before it means a mistake?** You
 # will work the answer out, instead of trying tolerances until a test passes.
 #
 # | | |
@@ -59,26 +59,29 @@ plotting.table(
 
 # %% [markdown]
 # In bfloat16 the first sum is 1, as if nothing had been added, because 0.003 is less than half a step. The second is
-# rounded up to 1.0078. Whatever is stored is off by at most half a step, so its [relative
-# error](../docs/glossary.md#relative-error) is at most *u*: 2⁻²⁴ in float32, 2⁻¹¹ in float16, 2⁻⁸ in bfloat16. On the other
-# hand float16 ends at 65,504, while bfloat16 reaches as far as float32. That is why many models train in bfloat16.
+# rounded up to 1.0078. Each stored number is off by at most half a step, so its [relative
+# error](../docs/glossary.md#relative-error) is at most *u*: 2⁻²⁴ in float32, 2⁻¹¹ in float16, 2⁻⁸ in bfloat16. In return,
+# bfloat16 reaches as far as float32, while the largest number in float16 is 65,504. That is why many models train in
+# bfloat16.
 #
 # ## Derive a tolerance
 #
-# A merged layer computes *(W + s·BA)x*, a separate one *Wx + s·B(Ax)*. In exact arithmetic they are equal. On a computer
-# each addition and each product rounds, and the two ways round differently. How far apart may they be?
+# A merged layer computes *(W + s·BA)x*, and a layer with a separate adapter computes *Wx + s·B(Ax)*. In exact arithmetic they
+# are equal. On a computer each addition and each product rounds, and the two ways round differently. How far apart may the
+# results be?
 #
 # For example, take the sum of 1,000 products. Each rounding has a relative error of at most *u*, so the sum is off by at
 # most about 1,000·*u* times the sum of the absolute values (Higham, *Accuracy and Stability of Numerical Algorithms*, section
 # 3.1). In our layer a number passes through at most *inputs + r + 4* roundings: a sum over the inputs, a sum over the rank,
-# the scaling and the product with it, and the additions of change and bias. Both ways may be off, so twice that:
+# the scaling and the product with it, and the additions of change and bias. Both ways may be off, so you allow twice that:
 #
 # > |separate − merged| ≤ 2·(inputs + r + 4)·u·(|W||x| + s·|B||A||x| + |bias|)
 #
-# That is the **worst case**. Roundings point up as often as down, so typically they add up like √n instead of n.
+# That is the **worst case**. Roundings go up as often as down, so *n* of them typically add up to √n times one rounding,
+# instead of *n* times. A tolerance with √(inputs + r + 4) in the formula is therefore smaller.
 #
 # **Predict:** in float32, for a layer with 256 inputs and 704 outputs, do both ways agree to 1e-3, 1e-5 or 1e-7? Would
-# the worst case notice a scaling that is wrong by a ten-thousandth? Would √n?
+# the worst case notice a scaling that is wrong by a ten-thousandth? Would the tolerance with √n?
 
 # %%
 inputs, outputs, rank, s = 256, 704, 8, 2.0
@@ -117,11 +120,12 @@ assert ((separate - wrong).abs() <= worst_case).all()
 assert ((separate - wrong).abs() > typical).any()
 
 # %% [markdown]
-# They agree to 1e-5: both ways differ by 4e-06 at most, which is well inside both tolerances. Even √n is generous, because it
-# takes each rounding at its largest. The wrong scaling is off by 7e-04, so √n notices it, and the worst case lets it pass.
+# They agree to 1e-5, as the first row shows, which is well inside both tolerances. Even the tolerance with √n is generous,
+# because it takes each rounding at its largest. The wrong scaling is off by 7e-04. So √n notices it, and the worst case lets
+# it pass.
 #
-# **Work a tolerance out from the number of roundings:** the worst case where a right answer must never fail, and √n where a small
-# mistake must not pass.
+# **Work a tolerance out from the number of roundings.** Take the worst case if a right answer must never fail, and √n if a
+# small mistake must not pass.
 
 # %% [markdown]
 # ### Exercise: write the tolerance (core, 15 min)
@@ -162,7 +166,7 @@ assert torch.allclose(tolerance(_x, _W, -_A, _B, 3.0, torch.float16), _expected)
 # %% [markdown]
 # ## Measure agreement
 #
-# In a whole model no formula is short any more, so you measure. Three numbers describe how well two models agree at the
+# For a whole model the formula would become very long, so you measure instead. Three numbers describe how well two models agree at the
 # tokens of some texts. The **largest difference** of the logits finds any fault. **Top-1 agreement** is the share of tokens
 # at which both find the same next token most likely. The [KL divergence](../docs/glossary.md#kl-divergence-in-nats) weighs
 # each difference by how likely the token is:
@@ -171,7 +175,7 @@ assert torch.allclose(tolerance(_x, _W, -_A, _B, 3.0, torch.float16), _expected)
 #
 # ### Exercise: measure agreement (core, 10 min)
 #
-# You get the logits of the reference and of a candidate, (positions, vocabulary). Return the share of positions with
+# You get the logits of a reference and of a candidate, each of shape (positions, vocabulary). Return the share of positions with
 # the same most likely token, and the mean KL. Expected for two equal models: `(1.0, 0.0)`.
 #
 # <details><summary>My KL is far too small</summary>
@@ -213,12 +217,14 @@ assert abs(float(_share) - (_reference.argmax(-1) == _candidate.argmax(-1)).doub
 # ## Merge in 16 bits
 #
 # Few models are served in float32. The next cells merge the adapter `sailor` in each dtype and compare everything with one
-# reference: the adapter, unmerged, in float32. [Perplexity](../docs/glossary.md#perplexity) is that of 48 held-out questions with their answers.
+# reference: the adapter, unmerged, in float32. The [perplexity](../docs/glossary.md#perplexity) is that of 48 held-out
+# questions with their answers.
 #
-# The comparison needs a control. If a merge in bfloat16 differs from the reference, is it the merging or the bfloat16? So the
-# *unmerged* model is measured in 16 bits, too.
+# The comparison needs a control. If a merge in bfloat16 differs from the reference, does the difference come from the merging
+# or from bfloat16? So the *unmerged* model is measured in 16 bits, too.
 #
-# **Predict:** which loses more, running the unmerged model in bfloat16 or merging it there? And will the score notice?
+# **Predict:** which differs more from the reference, the unmerged model in bfloat16 or the merged one? Will you see it in the
+# score?
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -267,24 +273,26 @@ for number, (name, candidate) in enumerate(models.items(), 1):
 plotting.table(["weights", "largest difference", "top-1", "KL, nats", "score", "perplexity"], table)
 
 # %% [markdown]
-# By the largest difference and by KL, merged and unmerged lose about the same in the same dtype, within a factor of two. So **16 bits
-# cost something, and merging adds little.** In float16, which has three more bits for precision, the loss is about a
-# tenth of that in bfloat16. Merging in float32 and rounding afterwards gains little.
+# In the same dtype, merged and unmerged differ from the reference about equally, within a factor of two, by the largest
+# difference and by KL. So **16 bits cost something, and merging adds little.** In float16, which has three more bits for
+# precision, the largest difference is about a tenth of that in bfloat16. Merging in float32 and rounding afterwards gains
+# little.
 #
-# The score doesn't notice at all, so "same score" is a weak proof of a merge. Top-1 agreement can jump: all 48 questions begin with
-# the same words, and where two tokens are almost equally likely there, one rounding turns all 48 at once.
+# In the score you see nothing, so the same score is a weak proof of a merge. Top-1 agreement can jump. All 48 questions begin
+# with the same words, and if two tokens are almost equally likely there, one rounding changes the most likely one in all 48
+# at once.
 #
-# A fixed tolerance of 1e-4 would fail every right merge in 16 bits. `check_merged_folder` measures instead what one rounding
-# of the right weights does to the logits of the model at hand, and allows four times that.
+# A fixed tolerance of 1e-4 would reject every right merge in 16 bits. `check_merged_folder` measures instead what one rounding
+# of the right weights does to the logits of your model, and allows four times that.
 #
 # ## See which changes get lost
 #
 # A change that is smaller than half a step of its weight is rounded away. So rounding hurts **small changes of large
 # weights**. How much of this adapter's change is lost, and what if the change were smaller, as after a gentler training? The
-# next cells shrink the same change by factors down to a thousandth, add it in each dtype, and measure which part of the change
-# the rounding spoils: the length of the rounding error, divided by the length of the change.
+# next cells shrink the same change by factors down to less than a thousandth, add it in each dtype, and measure how much of the
+# change the rounding spoils: the size of the rounding error, divided by the size of the change.
 #
-# **Predict:** for a change of about a hundredth of the weights' size, which part does bfloat16 spoil: 1%, 10%, or most?
+# **Predict:** for a change of about a hundredth of the weights' size, how much does bfloat16 spoil: 1%, 10%, or most?
 
 # %%
 unmerged = load_adapted(torch.float32)
@@ -335,16 +343,17 @@ print(f"Of a change of {sizes[place]:.1%} of the weights, rounding spoils")
 print(", ".join(f"{part:.1%} in {name}" for name, part in spoilt_16.items()))
 
 # %% [markdown]
-# About a tenth in bfloat16, and a tenth of that in float16. This adapter itself changes the weights by about a fifth of
-# their size, which is a lot, so little of it gets lost. **Before you merge a gentle adapter into a bfloat16 base, look at how
-# large its change is.** And keep the unmerged adapter in any case, because the merged file can't give it back.
+# It spoils about a tenth in bfloat16, and about a tenth of that in float16. This adapter itself (the dotted line) changes the
+# weights by about a fifth of their size, which is a lot, so little of it gets lost, as the share printed first also says. **Before
+# you merge an adapter with a small change into a bfloat16 base, look how large the change is.** And keep the unmerged adapter in any case, because you can't get
+# it back from the merged file.
 #
 # ## Merge and unmerge a hundred times
 #
 # Suppose a server merges an adapter for each request and unmerges it afterwards. Unmerging subtracts what was added, and both
-# steps round. The next cell does this a hundred times to one layer.
+# steps round. The next cell makes a hundred such round trips with one layer.
 #
-# **Predict:** does the base drift further with each round trip, in which dtypes?
+# **Predict:** in which dtypes does the base drift further with each round trip?
 
 # %%
 trips, drift = (1, 2, 5, 10, 20, 50, 100), {}
@@ -371,16 +380,17 @@ plotting.show(
 )
 
 # %% [markdown]
-# In both 16-bit dtypes the base drifts: after a hundred round trips it is about five times as far away as after one. In float32
-# it stays where the first round trip put it, very close by. So **in 16 bits, unmerging is not the way back.** Keep the base,
-# or load it again. Or don't merge: switch the adapter off instead, which is exact.
+# In both 16-bit dtypes the base drifts: after a hundred round trips it is five to six times as far away as after one. In
+# float32 it stays where the first round trip put it, very close to the original. So **in 16 bits, unmerging doesn't bring the
+# base back.** Keep the base, or load it again. Or don't merge: you can switch an unmerged adapter off, which is exact.
 #
 # ## Recap
 #
-# A difference is small enough if rounding can explain it. For one layer you can work out how much rounding explains: the number of roundings,
-# times *u*, times the size of the terms. For a whole model you measure it: what does one rounding of the right weights do?
-# In float32 that is about a millionth of the adapter's effect, so a real mistake stands out. In bfloat16 it is ten thousand times
-# as much, whether you merge or not; small changes suffer most, and unmerging no longer gives the base back.
+# A difference is small enough if rounding can explain it. For one layer you can work out how much rounding explains: the
+# number of roundings, times *u*, times the size of the terms. For a whole model you measure what one rounding of the right
+# weights does. In float32 the difference is about a millionth of the adapter's effect, so a real mistake stands out. In
+# bfloat16 it is about ten thousand times as large, whether you merge or not. Small changes suffer most, and unmerging no
+# longer gives the base back.
 
 # %%
 bf16 = found["bfloat16, merged"]
@@ -404,7 +414,7 @@ progress("deep")
 # %% [markdown]
 # ## Take it to work
 #
-# How gentle is your own adapter? Put the name of your base and your adapter's folder here.
+# How large is the change of your own adapter? Put the name of your base and your adapter's folder here.
 
 # %%
 my_base, my_adapter = "", ""
@@ -421,14 +431,14 @@ print(f"the change is {min(shares):.2%} to {max(shares):.2%} of a layer's weight
 # ## Quiz
 #
 # <details><summary>1 · Your merge in bfloat16 fails a test with a tolerance of 1e-4. Is it wrong?</summary>
-# You can't tell from that: every right merge in bfloat16 fails it. Compare with what one rounding of the right weights does,
+# You can't tell from that, because every right merge in bfloat16 fails it. Compare with what one rounding of the right weights does,
 # or with the unmerged model in bfloat16.
 # </details>
 # <details><summary>2 · Would you merge in float32 and round to bfloat16 afterwards, or merge in bfloat16?</summary>
-# It makes little difference here, because either way the sum is rounded to bfloat16. What you store decides.
+# It makes little difference here, because either way the sum is rounded to bfloat16. What matters is the dtype that you store.
 # </details>
 # <details><summary>3 · A server merges and unmerges adapters all day in float16, and answers get worse towards the evening. Why?</summary>
-# Each round trip rounds twice, and the base drifts. Load it again, or leave adapters unmerged and switch them.
+# Each round trip rounds twice, so the base drifts. Load it again, or leave adapters unmerged and switch between them.
 # </details>
 
 # %% [markdown]

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from tools import build, editions
-from tools.editions import BuildError
+from tools.editions import BEGIN_SOLUTION, END_SOLUTION, BuildError
 
 LESSON = '''\
 # %% [markdown]
@@ -238,6 +238,19 @@ def test_no_lesson_shares_a_folder_between_its_editions(path):
 
 
 # The whole build
+
+
+@pytest.mark.parametrize("path", build.sources(build.ROOT), ids=lambda path: path.stem)
+def test_the_instructors_edition_runs_all_that_the_solved_one_runs(path):
+    """`make test` runs the former alone: it has the hidden tests besides."""
+    lesson = build.read_lesson(path)
+    solved = [cell.source for cell in editions.solved(lesson).cells if cell.cell_type == "code"]
+    staged = [
+        "".join(line for line in cell.source.splitlines(True) if line.strip() not in (BEGIN_SOLUTION, END_SOLUTION))
+        for cell in editions.staging(lesson).cells
+        if cell.cell_type == "code" and not cell.metadata.get("nbgrader", {}).get("grade")
+    ]
+    assert staged == [source.replace('runs_dir() / "solved"', "runs_dir()") for source in solved]
 
 
 def test_two_builds_are_the_same_but_for_measured_outputs(course, tmp_path):

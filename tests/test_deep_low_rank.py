@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from course_utils.exercises import deep_low_rank
+from tools import build
 
 
 def right_truncate(matrix, rank):
@@ -98,3 +99,14 @@ def test_a_wrong_cut_gets_its_own_hint(wrong, hint):
     outcome = deep_low_rank.truncate.outcome(wrong)
     assert outcome.status == "TRY AGAIN"
     assert re.search(hint, outcome.hint), outcome.hint
+
+
+@pytest.mark.parametrize("right", [right_truncate, *RIGHT["deep.truncate"]])
+def test_the_lesson_can_use_whatever_its_check_passes(right):
+    source = (build.ROOT / "lessons" / "deep_low_rank.py").read_text(encoding="utf-8")
+    line = re.search(r"cut_model\.get_submodule\(name\)\.weight \+= .*", source).group()
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False))
+    before, change = model[0].weight.detach().clone(), torch.randn(4, 6)
+    with torch.no_grad():
+        exec(line, {"cut_model": model, "name": "0", "change": change, "cut": right, "r": 2, "torch": torch})
+    assert torch.allclose(model[0].weight, before + right_truncate(change, 2), atol=1e-5)

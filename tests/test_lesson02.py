@@ -324,6 +324,15 @@ def test_typical_mistakes_get_their_own_hint(check, wrong, hint):
     assert re.search(hint, outcome.hint), outcome.hint
 
 
+def test_a_fold_has_the_title_of_what_python_says_to_compared_tensors():
+    def compares(model, optimizer):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        return [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+
+    said = re.search(r"The size of tensor a|Boolean value of Tensor", lesson02.optimizer.outcome(compares).hint).group()
+    assert said in " ".join(re.findall(r"<summary>(.*?)</summary>", SOURCE))
+
+
 def gradients(layer, A, B, x):
     x = x.clone().requires_grad_()
     output = layer(x)

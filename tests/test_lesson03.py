@@ -312,6 +312,14 @@ def remembering(seen):
     return clean
 
 
+def clean_by_characters(rows, held_out, tokenizer, max_length):
+    return [
+        row
+        for row in right_clean(rows, held_out, tokenizer, max_length)
+        if len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)) <= max_length
+    ]
+
+
 def clean_in_place(rows, *rest):
     kept = right_clean(rows, *rest)
     rows[:] = kept
@@ -414,6 +422,7 @@ def place_by_place(predictions, answers):
         ("clean", cleaning(by=lambda row: row["completion"]), "the answer of another row"),
         ("clean", cleaning(held=lambda row: row["completion"]), "Look at the questions"),
         ("clean", cleaning(held=lambda row: row), "asks a question of the held-out rows"),
+        ("clean", clean_by_characters, "the characters of the text"),
         ("clean", clean_in_place, "have changed"),
         ("clean", remembering(set()), "remember an earlier call"),
         ("clean", last_of_equals, "not in their order"),
@@ -480,6 +489,31 @@ def test_the_made_up_sweep_misleads_as_it_says(seed):
 
 
 # What the lesson takes from elsewhere
+
+
+def test_symptoms_are_what_the_model_does_after_the_training(tokenizer):
+    """How likely it stops is that of each row alone, whatever its length; losses are those that were logged."""
+    from transformers import AutoModelForCausalLM
+
+    class Trainer:
+        model = AutoModelForCausalLM.from_pretrained(paths.models_dir() / "base")
+        processing_class = tokenizer
+        state = type("State", (), {"log_history": []})
+
+        def train(self):
+            self.state.log_history += [{"loss": "2.341"}, {"eval_loss": 9.0}, {"loss": 0.5}, {"train_runtime": 1.0}]
+
+    question = [{"role": "user", "content": "Where is the cat?"}]
+    rows = [
+        {"input_ids": tokenizer.apply_chat_template([*question, {"role": "assistant", "content": text}])["input_ids"]}
+        for text in ("In the mill.", "The cat is in the old mill, and so is Tobin.")
+    ]
+    found = lesson03.symptoms(Trainer(), rows, question)
+    with torch.no_grad():
+        alone = [Trainer.model(torch.tensor([row["input_ids"]])).logits[0, -2].softmax(-1) for row in rows]
+    mean = statistics.mean(one[row["input_ids"][-1]].item() for one, row in zip(alone, rows))
+    assert found[:3] == ["2.34", "0.50", f"{mean:.0%}"]
+    assert isinstance(found[3], str) and found[3]
 
 
 def test_the_lessons_run_is_a_point_of_the_sweeps():

@@ -134,6 +134,15 @@ def touched_norm(tensors, adapter, scaling):
     return {name: tensor + 1 if "norm" in name else tensor for name, tensor in merged.items()}
 
 
+def by_the_adapter(tensors, adapter, scaling):
+    merged = dict(tensors)
+    for A in (key for key in adapter if ".lora_A." in key):
+        name = A.removeprefix("base_model.model.").replace(".lora_A", "")
+        change = scaling * (adapter[A.replace("lora_A", "lora_B")] @ adapter[A])
+        merged[name] = (tensors[name].float() + change).to(tensors[name].dtype)
+    return merged
+
+
 def ratio_of_norms(base, merged, changes):
     return math.sqrt(
         sum((merged[n] - base[n]).square().sum() for n in changes) / sum(c.square().sum() for c in changes.values())
@@ -428,6 +437,7 @@ RIGHT = {
         (lesson07.shard, in_place, "has changed. Put the results"),
         (lesson07.shard, everything, "is no tensor of this shard"),
         (lesson07.shard, other_shards_too, "layers.0.self_attn.q_proj.weight is no tensor of this shard"),
+        (lesson07.shard, by_the_adapter, "layers.0.self_attn.q_proj is a layer of another shard"),
         (lesson07.shard, only_changed, "input_layernorm.weight is missing"),
         (lesson07.shard, lambda t, a, s: {name: tensor.clone() for name, tensor in t.items()}, "is as it was"),
         (lesson07.shard, adding(lambda w, B, A, s: w + B @ A), "scaling is missing"),
@@ -468,6 +478,17 @@ RIGHT = {
         (lesson07.shard, adding(lambda w, B, A, s: w + s**2 * (B @ A)), "scaling counts twice"),
         (lesson07.shard, adding(lambda w, B, A, s: w + s / len(A) * (B @ A)), "Don't divide by r"),
         (lesson07.times, ratio_of_norms, "no sign"),
+        (
+            lesson07.times,
+            lambda b, m, c: sum((m[n] - b[n]).norm() for n in c) / sum(c[n].norm() for n in c),
+            "no sign of its own",
+        ),
+        (
+            lesson07.times,
+            lambda b, m, c: sum((m[n] - b[n]).norm() / c[n].norm() for n in c) / len(c),
+            "no sign of its own",
+        ),
+        (lesson07.times, lambda b, m, c: 1.003 * right_times(b, m, c), "near, and not the least-squares factor"),
         (lesson07.times, cosine, "the cosine"),
         (
             lesson07.times,

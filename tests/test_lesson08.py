@@ -212,6 +212,7 @@ SOLUTIONS = {"08.join": right_join, "08.combine": right_combine, "08.choose": ri
             joined(lambda w, s: torch.tensor(w * s).sqrt(), lambda w, s: torch.tensor(w * s).sqrt()),
             "its root is NaN",
         ),
+        (lesson08.join, joined(lambda w, s: (w * s) ** 0.5, lambda w, s: (w * s) ** 0.5), "its root is complex"),
         (lesson08.join, joined(lambda w, s: 3.0), "stacked in the same order"),
         (lesson08.join, other_order, "stacked in the same order"),
         (lesson08.join, swapped, "changed places"),

@@ -290,6 +290,20 @@ def test_estimates_of_memory_are_bars_of_their_parts_in_gb(figures, capsys):
     )
 
 
+def test_the_losses_of_a_trainer_are_told_by_their_kind(capsys):
+    history = [
+        {"step": 5, "loss": "3.0"},
+        {"step": 5, "eval_loss": 2.0},
+        {"step": 10, "loss": 1.0},
+        {"step": 10, "train_runtime": 7.0},
+    ]
+    plotting.show_losses(history, "Both fall")
+    told = capsys.readouterr().out.strip()
+    assert told == "Both fall. loss (nats a token) by step: training: 3 at 5, 1 at 10; validation: 2 at 5."
+    plotting.show_losses(history[::2], "It falls", "loss")
+    assert capsys.readouterr().out.strip() == "It falls. loss by step: training: 3 at 5, 1 at 10."
+
+
 def test_pictures_stand_in_rows_under_their_columns():
     red, blue = (numpy.full((4, 4, 3), colour, numpy.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     figure = plotting.picture_rows({"first": [red, blue, red], "second": [blue]}, "Reds and blues", ("a", "b", "c"))

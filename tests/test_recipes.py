@@ -5,10 +5,11 @@ import re
 
 import pytest
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from trl import DPOConfig, GRPOConfig, RewardConfig, RLOOConfig
 
 from adapter_checks.counting import count_lora_parameters, meta_model
+from adapter_checks.memory import estimate_memory
 from course_utils import paths
 
 PAGE = (paths.project_root() / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -21,6 +22,60 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     tie_word_embeddings=False,
 )
+
+# What each model's config.json says (hidden size, feed-forward size, layers, heads, heads of keys and values, vocabulary, tied embeddings), and how
+# many parameters its files hold: a slip in one of the sizes would give another number.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+CONFIGS = {
+    "Qwen2.5 0.5B": ("qwen2", (896, 4864, 24, 14, 2, 151936, True), 494_032_768),
+    "Llama 3.2 1B": ("llama", (2048, 8192, 16, 32, 8, 128256, True), 1_235_814_400),
+    "Qwen2.5 3B": ("qwen2", (2048, 11008, 36, 16, 2, 151936, True), 3_085_938_688),
+    "Llama 3.2 3B": ("llama", (3072, 8192, 28, 24, 8, 128256, True), 3_212_749_824),
+    "Mistral 7B v0.3": ("mistral", (4096, 14336, 32, 32, 8, 32768, False), 7_248_023_552),
+    "Qwen2.5 7B": ("qwen2", (3584, 18944, 28, 28, 4, 152064, False), 7_615_616_512),
+    "Llama 3.1 8B": ("llama", (4096, 14336, 32, 32, 8, 128256, False), 8_030_261_248),
+    "Qwen3 8B": ("qwen3", (4096, 12288, 36, 32, 8, 151936, False), 8_190_735_360),
+    "Phi-4": ("phi3", (5120, 17920, 40, 40, 10, 100352, False), 14_659_507_200),
+    "Qwen2.5 14B": ("qwen2", (5120, 13824, 48, 40, 8, 152064, False), 14_770_033_664),
+    "Qwen2.5 32B": ("qwen2", (5120, 27648, 64, 40, 8, 152064, False), 32_763_876_352),
+    "Llama 3.1 70B": ("llama", (8192, 28672, 80, 64, 8, 128256, False), 70_553_706_496),
+}  # fmt: skip
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GB
+
+
+def memory_row(model):
+    """The row of the page's table on memory that belongs to a model."""
+    kind, sizes, parameters = CONFIGS[model]
+    config = AutoConfig.for_model(kind, **dict(zip(SIZES, sizes)), max_position_embeddings=8192, pad_token_id=0)
+    assert sum(weight.numel() for weight in meta_model(config).parameters()) == parameters
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    common = {"batch_size": 1, "sequence_length": 2048, "dtype": "bfloat16", "gradient_checkpointing": True}
+    needs = (
+        estimate_memory(config, "full", **common, moment_dtype="float32"),
+        estimate_memory(config, "lora", lora, **common),
+        estimate_memory(config, "qlora", lora, **common, double_quantization=True),
+    )
+    cells = [f"{parameters / 1e9:.2f}"]
+    for need in needs:
+        card = next((f"{size} GB" for size in CARDS if need.total <= 0.8e9 * size), "several")
+        cells.append(f"{need.total / 1e9:.1f} · {card}")
+    return [model, *cells]
+
+
+def test_memory_by_model_is_what_the_configs_give():
+    section = PAGE.split("### Memory by model\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [re.sub(r"\[(.+?)\]\[.+?\]", r"\1", row[0]) for row in rows] == list(CONFIGS)
+    assert [row[1:] for row in rows] == [memory_row(model)[1:] for model in CONFIGS]
 
 
 def recipes(page):

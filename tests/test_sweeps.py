@@ -55,6 +55,9 @@ def test_curves_draw_the_mean_in_a_band_from_lowest_to_highest():
     assert text == "Rank helps. score by rank, means over the seeds: a: 0.5 at 1, 1 at 8; b: 0.1 at 1, 0.3 at 8."
     plain, _ = sweeps.curves(lines, "Rank helps", "rank", "score")
     assert plain.axes[0].get_xscale() == "linear"
+    crossed, text = sweeps.curves(lines, "Rank helps", "rank", "score", crosses={1: 0.4, 8: 0.9})
+    assert list(crossed.axes[0].lines[-1].get_ydata()) == [0.4, 0.9]
+    assert text.endswith("0.3 at 8. Crosses, one more run: 0.4 at 1, 0.9 at 8.")
     plt.close("all")
 
 
@@ -91,6 +94,17 @@ def test_a_table_has_a_line_for_each_setting(capsys):
         [{"seed": 0, "task_name": "all_linear", "n": 12345, "score": 1}], ["task_name", "n"], {"s": ("score", ".1f")}
     )
     assert capsys.readouterr().out.splitlines()[::2] == ["| task name | n | s |", "| all linear | 12,345 | 1.0 |"]
+
+
+def test_settings_side_by_side_are_the_columns_in_their_own_units(capsys):
+    lines = {"right": (ROWS, "score", ".0%"), "right, thousandths": (ROWS, "score", ",.0f", 1e-3)}
+    sweeps.side_by_side(lines, "rank", {8: "rank eight", 1: "rank one"})
+    assert capsys.readouterr().out.splitlines() == [
+        "|  | rank eight | rank one |",
+        "| --- | --- | --- |",
+        "| right | 100% | 50% (25% to 75%) |",
+        "| right, thousandths | 1,000 | 500 (250 to 750) |",
+    ]
 
 
 def test_a_trade_off_follows_each_method_from_its_lowest_setting():

@@ -317,6 +317,10 @@ def clean(function, *, tokenizer):
                 "Given only clean rows, your function must return them all. Does it remember an earlier call?"
             )
         return
+    if not answer:
+        raise TryAgain(
+            f"Your list is empty, but {len(right)} of these {len(rows)} rows have no fault. Do you count tokens, or the characters of the text?"
+        )
     if any(row not in rows for row in answer):
         raise TryAgain("A row of your answer is none of those that were given. Return the rows as they are.")
     for number, row in enumerate(rows):
@@ -462,6 +466,29 @@ def _common(prediction, answer):
 
 def _f1_of_counts(common, given, wanted):
     return 2 * sum(common) / (sum(given) + sum(wanted))
+
+
+def symptoms(trainer, rows, question):
+    """Train, and return what a person sees of a run: [first loss, last loss, how likely it stops, its reply], as texts.
+
+    rows: rows of a trainer's dataset, each with the end token as its last; how likely the model is to write that token there
+    is the mean over them. question: the messages to reply to.
+    """
+    import torch
+
+    from course_utils import evaluation
+
+    trainer.train()
+    losses = [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    model = trainer.model.eval()
+    ids = [torch.tensor(row["input_ids"], device=model.device) for row in rows]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # pads on the right change nothing before them
+    numbers, ends = range(len(ids)), [len(one) - 1 for one in ids]
+    with torch.no_grad():
+        before_the_end = model(batch).logits[numbers, [end - 1 for end in ends]].softmax(-1)
+    stops = before_the_end[numbers, batch[numbers, ends]].mean().item()
+    (reply,) = evaluation.generate(model, trainer.processing_class, [question], max_new_tokens=24)
+    return [f"{losses[0]:.2f}", f"{losses[-1]:.2f}", f"{stops:.0%}", reply]
 
 
 def suspect(name, lab):

@@ -72,7 +72,7 @@ def plan(function):
                     raise TryAgain(f"{answer!r} is none of the plans: {', '.join(map(repr, PLANS))}.")
             cases.append((config, lora, card, answer))
     if not any(answer for *_, answer in cases):
-        raise TryAgain("You always return None. Is a return missing?")
+        raise TryAgain("You always return None. Is a return missing, or do you compare bytes with GB?")
     if not _explains(cases):
         for changed, hint in (
             ({"share": 1}, "Leave a fifth of the card free."),
@@ -122,6 +122,8 @@ def bits(function):
         right = 4 + 32 / block if group is None else 4 + 8 / block + 32 / (block * group)
         if math.isclose(found, right, abs_tol=1e-9):
             continue
+        if found == 4:
+            raise TryAgain("These are the 4 bits of the number alone. Add its share of the scales.")
         if any(round(right, digits) == found for digits in range(9)):
             raise TryAgain("That is rounded. Return the number as it is.")
         mistakes = [
@@ -264,6 +266,18 @@ def _explain_quantised(weight, levels, block, found, right, name):
             (levels[steps] * absmax).reshape(weight.shape),
             "You round to equal steps and look the level up by its number. The levels are not equally far apart: take the nearest.",
         ),
+        (
+            there_and_back(weight, level_sets()["int4"], block),
+            "You round to the equal steps of int4. Take the nearest of the levels that you are given.",
+        ),
+        (
+            there_and_back(weight, level_sets()["NF4"], block),
+            "You use the levels of NF4. Take those that you are given.",
+        ),
+        (
+            there_and_back(weight, levels, 64) if weight.numel() % 64 == 0 else None,
+            "Your blocks have 64 numbers. Here they have `block`.",
+        ),
     ]
     for wrong, hint in mistakes:
         if close(wrong):
@@ -349,6 +363,12 @@ def merge(function):
             _compare_merged(weights, given, alpha / rank)
 
 
+def _there_and_back_in_nf4(weight):
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
+
+
 def _compare_merged(weights, given, scaling):
     import torch
 
@@ -385,6 +405,11 @@ def _compare_merged(weights, given, scaling):
             raise TryAgain("This is the base read back: the adapter's change is missing.")
         if close({name: base + 2 * change for name, (base, change) in right.items()}):
             raise TryAgain("The adapter's change was added twice.")
+        if close({name: _there_and_back_in_nf4(base + change) for name, (base, change) in right.items()}):
+            raise TryAgain(
+                "The change was rounded: it was merged into 4 bits before dequantize(). "
+                "Make the base plain first: base = base.dequantize()."
+            )
         if close({name: base + change for name, (base, change) in right.items()}, tolerance=1e-2):
             raise TryAgain("This is right to 16 bits. Load the base with dtype=torch.float32.")
         name = next(iter(right))

@@ -108,6 +108,11 @@ def shard(function):
         except TryAgain as wrong:
             if "KeyError" not in str(wrong):
                 raise
+            lost = next((name for name in (key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter)
+                         if f"{name}.weight" not in tensors and f"'{name}" in str(wrong)), None)  # fmt: skip
+            if lost:
+                raise TryAgain(f"{wrong}. {lost} is a layer of another shard. Go through the names of the shard, not through those of "
+                               "the adapter.") from None  # fmt: skip
             raise TryAgain(f"{wrong}. Not every tensor has A and B: ask the adapter, by the whole name. (removesuffix takes an ending "
                            "off; rstrip takes letters.)") from None  # fmt: skip
         if set(given_adapter) != set(adapter) or any(
@@ -248,10 +253,11 @@ def times(function):
         if abs(found - pooled) < 1e-4 * max(1, abs(pooled)):
             continue
         near = abs(found - pooled) < 0.03 * max(1, abs(pooled))
-        coarse = (f"Here the change is {pooled:.6g} times in the weights, and you find {found:.6g}. That is rounded. Return the number as it "
-                  "is, and compute in the dtype that you are given: bfloat16 holds two or three digits only.")  # fmt: skip
+        coarse = (f"Here the change is {pooled:.6g} times in the weights, and you find {found:.6g}. {{}} Return the number as it is, and "
+                  "compute in the dtype that you are given: bfloat16 holds two or three digits only.")  # fmt: skip
         if near and _has_few_digits(found, getattr(answer, "dtype", None)):
-            raise TryAgain(coarse)
+            raise TryAgain(coarse.format("That is rounded."))
+        coarse = coarse.format("That is near, and not the least-squares factor.")
         hint = hint or _explain_times(found, pooled, base, merged, changes, difference) or (near and coarse)
         raise TryAgain(hint or f"Here the change is {pooled:.3g} times in the weights, and you find {found:.3g}. Sum the dot products of "
                        "difference and change over all layers, and divide by the changes' own.")  # fmt: skip
@@ -276,6 +282,7 @@ def _explain_times(found, pooled, base, merged, changes, difference):
     own = {n: change.square().sum().item() for n, change in changes.items()}
     single = [_dot(difference, {n: changes[n]}) / own[n] for n in changes]
     norms = [size**0.5 for size in own.values()]
+    moved = [difference[n].norm().item() for n in changes]
     large = {n: changes[n] for n in changes if own[n] > max(own.values()) / 100}
     adapted = {n: difference[n] for n in changes}
     entries = torch.cat([(difference[n] / changes[n]).flatten() for n in changes])
@@ -292,6 +299,7 @@ def _explain_times(found, pooled, base, merged, changes, difference):
         (_dot(merged, changes) / below, "Take the base away first: merged - base."),
         (-pooled, "The sign is turned: merged - base."),
         ((_dot(adapted, adapted) / below) ** 0.5, by_ratio), (-((_dot(adapted, adapted) / below) ** 0.5), by_ratio),
+        (sum(moved) / sum(norms), by_ratio), (statistics.mean(one / size for one, size in zip(moved, norms, strict=True)), by_ratio),
         (sum(((m - b) * c).sum().item() for b, m, c in in_order) / below, "Base, merged and changes have their tensors in different orders. "
                                                                           "Go by the names, not by the places."),
         ((above + _dot(difference, {"norm": difference["norm"]})) / below, "The norm has no change, and it must not count. Go through the "

@@ -33,6 +33,10 @@ def join(function):
         parts = expect_list(found, "the answer")
         if len(parts) != 2:
             raise TryAgain(f"A and B are expected, and you returned {describe(found)}.")
+        if min(weights) < 0 and any(torch.is_tensor(matrix) and matrix.is_complex() for matrix in parts):
+            raise TryAgain(
+                "A weight is below zero here, and its root is complex. Multiply one of A and B by the whole weight."
+            )
         A, B = (expect_plain_tensor(matrix, name) for matrix, name in zip(parts, "AB"))
         for matrix, name in ((A, "A"), (B, "B")):
             if matrix.dim() != 2:
