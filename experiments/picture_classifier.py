@@ -1,4 +1,4 @@
-"""Ink from four pictures a class, for a classifier that knows drawings by day: the head alone, LoRA on its layers, or all weights.
+"""Ink from eight pictures a class, for a classifier that knows drawings by day: the head alone, LoRA on its layers, or all weights.
 
 One base, trained as in the lesson, for all runs: a seed draws the pictures, and the adapter's start. BatchNorm stays in evaluation
 mode, but for the run that shows what happens otherwise.
@@ -15,7 +15,7 @@ from course_utils import pictures
 from course_utils.picture_judge import SmallCNN
 from experiments import training
 
-BASE_STEPS, STEPS, DRAWINGS, TESTS, A_CLASS = 300, 120, 1200, 300, 4
+BASE_STEPS, STEPS, DRAWINGS, TESTS, A_CLASS = 300, 120, 1200, 300, 8
 CONVOLUTIONS, LINEAR = ["features.0", "features.4", "features.8"], ["hidden", "head"]
 METHODS = {
     "head": (None, 1e-2),

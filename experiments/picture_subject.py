@@ -8,7 +8,7 @@ from course_utils.pictures import NEW_SUBJECT, SUBJECTS, colours_of
 from experiments import picturing, training
 from experiments.picturing import base_folder  # noqa: F401  (read by experiments.run)
 
-STEPS, PICTURES, PRIOR, ASKED, A_SUBJECT = 120, 8, 24, 12, 4
+STEPS, PICTURES, PRIOR, ASKED, A_SUBJECT = 80, 8, 24, 12, 4
 NAME = "skerrow house by day"
 RUNS = [{"seed": seed, "prior": prior} for seed in training.SEEDS for prior in ("none", "prior")]
 

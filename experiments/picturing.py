@@ -31,19 +31,15 @@ def adapted(targets):
 
 
 def train(model, weights, drawn, captions, steps, seed, rate=RATE, prior=None):
-    """Train on pictures (n, 3, 32, 32) and their captions; prior: further (pictures, captions), as many in each step."""
+    """Train on pictures (n, 3, 32, 32) and their captions; prior: further (pictures, captions), which are half of each batch."""
     torch.manual_seed(seed)
-    word_ids = encode(captions)
-    if prior:
-        prior_pictures, prior_ids = prior[0], encode(prior[1])
+    sets = [(drawn, encode(captions))] + ([(prior[0], encode(prior[1]))] if prior else [])
     optimizer = torch.optim.AdamW(weights, lr=rate)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 10, (steps - step) / steps * 1.25)
-        rows = torch.randint(len(drawn), (BATCH,))
-        loss = flow_loss(model, drawn[rows], word_ids[rows])
-        if prior:
-            rows = torch.randint(len(prior_pictures), (BATCH,))
-            loss = loss + flow_loss(model, prior_pictures[rows], prior_ids[rows])
+        rows = [torch.randint(len(images), (BATCH // len(sets),)) for images, _ in sets]
+        images, word_ids = (torch.cat([part[chosen] for part, chosen in zip(parts, rows)]) for parts in zip(*sets))
+        loss = flow_loss(model, images, word_ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

