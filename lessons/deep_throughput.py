@@ -262,7 +262,7 @@ trl_ratio = {
 assert trl_ratio["backward"] > 1.1 < trl_ratio["forward"], "once more"
 
 # %% [markdown]
-# They take more than 8 GB, and their gradient takes as much again. TRL's loss computes the logits piece by piece and throws each
+# These logits take more than 8 GB, and their gradient takes as much again. TRL's loss computes the logits piece by piece and throws each
 # piece away, so it never holds all of them. For the backward pass it has to compute them once more, and on a CPU that takes
 # time: the backward pass is {{trl_ratio["backward"]:.1f}} times as long as with the model's own loss. The forward pass is {{trl_ratio["forward"]:.1f}} times as long; it also computes
 # the entropy of the predictions, for the log. With this lesson's small vocabulary there is hardly any memory to save. **TRL's loss
@@ -325,7 +325,7 @@ assert slower_seeds == 1, "with one of the three seeds it was slower"
 # every other one, across the borders of rows too, and then masks most of that away. FlashAttention on a GPU skips this
 # work, so packing should gain more there, which we didn't measure.
 #
-# Both ways change which rows share a step, so the loss curve is another one, too. What you save is time for the same number of
+# Both ways change which rows share a step, so the loss curve changes, too. What you save is time for the same number of
 # tokens.
 
 # %% [markdown]
@@ -402,7 +402,7 @@ with torch.no_grad():
 plotting.table(["given", "largest difference to the row alone"], found)
 
 # %% [markdown]
-# They agree (to rounding) only with positions and *without* the cache, because transformers then builds the mask from the positions.
+# The logits agree (to rounding) only with positions and *without* the cache, because transformers then builds the mask from the positions.
 # `SFTTrainer` calls the model that way. If you run packed rows through a model yourself and leave the cache on, rows read
 # their neighbours and nothing warns you. **Before you train on packed rows in a loop of your own, make this comparison.**
 #
