@@ -601,7 +601,9 @@ best_of = {
 half = fraction(chosen["lora", 1.5e-3][0])
 low_rate = [scores["lora", 1.5e-3][0] for scores in (chosen, tested)]
 top_rate = [scores["lora", best_of["lora"]][0] for scores in (chosen, tested)]
-assert round(best_of["lora"] / best_of["full"]) == 10 and best_of["full"] == 1.5e-3, "The factor of ten holds"
+assert round(best_of["lora"] / best_of["full"]) == 10 and best_of["full"] == 1.5e-3, (
+    "The factor of ten holds"
+)
 assert [rate for rate in lora_rates if chosen["lora", rate][0] >= 0.9] == [1.5e-2], (
     "only its best rate reaches 90%"
 )

@@ -1067,7 +1067,7 @@ if my_address:
     print(f"ended by {mine.choices[0].finish_reason}: {mine.choices[0].message.content!r}")
 
 # %% [markdown]
-# The [capstone project](../classroom/capstone.md) asks for the same with a task of your choice, and says how it is graded.
+# The [capstone project](../docs/capstone.md) asks for the same with a task of your choice, and says how it is graded.
 #
 # ## Quiz
 #
