@@ -141,10 +141,10 @@ def flow_loss(model, pictures, word_ids, no_caption=0.1, generator=None):
     Of the captions a share of `no_caption` is left out, so that the model also learns pictures without one, which guidance
     needs. Shares of noise in the middle come up most often (Esser et al. 2024).
     """
-    count = len(pictures)
-    time = torch.sigmoid(torch.randn(count, generator=generator))
-    noise = torch.randn(pictures.shape, generator=generator)
-    dropped = torch.rand(count, 1, generator=generator) < no_caption
+    count, device = len(pictures), pictures.device  # drawn on the CPU, so that a seed means the same everywhere
+    time = torch.sigmoid(torch.randn(count, generator=generator)).to(device)
+    noise = torch.randn(pictures.shape, generator=generator).to(device)
+    dropped = (torch.rand(count, 1, generator=generator) < no_caption).to(device)
     mixed = torch.lerp(pictures, noise, time.view(-1, 1, 1, 1))
     return functional.mse_loss(model(mixed, time, word_ids.masked_fill(dropped, 0)), noise - pictures)
 

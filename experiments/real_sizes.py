@@ -1,5 +1,7 @@
 """What do LoRA and QLoRA cost on models of real size? Tokens a second and peak memory, beside what `estimate_memory` predicts.
 
+Each is measured twice: in a plain loop, and in TRL's SFTTrainer on the same model.
+
     python -m experiments.real_sizes           on a CUDA GPU; nothing is downloaded
 
 The models have the shapes of Llama 3.2 1B and Llama 3.1 8B and random weights, which cost as much as learned ones. Each step
@@ -7,7 +9,9 @@ takes one row of 2,048 random tokens, with activation checkpointing, in bfloat16
 It is no sweep of `experiments.run`, whose results need no GPU. Rows go to real_sizes.csv beside theirs, a seed each, with the card's name.
 """
 
+import gc
 import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +22,7 @@ from adapter_checks.errors import InputError
 from course_utils import paths, runtime
 from experiments import harness
 
-LENGTH, STEPS, WARM_UP = 2048, 10, 3
+LENGTH, STEPS, WARM_UP, RATE = 2048, 10, 3, 1e-4
 SHAPES = {
     "1B": dict(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True
@@ -66,8 +70,58 @@ def load(config, method, device):
     return get_peft_model(model, lora).train(), lora
 
 
+def plain_loop(model, length):
+    """Tokens a second of forward pass, backward pass and AdamW."""
+    import torch
+
+    on_gpu = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=RATE)
+    for step in range(WARM_UP + STEPS):
+        if step == WARM_UP:
+            if on_gpu:
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+        ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return STEPS * length / (time.perf_counter() - began)
+
+
+def with_trl(model, length):
+    """Tokens a second of SFTTrainer, with its own loss, metrics and data loader, at the same steps."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from experiments.training import StepClock
+
+    on_gpu, clock = model.device.type == "cuda", StepClock()
+    SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(paths.runs_dir() / "experiments" / "trainer"),
+            max_steps=WARM_UP + STEPS,
+            per_device_train_batch_size=1,
+            learning_rate=RATE,
+            max_length=length,
+            save_strategy="no",
+            **runtime.trainer_settings() | {"use_cpu": not on_gpu, "bf16": on_gpu, "activation_checkpointing": True},
+        ),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": torch.randint(model.config.vocab_size, (WARM_UP + STEPS, length)).tolist()}
+        ),
+        processing_class=AutoTokenizer.from_pretrained(paths.base_model()),  # for padding; the rows are tokens
+        callbacks=[clock],
+    ).train()
+    return length / clock.seconds_per_step()
+
+
 def measure(seed, size, method, device="cuda", length=LENGTH):
-    """Columns: tokens_a_second, peak_gb as CUDA counts it (0 on a CPU), predicted_gb."""
+    """Columns: tokens_a_second and peak_gb, as CUDA counts it (0 on a CPU), of either loop, and predicted_gb."""
     import torch
     from transformers import AutoConfig
 
@@ -76,23 +130,16 @@ def measure(seed, size, method, device="cuda", length=LENGTH):
     runtime.seed_everything(seed)
     config = AutoConfig.for_model("llama", **COMMON | SHAPES[size])
     model, lora = load(config, method, device)
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
-    for step in range(WARM_UP + STEPS):
-        if step == WARM_UP:
-            if on_gpu:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-        ids = torch.randint(config.vocab_size, (1, length), device=device)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    found = {}
+    for prefix, loop in (("", plain_loop), ("trl_", with_trl)):
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found[f"{prefix}tokens_a_second"] = loop(model, length)
+        found[f"{prefix}peak_gb"] = (
+            torch.cuda.max_memory_allocated() / 1e9 if torch.device(device).type == "cuda" else 0.0
+        )
     predicted = estimate_memory(
         config,
         method,
@@ -103,11 +150,7 @@ def measure(seed, size, method, device="cuda", length=LENGTH):
         gradient_checkpointing=True,
         double_quantization=method == "qlora",
     )
-    return {
-        "tokens_a_second": STEPS * length / seconds,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
-        "predicted_gb": predicted.total / 1e9,
-    }
+    return found | {"predicted_gb": predicted.total / 1e9}
 
 
 def main():
@@ -120,8 +163,9 @@ def main():
         raise InputError(
             f"Less than 20 GB are free in {paths.runs_dir()}, and the 8B model is written there for QLoRA."
         )
+    os.environ["COURSE_DEVICE"] = "cuda"  # so that the card is named in each row
     harness.prepare()
-    harness.sweep("real_sizes", RUNS, measure)
+    harness.sweep("real_sizes", RUNS, measure, base="random weights")
 
 
 if __name__ == "__main__":

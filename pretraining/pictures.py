@@ -117,20 +117,21 @@ def train(settings, folder, log=print):
     """Train into `folder` (checkpoint.pt is our own, read with weights_only) and return (the averaged model, log rows)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, word_ids = drawings(settings.drawings, settings.seed)
+    device = runtime.device()
+    drawn, word_ids = (part.to(device) for part in drawings(settings.drawings, settings.seed))
     torch.manual_seed(settings.seed)
-    model = PictureModel().to(memory_format=torch.channels_last)
+    model = PictureModel().to(device, memory_format=torch.channels_last)
     kept = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     first, rows, seconds = 0, [], 0.0
 
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         kept.load_state_dict(saved["kept"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"])
+        torch.set_rng_state(saved["random"].cpu())
         first, rows, seconds = saved["step"], json.loads(saved["rows"]), saved["seconds"]
         log(f"resumed at step {first}")
 
@@ -169,7 +170,7 @@ def train(settings, folder, log=print):
             }
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
-    return kept.eval(), rows
+    return kept.cpu().eval(), rows
 
 
 def make_pictures(settings, folder, work):

@@ -40,7 +40,8 @@ def test_the_script_for_a_gpu_trains_on_a_cpu(method, monkeypatch):
     monkeypatch.setitem(real_sizes.SHAPES, "1B", small)
     monkeypatch.setitem(real_sizes.COMMON, "vocab_size", 256)
     found = real_sizes.measure(seed=0, size="1B", method=method, device="cpu", length=32)
-    assert found["tokens_a_second"] > 0 and found["predicted_gb"] > 0 and found["peak_gb"] == 0
+    assert found["tokens_a_second"] > 0 and found["trl_tokens_a_second"] > 0
+    assert found["predicted_gb"] > 0 and found["peak_gb"] == found["trl_peak_gb"] == 0
 
 
 def test_without_a_gpu_nothing_is_run():
