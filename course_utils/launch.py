@@ -41,7 +41,8 @@ def write_script(path: str | Path, *functions) -> None:
 def torchrun(*arguments: str, folder: str | Path, seconds: float = 500) -> None:
     """Run `torchrun` with these arguments in `folder`, and show what the processes write as it comes.
 
-    The arguments are those of the command line. Each process computes on one thread, unless OMP_NUM_THREADS says otherwise.
+    The arguments are those of the command line. Each process computes on the CPU, on one thread unless OMP_NUM_THREADS says
+    otherwise: more processes than GPUs would each ask for one of their own.
     All processes are ended when this is interrupted, fails, or takes more than `seconds`.
 
     Raises InputError with what to do if torchrun is missing, if more processes than cores are asked for (two are always
@@ -63,7 +64,7 @@ def torchrun(*arguments: str, folder: str | Path, seconds: float = 500) -> None:
         run = subprocess.Popen(
             [program, *arguments],
             cwd=folder,
-            env={"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": scratch},
+            env={"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": scratch},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -29,7 +29,8 @@ def main():
     def say(text):
         sys.stdout.write(f"{text}\n")  # in one piece: torchrun starts Python without a buffer, and print writes two
 
-    say(f"process {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} thread")
+    gpus = os.environ["CUDA_VISIBLE_DEVICES"] or "no GPU"
+    say(f"process {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} thread and {gpus}")
     if what == "sum":
         import torch
         import torch.distributed as dist
@@ -65,10 +66,11 @@ def running(folder):
 def test_what_all_processes_write_is_shown_and_no_scratch_is_left(folder, capsys, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scratch")))
     monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     launch.torchrun(*TWO, "script.py", "sum", folder=folder)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "$ torchrun --standalone --nproc-per-node 2 script.py sum"
-    shown = ["process 0 of 2 on 1 thread", "process 1 of 2 on 1 thread", "the sum is 3", "the sum is 3"]
+    shown = [f"process {rank} of 2 on 1 thread and no GPU" for rank in (0, 1)] + ["the sum is 3"] * 2
     assert sorted(lines[1:]) == sorted(shown)
     assert os.listdir(os.environ["TMPDIR"]) == []
 
@@ -139,7 +141,7 @@ def in_background(folder):
         text=True,
     )
     lines = [run.stdout.readline() for _ in range(3)]  # so both have begun
-    assert "process 0 of 2 on 1 thread\n" in lines, lines
+    assert "process 0 of 2 on 1 thread and no GPU\n" in lines, lines
     return run
 
 

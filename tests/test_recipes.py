@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from statistics import median
 
 import pytest
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -11,6 +12,7 @@ from trl import DPOConfig, GRPOConfig, RewardConfig, RLOOConfig
 from adapter_checks.counting import count_lora_parameters, meta_model
 from adapter_checks.memory import estimate_memory
 from course_utils import paths
+from course_utils.data import load_results
 
 PAGE = (paths.project_root() / "docs" / "recipes.md").read_text(encoding="utf-8")
 LLAMA_8B = LlamaConfig(
@@ -108,6 +110,42 @@ def faults(page):
     }
     told += [f"{anchor}: no heading" for anchor in re.findall(r"\(#([\w-]+)\)", page) if anchor not in headings]
     return told
+
+
+def measured_on_a_gpu(size, method):
+    """The row of the page's table on measured runs, from their rows: the most of three peaks, and the range of the speeds."""
+    rows = [row for row in load_results("real_sizes") if (row["size"], row["method"]) == (size, method)]
+    peaks = [f"{max(row[name] for row in rows):.1f}" for name in ("predicted_gb", "peak_gb", "trl_peak_gb")]
+    speeds = [
+        f"{min(row[name] for row in rows):,.0f} to {max(row[name] for row in rows):,.0f}"
+        for name in ("tokens_a_second", "trl_tokens_a_second")
+    ]
+    return [size, {"lora": "LoRA", "qlora": "QLoRA"}[method], *peaks, *speeds]
+
+
+def rounded(cell):
+    """A cell's numbers, speeds to the next hundred."""
+    return re.sub(r"\d+,\d+", lambda found: f"{round(int(found[0].replace(',', '')), -2):,}", cell)
+
+
+def test_what_was_measured_on_a_gpu_is_what_the_page_says():
+    section = PAGE.partition("### Measure it on a GPU")[2].partition("\n## ")[0]
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| \d.*", section, re.M)]
+    pairs = [(size, method) for size in ("1B", "8B") for method in ("lora", "qlora")]
+    assert written == [[rounded(cell) for cell in measured_on_a_gpu(*pair)] for pair in pairs]
+
+    rows = load_results("real_sizes")
+    assert {row["cpu"] for row in rows} == {"NVIDIA H200"} and "NVIDIA H200" in section
+    off = max(abs(row["peak_gb"] / row["predicted_gb"] - 1) for row in rows)
+    assert 0.03 < off < 0.04 and "right to 4%" in section
+    for name in ("tokens_a_second", "trl_tokens_a_second"):
+        lora, qlora = (
+            median(row[name] for row in rows if (row["size"], row["method"]) == ("8B", method))
+            for method in ("lora", "qlora")
+        )
+        assert 1.4 <= round(lora / qlora, 1) <= 1.7, "the page and decide.md name this range"
+    saved = [row["peak_gb"] - row["trl_peak_gb"] for row in rows]
+    assert 2.4 < min(saved) and max(saved) < 3.1, "about 3 GB less"
 
 
 def test_every_value_has_a_source_and_every_link_a_target():
