@@ -376,7 +376,7 @@ def say_it(model):
 # %% [markdown]
 # The learning rate of 5e-3 suits this model of 3.9 million parameters. Most [recipes](../docs/recipes.md) for LoRA on models
 # with billions of parameters use 1e-4 to 3e-4, so don't use this rate there. The next cell trains for twenty steps, which takes
-# some ten seconds.
+# some seconds.
 #
 # **Predict:** will the answer still be the base model's, will it sound like a sailor, or will it be right to the letter?
 
