@@ -323,7 +323,7 @@ def weight_picture(matrices, title):
             len(arrays),
             width_ratios=widths,
             squeeze=False,
-            figsize=(7, 6.6 * tallest / sum(widths) + 1.4 + 0.2 * lines),
+            figsize=(7, 6.6 * tallest / sum(widths) + 1.0 + 0.25 * lines),
         )
         for axes, (name, array) in zip(panels[0], arrays.items()):
             largest = float(numpy.abs(array).max()) or 1.0
@@ -335,7 +335,7 @@ def weight_picture(matrices, title):
             axes.add_patch(
                 Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor="black", linewidth=0.8, clip_on=False)
             )
-            axes.set(xticks=[], yticks=[], xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
+            axes.set(xticks=[], yticks=[], anchor="N", xlabel=f"{name}\n{rows} × {columns}\n±{largest:.2g}")
             if rows < tallest:  # its label goes right below it, and not to the foot of the panel
                 axes.xaxis.set_label_coords(columns / 2 - 0.5, rows - 0.5 + 0.03 * tallest, transform=axes.transData)
             axes.grid(False)

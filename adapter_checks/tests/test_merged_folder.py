@@ -12,7 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from adapter_checks import MergedReport, Report, check_merged_folder, merged_folder, merging
 from adapter_checks.bitsandbytes_workarounds import quiet_imports
@@ -218,7 +225,7 @@ def test_a_tied_base_and_conv1d_and_shards_pass(root, tiny_tokenizer, tmp_path):
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=64, n_layer=2, n_head=2, n_positions=128, initializer_range=0.2,
-                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+                        bos_token_id=0, eos_token_id=tiny_tokenizer.eos_token_id)  # fmt: skip
     save(GPT2LMHeadModel(config), tmp_path / "gpt2", tiny_tokenizer)
     make_adapter(tmp_path / "gpt2", tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), tmp_path / "adapter")
@@ -608,6 +615,45 @@ def test_tokenizer_and_template(root, out, tiny_tokenizer):
     for file in out.glob("*token*"):
         file.unlink()
     assert check(root, out).codes == ["no_tokenizer"]
+
+
+def test_generation_stops_where_the_template_ends_a_reply(root, out, tiny_tokenizer, tmp_path):
+    end, other = tiny_tokenizer.eos_token_id, tiny_tokenizer.pad_token_id
+    base = shutil.copytree(root / "base", tmp_path / "base")
+
+    def stop_at(folder, stops):
+        settings = GenerationConfig.from_pretrained(folder)
+        settings.eos_token_id = stops
+        settings.save_pretrained(folder)
+
+    def finding():
+        report = check_merged_folder(base, root / "one", out)
+        return [(one.level, one.message) for one in report.findings if one.code == "end_ignored"]
+
+    assert other is not None and other != end
+    stop_at(base, end)
+    for right in (end, [other, end]):
+        stop_at(out, right)
+        assert finding() == []
+    for wrong in (other, [other]):
+        stop_at(out, wrong)
+        ((kind, message),) = finding()
+        assert (
+            kind == "fail" and repr(tiny_tokenizer.eos_token) in message and repr(tiny_tokenizer.pad_token) in message
+        )
+    stop_at(base, other)
+    assert [kind for kind, _ in finding()] == ["warn"], "the base does so, too"
+
+    # Without the file the model's configuration says where to stop; a template that can't be rendered says nothing.
+    (out / "generation_config.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+    assert finding() == []
+    (out / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert "no token at all" in finding()[0][1]
+    for folder in (base, out):
+        (folder / "chat_template.jinja").write_text("{{ raise_exception('tools only') }}")
+    assert finding() == []
 
 
 def test_the_adapters_own_tokenizer_counts(root, healthy, tmp_path, tiny_tokenizer):

@@ -81,7 +81,7 @@ def check_merged_folder(
 
     What is looked at, each in findings of its own:
       files    safetensors that are whole, no pickle, no adapter beside the weights, the tokenizer and its template,
-               vocabulary sizes that agree
+               vocabulary sizes that agree, generation that stops where the template ends a reply
       adapter  its folder is healthy (check_adapter_folder), and it changes the base's output (check_changes_output)
       weights  merged - base is the adapter's change, once, in every layer; every other weight is the base's
       output   the same logits within the tolerance (compare_models)
@@ -96,9 +96,9 @@ def check_merged_folder(
     Failures (report.codes) of the weights: not_merged, partly_merged, merged_twice, swapped, wrong_scaling,
     adapter_lost, base_mutated, foreign_change, quantised_base, repacked_base, base_changed, tied_head, other_weights, missing_weights;
     of the files: no_folder, not_a_model, damaged_weights, pickle, quantised_weights, adapter_beside, no_tokenizer,
-    no_template, other_tokenizer, vocab_mismatch; of the adapter: not_mergeable; of the output: no_change, logits_differ, score_fell; and those of
+    no_template, other_tokenizer, end_ignored, vocab_mismatch; of the adapter: not_mergeable; of the output: no_change, logits_differ, score_fell; and those of
     check_adapter_folder, such as zero_b. Warnings: change_rounded_away, too_coarse, other_config,
-    not_compared, unread_weights.
+    not_compared, unread_weights, end_ignored if the base stops elsewhere, too.
 
     One model is in memory at a time. Returns a MergedReport; nothing is written, no pickle is read.
     """
@@ -354,6 +354,50 @@ def _check_tokenizer(report, wanted, merged: Path):
     return tokenizer
 
 
+def _check_stop(report, tokenizer, merged: Path, base: Path) -> None:
+    """The token with which the template ends a reply has to be one at which generation stops, or replies go on to the limit."""
+    end = _end_of_a_reply(tokenizer)
+    stops = _stops(merged)
+    if end is None or end in stops:
+        return
+    names = ", ".join(repr(tokenizer.decode([stop])) for stop in sorted(stops)) or "no token at all"
+    at_fault = report.fail if end in _stops(base) else report.warn
+    at_fault(
+        "end_ignored",
+        f"Generation with the merged model stops at {names}, and its chat template ends a reply with {tokenizer.decode([end])!r}: "
+        "a reply goes on until it is cut off.",
+        f"model.generation_config.eos_token_id = {end} before save_pretrained, or a list of this and the others.",
+    )
+
+
+def _end_of_a_reply(tokenizer) -> int | None:
+    """The first special token after a reply in the tokenizer's chat template; None without a template, or if it adds none."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    reply = "Fine"
+    try:
+        talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]
+        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(reply)[2]
+    except Exception:  # a template may want other roles, or tools; nothing can be said then
+        return None
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next(
+        (number for number in tokenizer(after, add_special_tokens=False)["input_ids"] if number in special), None
+    )
+
+
+def _stops(folder: Path) -> set[int]:
+    """The ids of the tokens at which `generate` stops with the model in this folder."""
+    import transformers
+
+    if (folder / "generation_config.json").is_file():
+        settings = transformers.GenerationConfig.from_pretrained(folder)
+    else:
+        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    stops = settings.eos_token_id
+    return set(stops) if isinstance(stops, (list, tuple)) else {stops} - {None}
+
+
 def _check_vocabulary(report, model, tokenizer, merged: StoredWeights, config) -> None:
     """Rows of embedding and head, the configuration and the tokenizer have to agree."""
     embedding = token_embedding(model)
@@ -393,6 +437,7 @@ def _compare(report, base, adapters, merged, files, base_files, given, dtype, de
         else None
     )
     own_tokenizer = _check_tokenizer(report, tokenizer, merged)
+    _check_stop(report, own_tokenizer, merged, base)
     kinds = [kind for header in files.values() for kind, _ in header.values()]
     report.dtype = {"BF16": "bfloat16", "F16": "float16"}.get(max(kinds, key=kinds.count), "float32")
 
