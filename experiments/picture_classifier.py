@@ -1,4 +1,4 @@
-"""Ink from eight pictures a class, for a classifier that knows drawings by day: the head alone, LoRA on its layers, or all weights.
+"""Ink from sixteen pictures a class, for a classifier that knows drawings by day: the head alone, LoRA on its layers, or all weights.
 
 One base, trained as in the lesson, for all runs: a seed draws the pictures, and the adapter's start. BatchNorm stays in evaluation
 mode, but for the run that shows what happens otherwise.
@@ -15,7 +15,7 @@ from course_utils import pictures
 from course_utils.picture_judge import SmallCNN
 from experiments import training
 
-BASE_STEPS, STEPS, DRAWINGS, TESTS, A_CLASS = 300, 120, 1200, 300, 8
+BASE_STEPS, STEPS, DRAWINGS, TESTS, A_CLASS, MOVED = 300, 200, 1200, 300, 16, 3
 CONVOLUTIONS, LINEAR = ["features.0", "features.4", "features.8"], ["hidden", "head"]
 METHODS = {
     "head": (None, 1e-2),
@@ -36,7 +36,7 @@ def rows(style, number, seed):
 
 
 def train(model, drawn, classes, steps, rate):
-    """Train the weights that are free, on batches of 24, each picture mirrored half of the time."""
+    """Train the weights that are free, on batches of 24: each picture is mirrored half of the time, and moved by up to MOVED pixels."""
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=rate)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
@@ -44,6 +44,9 @@ def train(model, drawn, classes, steps, rate):
         batch = drawn[chosen]
         mirrored = torch.rand(24) < 0.5
         batch[mirrored] = batch[mirrored].flip(3)
+        right, down = torch.randint(2 * MOVED + 1, (2,)).tolist()
+        wider = functional.pad(batch, (MOVED,) * 4, mode="replicate")
+        batch = wider[:, :, down : down + pictures.SIZE, right : right + pictures.SIZE]
         loss = functional.cross_entropy(model(batch), classes[chosen])
         optimizer.zero_grad()
         loss.backward()

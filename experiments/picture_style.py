@@ -7,8 +7,8 @@ from experiments.picturing import base_folder  # noqa: F401  (read by experiment
 
 STEPS, A_SUBJECT = 120, 6
 SEEN, UNSEEN = SUBJECTS[:3], SUBJECTS[3:]
-# At 4e-3 LoRA in all layers left the fish in green water; at 1.6e-2 it diverged. Attention alone brings ink at 4e-3 already.
-RATES = {"attention": 4e-3, "all": 8e-3, "full": 1e-3}
+# At 6e-3 LoRA in all layers drew fewer of the subjects that it was not taught: 82% against 89%, three seeds.
+RATES = {"attention": picturing.RATE, "all": picturing.RATE, "full": 1e-3}
 RUNS = [{"seed": seed, "targets": targets} for seed in training.SEEDS for targets in RATES]
 
 
@@ -16,7 +16,7 @@ def measure(seed, targets):
     """Train once; what the judge sees of subjects that were among the twelve pictures, and of the other three."""
     subjects = [subject for subject in SEEN for _ in range(4)]
     drawn = picturing.draw(subjects, "ink", 5000 + 100 * seed)
-    model, weights = picturing.adapted(targets)
+    model, weights = picturing.adapted(targets, seed)
     loss = picturing.train(
         model, weights, drawn, [caption(subject, "ink") for subject in subjects], STEPS, seed, RATES[targets]
     )

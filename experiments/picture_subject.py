@@ -27,7 +27,7 @@ def measure(seed, prior):
     if prior == "prior":
         captions = prior_captions()
         extra = generate_pictures(load_picture_model(), captions, 50 + seed), captions
-    model, weights = picturing.adapted("all")
+    model, weights = picturing.adapted("all", seed)
     loss = picturing.train(model, weights, drawn, [NAME] * PICTURES, STEPS, seed, prior=extra)
     asked = picturing.shares(model, [NAME] * ASKED, [NEW_SUBJECT] * ASKED, "day", 60 + seed)
     houses = picturing.shares(

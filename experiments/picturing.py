@@ -20,9 +20,10 @@ def base_folder():
     return paths.pictures_dir() / "unet"
 
 
-def adapted(targets):
+def adapted(targets, seed):
     """(model, its trainable parameters): the text-to-image model with a fresh adapter, or with all of the U-Net's weights to train."""
     model = load_picture_model()
+    torch.manual_seed(seed)  # before the adapter, which draws A
     if targets == "full":
         model.unet.requires_grad_(True)
     else:

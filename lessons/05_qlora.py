@@ -531,10 +531,11 @@ def four_bits(kind="nf4", double=False):
 
 def load(settings=None):
     """A fresh base, quantised as `settings` say."""
-    model = AutoModelForCausalLM.from_pretrained(
-        base_folder, dtype=runtime.dtype(), quantization_config=settings
+    return stop_repacking(
+        AutoModelForCausalLM.from_pretrained(
+            base_folder, dtype=runtime.dtype(), quantization_config=settings, device_map=device
+        )
     )
-    return stop_repacking(model if settings else model.to(device))
 
 
 print(validation.check_quantization_config(base_model.config, four_bits()))

@@ -89,6 +89,8 @@ def train_classifier(model, drawn, classes, steps, rate):
         rows = torch.randint(len(drawn), (24,))
         flip = torch.rand(24, 1, 1, 1) < 0.5
         batch = torch.where(flip, drawn[rows].flip(3), drawn[rows])  # half of them mirrored
+        x, y = torch.randint(7, (2,)).tolist()  # and all moved by up to three pixels
+        batch = functional.pad(batch, (3, 3, 3, 3), mode="replicate")[:, :, y : y + 32, x : x + 32]
         loss = functional.cross_entropy(model(batch), classes[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -214,19 +216,19 @@ assert "head" in layers_to_adapt(classifier, "hidden")
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# ## Learn ink from 48 drawings
+# ## Learn ink from 96 drawings
 #
-# We have eight ink drawings of each subject. Here the head is one of the targets, because the six classes stay the same.
+# We have sixteen ink drawings of each subject. Here the head is one of the targets, because the six classes stay the same.
 #
 # **Predict:** LoRA trains 6,916 numbers, full fine-tuning 89,798. Which will name more ink drawings correctly?
 
 # %%
 LAYERS = ["features.0", "features.4", "features.8", "hidden", "head"]
-few_drawings = drawings("ink", 48, seed=70_000)
+few_drawings = drawings("ink", 96, seed=70_000)
 torch.manual_seed(0)
 config = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS)
 adapted = get_peft_model(copy.deepcopy(classifier), config).eval()
-train_classifier(adapted, *few_drawings, steps=120, rate=1e-2)
+train_classifier(adapted, *few_drawings, steps=200, rate=1e-2)
 after_lora = accuracy(adapted, *ink)
 adapted.print_trainable_parameters()
 print(f"right in ink: {in_ink:.0%} before, {after_lora:.0%} after")
@@ -282,7 +284,7 @@ broken = get_peft_model(
     copy.deepcopy(classifier), LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS)
 )
 broken.train()
-train_classifier(broken, *few_drawings, steps=120, rate=1e-2)
+train_classifier(broken, *few_drawings, steps=200, rate=1e-2)
 folder = paths.runs_dir() / "lesson12" / "broken"
 broken.save_pretrained(folder)
 loaded = PeftModel.from_pretrained(copy.deepcopy(classifier), folder)
@@ -377,7 +379,7 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
 CONVOLUTIONS += ["downsamplers.0.conv", "upsamplers.0.conv"]
 
 
-def train_painter(model, name, drawn, captions, prior=None, steps=120, rate=8e-3):
+def train_painter(model, name, drawn, captions, prior=None, steps=120):
     """Add a LoRA to the U-Net, and train it on pictures, a tensor, and their captions.
 
     prior: (pictures, word ids) that take half of each batch of twelve.
@@ -390,7 +392,7 @@ def train_painter(model, name, drawn, captions, prior=None, steps=120, rate=8e-3
     sets = [(drawn, encode(captions))] + ([prior] if prior else [])
     for step in range(steps):
         share = min(1, (step + 1) / 10, 1.25 * (1 - step / steps))
-        optimizer.param_groups[0]["lr"] = rate * share
+        optimizer.param_groups[0]["lr"] = 4e-3 * share
         rows = [torch.randint(len(images), (12 // len(sets),)) for images, _ in sets]
         images = torch.cat([images[picked] for (images, _), picked in zip(sets, rows)])
         word_ids = torch.cat([word_ids[picked] for (_, word_ids), picked in zip(sets, rows)])
@@ -414,7 +416,7 @@ title = "Six of the twelve drawings"
 figure = plotting.picture_rows({"": ink_drawings[1::2]}, title, taught[1::2])
 plotting.show(figure, f"{title}: two boats, two houses and two lanterns in ink.")
 painter = load_picture_model()
-before_ink = generate_pictures(painter, prompts, seed=4)
+before_ink = generate_pictures(painter, prompts, seed=6)
 trained_numbers = train_painter(painter, "ink", to_tensor(ink_drawings), ink_captions)
 print(f"{trained_numbers:,} numbers were trained, {trained_numbers / size:.0%} of the model's")
 
@@ -424,11 +426,11 @@ print(f"{trained_numbers:,} numbers were trained, {trained_numbers / size:.0%} o
 # **Predict:** no lighthouse, tree or fish is among the twelve drawings. Will these three come out in ink, too?
 
 # %%
-strip = {"before": before_ink, "with the adapter": generate_pictures(painter, prompts, seed=4)}
+strip = {"before": before_ink, "with the adapter": generate_pictures(painter, prompts, seed=6)}
 painter.unet.set_adapters(["ink"], [0.5])
-strip["at half strength"] = generate_pictures(painter, prompts, seed=4)
+strip["at half strength"] = generate_pictures(painter, prompts, seed=6)
 painter.unet.disable_adapters()
-strip["switched off"] = generate_pictures(painter, prompts, seed=4)
+strip["switched off"] = generate_pictures(painter, prompts, seed=6)
 title = "From twelve drawings of three subjects,\nthe other three come out in ink, too"
 rows = {name: to_arrays(made) for name, made in strip.items()}
 figure = plotting.picture_rows(rows, title, SUBJECTS)
@@ -437,8 +439,7 @@ assert torch.equal(strip["switched off"], before_ink)
 
 # %% [markdown]
 # They do. In our run all six subjects come out as dark lines on light paper, though more roughly than the twelve
-# drawings, and the paper behind the fish keeps a tint of its green water. So the style carries over to subjects that were
-# not taught. At half strength the pictures are between the two, and with the adapter off they are the old ones, bit for bit.
+# drawings. So the style carries over to subjects that were not taught. At half strength the pictures are between the two, and with the adapter off they are the old ones, bit for bit.
 #
 # ## Which layers carry a style?
 #
@@ -503,7 +504,7 @@ fresh = load_picture_model()
 fresh.unet.load_lora_adapter(
     folder, prefix=None, weight_name="pytorch_lora_weights.safetensors", adapter_name="ink"
 )
-again = generate_pictures(fresh, prompts, seed=4)
+again = generate_pictures(fresh, prompts, seed=6)
 for file in folder.iterdir():
     print(f"{file.name}: {file.stat().st_size / 1e3:.0f} kB")
 print(f"largest difference of a pixel: {(again - strip['with the adapter']).abs().max():.0e}")
@@ -536,8 +537,7 @@ asked = ["skerrow house"] * 4 + ["red house", "blue house", "red tree", "red boa
 wanted = [f"{thing} by day" for thing in asked]
 labels = [thing.replace(" ", "\n") for thing in asked]
 painter = load_picture_model()
-run = {"steps": 80, "rate": 4e-3}
-train_painter(painter, "windmill", to_tensor(windmills), wanted[:1] * 8, **run)
+train_painter(painter, "windmill", to_tensor(windmills), wanted[:1] * 8, steps=80)
 alone = generate_pictures(painter, wanted, seed=6)
 title = "Eight windmills take over the houses"
 figure = plotting.picture_rows({"": to_arrays(alone)}, title, labels)
@@ -565,7 +565,7 @@ plotting.show(figure, f"{title}, which the base drew: {', '.join(kept[::5])}.")
 # %%
 prior = prior_pictures, encode(kept)
 painter = load_picture_model()
-train_painter(painter, "windmill", to_tensor(windmills), wanted[:1] * 8, prior, **run)
+train_painter(painter, "windmill", to_tensor(windmills), wanted[:1] * 8, prior, steps=80)
 title = "With prior pictures, most houses are houses again"
 with_prior = generate_pictures(painter, wanted, seed=6)
 rows = {"without": to_arrays(alone), "with prior": to_arrays(with_prior)}
@@ -589,12 +589,12 @@ plotting.table(
 mills = by_setting("picture_subject", "windmills", "prior")
 houses = by_setting("picture_subject", "houses_kept", "prior")
 others = by_setting("picture_subject", "others_kept", "prior")
-assert mills["none"][0] - mills["prior"][0] < 0.12, "only a little less well"
+assert mills["none"][0] - mills["prior"][0] < 0.03, "No, the windmills stay"
 assert houses["none"][2] < houses["prior"][1] - 0.5, "only"
 
 # %% [markdown]
-# It draws them only a little less well. Over three seeds, "skerrow house" gives a windmill in {{mills["none"][0]:.0%}} of the pictures
-# without prior pictures, and in {{mills["prior"][0]:.0%}} with them. But without them only {{houses["none"][0]:.0%}} of the houses are still houses, and with
+# No, the windmills stay. Over three seeds, "skerrow house" gives a windmill in {{mills["none"][0]:.0%}} of the pictures without prior
+# pictures, and in {{mills["prior"][0]:.0%}} with them. But without them only {{houses["none"][0]:.0%}} of the houses are still houses, and with
 # them {{houses["prior"][0]:.0%}}. The other subjects go from {{others["none"][0]:.0%}} to {{others["prior"][0]:.0%}}, although no caption of a windmill named them. **If you teach
 # a new thing, train on old things beside it.**
 #

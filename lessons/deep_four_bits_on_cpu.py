@@ -69,10 +69,9 @@ def four_bits(double=False):
 
 def load(settings=None, folder=base_folder):
     """A fresh model on the CPU, just as bitsandbytes leaves it."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=settings
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=settings, device_map="cpu"
     )
-    return model.to("cpu")
 
 
 def four_bit_layers(model):

@@ -43,6 +43,7 @@ def write_picture_card(folder, work):
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     parameters = sum(weight.numel() for weight in model.parameters())
     minutes = last["seconds"] / 60
+    threads = f" with {log['threads']} thread{'s' * (log['threads'] > 1)}" if log["device"] == "cpu" else ""
     write_text(
         folder / "README.md",
         f"""# The text-to-image model
@@ -58,7 +59,7 @@ It draws {len(pictures.SUBJECTS)} subjects of a coast ({", ".join(pictures.SUBJE
 | text encoder | a table of {len(VOCABULARY) - 1} words; {", ".join(VOCABULARY[-4:])} and `in` are in no caption of the training |
 | parameters | {parameters:,}, stored in 16 bits: {size / 1e6:.1f} MB with the judge |
 | trained by | flow matching, {settings["steps"]:,} steps of {settings["batch"]}, on {settings["drawings"]:,} drawings by day and by night, half of the time mirrored |
-| time | {minutes:.0f} minutes with {log["threads"]} thread{"s" * (log["threads"] > 1)}, on an {log["machine"]} that had other work |
+| time | {minutes:.0f} minutes{threads}, on an {log["machine"]} that had other work |
 | loss at the end | {last["loss"]:.3f} |
 | recognised | the judge sees the subject that was asked for in {subjects:.0%} of {count} pictures, and the style in {styles:.0%} |
 

@@ -32,7 +32,7 @@ class Settings:
 
     seed: int = 0
     drawings: int = 12_000
-    steps: int = 2_000
+    steps: int = 6_000
     batch: int = 32
     rate: float = 2e-3
     warmup: int = 100
@@ -186,6 +186,7 @@ def make_pictures(settings, folder, work):
     log = {
         "settings": asdict(settings),
         "machine": runtime.processor(),
+        "device": runtime.device().type,
         "threads": torch.get_num_threads(),
         "judge": {"subjects": right_subjects, "styles": right_styles},
         "rows": rows,
