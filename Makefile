@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 # What the notebooks write while they are tested stays out of a learner's own record.
 NBMAKE := COURSE_RUNS="$(CURDIR)/runs/testing" $(PYTEST) --nbmake --nbmake-timeout=600
 
-.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns notebooks experiments base-model lock newest site serve test-site badges colab classroom grade report feedback formgrader test-classroom
+.PHONY: help setup lab test check lint types test-code test-notebooks test-reruns test-other-base notebooks experiments base-model lock newest site serve test-site badges colab classroom grade report feedback formgrader test-classroom
 
 help:
 	@echo "make lab         open your copies of the lessons, in work/, in JupyterLab (NO_BROWSER=1 serves without a browser;"
@@ -27,6 +27,7 @@ help:
 	@echo "                 has not changed keep their outputs (FORCE=1 runs them all the same)"
 	@echo "make experiments the sweeps behind the lessons' claims, as far as results are missing (ONLY=rank for one)"
 	@echo "make test-reruns each cell of each lesson twice and with an interrupt (more than twice their time)"
+	@echo "make test-other-base  all lessons on a small random model of another architecture (about their time)"
 	@echo "make base-model  remake models/ and data/ from nothing (about three hours)"
 	@echo "make lock        constraints.txt anew after a change in a requirements file (OPTIONS=--upgrade for the newest)"
 	@echo "make newest      the tests on the newest libraries, in an environment of their own, and what changed"
@@ -102,6 +103,10 @@ test-notebooks: $(STAMP)
 # twice the time of all lessons, so it is no part of `make test`.
 test-reruns: $(STAMP)
 	TEST_RERUNS=1 $(RUN) -m pytest tests/test_reruns.py
+
+# That no lesson asks of another base what only the shipped model does. It takes about the time of all lessons.
+test-other-base: $(STAMP)
+	TEST_OTHER_BASE=1 $(RUN) -m pytest tests/test_other_base.py
 
 notebooks: $(STAMP)
 	$(RUN) -m tools.build notebooks $(ONLY) $(if $(FORCE),--force)
