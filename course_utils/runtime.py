@@ -23,10 +23,11 @@ def quiet_imports() -> None:
     In a notebook those bars are widgets, of which nothing is left in the saved file, and elsewhere they write to
     stderr. `progress` stands in for them. tqdm's warning that ipywidgets is missing goes with them.
 
-    It also keeps the shipped model's libraries from finding a GPU, if COURSE_DEVICE doesn't ask for one: bitsandbytes, PEFT and
-    accelerate put weights on it by themselves, and `device` is the CPU.
+    It also keeps libraries from finding a GPU where `device` is the CPU by choice: bitsandbytes, PEFT and accelerate put
+    weights on it by themselves.
     """
-    if paths.is_shipped_base() and not os.environ.get("COURSE_DEVICE", "").strip():
+    asked = os.environ.get("COURSE_DEVICE", "").strip()
+    if asked == "cpu" or (not asked and paths.is_shipped_base()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     bitsandbytes_workarounds.quiet_imports()
     warnings.filterwarnings("ignore", message="IProgress not found")

@@ -147,11 +147,13 @@ def test_progress_bars_are_off_whether_libraries_are_imported_before_or_after():
         assert done.stdout.split() == ["True"] * 3, (when, done.stdout, done.stderr[-500:])
 
 
-def test_no_library_finds_a_gpu_for_the_shipped_model_unless_one_is_asked_for(tmp_path):
+def test_no_library_finds_a_gpu_where_the_lessons_run_on_the_cpu_by_choice(tmp_path):
     call = "import os; from course_utils.runtime import quiet_imports; quiet_imports(); print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
     base = tmp_path / "base"
     base.mkdir()
-    for changes, seen in (({}, ""), ({"COURSE_DEVICE": "cuda"}, "0"), ({"COURSE_BASE_MODEL": str(base)}, "0")):
+    other = {"COURSE_BASE_MODEL": str(base)}
+    cases = (({}, ""), ({"COURSE_DEVICE": "cuda"}, "0"), (other, "0"), (other | {"COURSE_DEVICE": "cpu"}, ""))
+    for changes, seen in cases:
         done = run_python(call, **{"CUDA_VISIBLE_DEVICES": "0", "COURSE_DEVICE": None} | changes)
         assert done.stdout.strip() == seen, (changes, done.stderr[-500:])
 
