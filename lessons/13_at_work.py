@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Take it to work
 #
-# On Monday somebody hands you a file and asks for a model that answers like it. In the end the model has to answer on a
-# server. **How do you get from a messy file of rows to a served model, and how do you know at each station that nothing
-# went wrong?** You will do one such project from end to end, offline on the course's small model. With one variable
-# changed it runs on a real one.
+# On Monday somebody hands you a file of messages and replies, and asks for a model that answers in the same way. In the
+# end the model has to answer on a server. **How do you get from a messy file of rows to a served model, and how do you know
+# at each station that nothing went wrong?** You will do one such project from end to end, offline on the course's small
+# model. If you change one environment variable, the same lesson runs on a real one.
 #
 # | | |
 # |---|---|
@@ -61,11 +61,13 @@ print(
 # The lost-property desk of Skerrow has kept its messages and replies. Each line is one JSON object, with the number of
 # the case. Three people wrote the replies, each in words of their own.
 #
-# To take a file of your own through this lesson, name it in `MY_FILE`, and change `SYSTEM` to your task. Each line needs a
-# `text` and a `reply`, or `messages`. Rows that belong together, for example of one customer, should have the same `case`.
+# To take a file of your own through this lesson, put its path into `MY_FILE` and a sentence about your task into `SYSTEM`.
+# Each line needs a `text` and a `reply`, or `messages`. Rows that belong together, for example those of one customer,
+# should have the same `case`. Some later cells fit only the desk's rows, too. In these, comments that begin with `# Own rows`
+# say what to change.
 
 # %%
-MY_FILE = None
+MY_FILE = None  # Own rows: a path, such as "tickets.jsonl"
 SYSTEM = "You answer for the lost-property desk."
 desk = paths.data_dir() / "lost_property"
 lines = Path(MY_FILE or desk / "messages.jsonl").read_text(encoding="utf-8").splitlines()
@@ -74,16 +76,16 @@ print(f"{len(lines)} lines, for example:", *lines[2:6], sep="\n")
 # %% [markdown]
 # ## Clean it, and count
 #
-# Some lines hold a whole conversation, and some of these a system message of their own. A **system message** tells a chat
-# model its role, and a model that was trained with one expects it. So each row gets the same one, which the server will
-# send later.
+# Some lines hold a whole conversation, and some of these have a system message of their own. A **system message** tells a
+# chat model its role, and a model that was trained with one expects it. So we give each row the same system message, and
+# later the server gets it, too.
 #
 # ### Exercise: make chat messages of a row (core, 15 min)
 #
-# Return the row's messages as a list of `{"role": …, "content": …}`. In front comes one system message with `system`;
-# system messages of the row itself are left out. A row has either `text` (the user's) and `reply` (the assistant's), or
-# `messages`. Contents have no space at their ends. Expected for `{"text": "Hi ", "reply": "Hello"}` and "Be brief.":
-# roles system, user, assistant, and the content "Hi".
+# Return the row's messages as a list of `{"role": …, "content": …}`. Put one system message with `system` in front, and
+# leave out system messages of the row itself. A row has either `text` (the user's) and `reply` (the assistant's), or
+# `messages`. Remove the space at both ends of each content. Expected for `{"text": "Hi ", "reply": "Hello"}` and "Be brief.":
+# three messages with the roles system, user and assistant, and the user's content is "Hi".
 #
 # <details><summary>The check says that the row has changed</summary>
 # <code>row["messages"].insert(…)</code> and <code>message["content"] = …</code> change what you were given. Build a new
@@ -121,7 +123,8 @@ assert len(_row["messages"]) == 2 and _row["messages"][1]["content"] == "\tHi "
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Personal data must not get into the weights, because nobody can take it out again.
+# Personal data must not get into the weights, because nobody can take it out again. Here we mask what has a pattern. Names and
+# postal addresses have none, so look for these yourself in rows of your own.
 #
 # ### Exercise: take personal data out of a text (warm-up, 10 min)
 #
@@ -156,14 +159,18 @@ assert mask("at 10:30 on 1999-12-31, 123456 steps") == "at 10:30 on 1999-12-31, 
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# `COMMON` will hold the words that stand in at least 8% of the replies, such as "dear" and "the". If a reply has any other word
-# that nobody wrote before it, it was probably meant for another case.
+# The next cells look for six kinds of faults: broken lines, empty replies, long conversations, repeated messages, personal
+# data, and replies that were meant for another case.
+#
+# To find the last kind, we collect in `COMMON` the words that stand in at least 8% of all replies, such as "dear" and "the". If a
+# reply has a word that is neither in `COMMON` nor in the messages before it, then it is probably wrong. For example, it may
+# name another person. This rule fits only replies that take their facts from the message.
 #
 # **Predict:** of 875 lines, how many can be used as they are?
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
-MAX_LENGTH = 128  # tokens; what is longer is not a message but a whole correspondence
+MAX_LENGTH = 128  # Own rows: how many tokens the longest conversation that you keep may have
 
 
 def words(text):
@@ -185,11 +192,11 @@ for number, line in enumerate(lines, 1):
     try:
         row = json.loads(line)
         messages = lesson13.chat_messages(row, SYSTEM)
-    except (ValueError, KeyError):
-        found["broken JSON"].append(number)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found["broken JSON"].append(number)  # or another form than the two that we know
         continue
     key = " ".join(" ".join(message["content"].casefold().split()) for message in messages[:-1])
-    if not messages[-1]["content"]:
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         found["empty reply"].append(number)
     elif length(messages) > MAX_LENGTH:
         found["too long"].append(number)
@@ -197,11 +204,13 @@ for number, line in enumerate(lines, 1):
         found["repeated"].append(number)
     else:
         seen.add(key)
-        rows.append({"number": number, "case": row.get("case", number), "messages": messages})
+        case = row.get("case", f"line {number}")
+        rows.append({"number": number, "case": case, "messages": messages})
 
 # %%
 counts = Counter(word for row in rows for word in words(row["messages"][-1]["content"]))
 COMMON = {word for word, count in counts.items() if count >= 0.08 * len(rows)}
+# Own rows: if your replies rightly say more than the messages, such as answers, write wrong = [].
 wrong = [row for row in rows if foreign(row["messages"][:-1], row["messages"][-1]["content"])]
 rows = [row for row in rows if row not in wrong]
 found["wrong reply"] = [row["number"] for row in wrong]
@@ -217,32 +226,36 @@ for row in rows:
 # %%
 planted = {} if MY_FILE else json.loads((desk / "faults.json").read_text(encoding="utf-8"))
 plotting.table(
-    ["fault", "planted", "found", "what becomes of the row"],
+    ["fault", "planted", "found", "the first on lines", "what becomes of the row"],
     [
         [
             fault,
-            len(planted.get(fault, [])),
+            len(planted[fault]) if fault in planted else "unknown",
             len(numbers),
+            ", ".join(map(str, numbers[:3])),
             "masked" if "data" in fault else "left out",
         ]
         for fault, numbers in found.items()
     ],
 )
-print(f"{len(rows)} rows are left.")
+assert rows, "No row is left. Is each line a JSON object with text and reply, or with messages?"
+print(f"{len(rows)} rows of {len({row['case'] for row in rows})} cases are left.")
 if wrong:
     *_, message, reply = wrong[0]["messages"]
     print(f"A wrong reply: {message['content']} → {reply['content']}")
 assert MY_FILE or all(found[fault] == planted[fault] for fault in planted)
 
 # %% [markdown]
-# 770 of 875 lines are used as they are, and 31 more after masking. All planted faults were found, on exactly their lines. In a
-# file of your own nobody tells you how many there are, so read some rows of each kind before you leave them out. Here
-# somebody answered Edgar as Rafael.
+# We use 770 of 875 lines as they are, and 31 more after masking. All planted faults were found, on exactly their lines. The
+# wrong reply that you see above answers Edgar as if he were Rafael.
+#
+# In a file of your own nobody tells you how many faults there are. So read some lines of each kind before you leave them out
+# (line 3 is `lines[2]`). If good replies count as wrong, the rule does not fit your task.
 #
 # ## Split without a leak
 #
-# Some people wrote twice about the same thing. If one of these messages is trained on and the other one is in the test, then the
-# test asks what the model has seen. This is a **leak**.
+# Some people wrote twice about the same thing, so there are fewer cases than rows. If one of these messages is trained on and
+# the other one is in the test, then the test asks what the model has seen. This is a **leak**.
 #
 # **Predict:** you draw one row in six at random for the test. What share of these rows has a case that is also in the
 # training rows?
@@ -282,35 +295,42 @@ assert len({case for case, mark in zip(_cases, _marks) if mark}) == 2
 assert len({(case, bool(mark)) for case, mark in zip(_cases, _marks)}) == 5
 ### END HIDDEN TESTS
 
-# %%
-by_row = lesson13.held_out(
-    list(range(len(rows))), 1 / 6, 0
-)  # as if each row were a case of its own
-trained_cases = {row["case"] for row, out in zip(rows, by_row) if not out}
-drawn = [row for row, out in zip(rows, by_row) if out]
-leaked = sum(row["case"] in trained_cases for row in drawn) / len(drawn)
-print(f"drawn by row, {leaked:.0%} of the test rows have a case that is trained on")
 
-marks = lesson13.held_out([row["case"] for row in rows], 1 / 6, 0)
-test_rows = [row for row, out in zip(rows, marks) if out]
-rest = [row for row, out in zip(rows, marks) if not out]
-marks = lesson13.held_out([row["case"] for row in rest], 1 / 12, 1)
-train_rows = [row for row, out in zip(rest, marks) if not out]
-validation_rows = [row for row, out in zip(rest, marks) if out]
+# %%
+def divide(some, cases, share, seed):
+    """(rows that stay, rows that are held out)."""
+    marks = lesson13.held_out(cases, share, seed)
+    stay = [row for row, out in zip(some, marks) if not out]
+    return stay, [row for row, out in zip(some, marks) if out]
+
+
+def leak(trained, held):
+    """The share of the held-out rows with a case that is also among the trained rows."""
+    cases = {row["case"] for row in trained}
+    return sum(row["case"] in cases for row in held) / len(held)
+
+
+SHARE = 1 / 6  # Own rows: 1 / 3 if there are fewer than 200, so that the test is not too small
+leaked = leak(*divide(rows, list(range(len(rows))), SHARE, 0))  # as if each row were a case
+rest, test_rows = divide(rows, [row["case"] for row in rows], SHARE, 0)
+train_rows, validation_rows = divide(rest, [row["case"] for row in rest], SHARE / 2, 1)
+print(f"share of test rows with a case that is trained on: drawn by row {leaked:.0%},", end=" ")
+print(f"drawn by case {leak(rest, test_rows):.0%}")
 lengths = sorted(length(row["messages"]) for row in train_rows)
 print(f"{len(train_rows)} rows to train on, {len(validation_rows)} to validate,", end=" ")
 print(f"{len(test_rows)} to test")
 print(f"tokens of a row: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
 
 # %% [markdown]
-# A split by row leaks 24% of its test rows, and one by case none.
+# If you draw by row, 24% of the test rows have a case that is also trained on, because 801 rows belong to only 711 cases. If you
+# draw by case, no row has.
 #
 # ## See what the model will read
 #
 # A **chat template** turns messages into the tokens that a model reads. Each family of models has its own, and a server
-# must use the one of the training. So print it once, with the tokens that carry loss. With `assistant_only_loss` *every*
-# reply of the desk counts, also a question in the middle. That needs a template with [generation
-# markers](../docs/glossary.md#generation-markers).
+# must use the one that was used in training. So print one conversation as the model reads it, and mark the tokens that carry
+# loss. With `assistant_only_loss`, *every* reply of the desk carries loss, even one in the middle of a conversation. For that
+# the template needs [generation markers](../docs/glossary.md#generation-markers).
 
 # %%
 # None where the template has the markers already; TRL knows those of the common families.
@@ -333,21 +353,20 @@ print(report)
 assert report.ok
 
 # %% [markdown]
-# What stands in brackets carries loss: both replies, and the token `<|end|>` that ends each. On other models, look for
+# The text in brackets carries loss: both replies, and the token `<|end|>` that ends each of them. On other models, look for
 # this:
 #
-# | Family | Look for |
-# |---|---|
-# | Llama 3 | the template writes `<\|begin_of_text\|>`, and so does the tokenizer, if you tokenise the text once more |
-# | Qwen 2.5, Qwen 3 | a reply ends with `<\|im_end\|>`, a text with `<\|endoftext\|>`; Qwen 3 writes a block of thoughts unless you give `enable_thinking=False` |
-# | Gemma 2 | there is no system role: set `SYSTEM = ""` |
-# | Mistral | no word for the roles; the end is `</s>` |
+# - **Llama 3:** the template writes `<|begin_of_text|>`. If you tokenise the text once more, the tokenizer adds a second one.
+# - **Qwen 2.5 and Qwen 3:** a reply ends with `<|im_end|>`, but a plain text with `<|endoftext|>`. Qwen 3 writes a block of
+#   thoughts unless you give `enable_thinking=False`.
+# - **Gemma 2:** there is no system role, so set `SYSTEM = ""`.
+# - **Mistral:** the user's turn stands between `[INST]` and `[/INST]`, and a reply ends with `</s>`.
 #
 # ## Plan
 #
-# Before you rent a GPU, compute what the run needs, from the configuration alone ([lesson 2](02_lora_from_scratch.ipynb)
-# has the parts). [Recipes](../docs/recipes.md#supervised-fine-tuning) has starting values by size of model, with their
-# sources.
+# Before you rent a GPU, compute how much memory the run needs. The model's configuration is enough for that, and
+# [lesson 2](02_lora_from_scratch.ipynb) explains the parts. [Recipes](../docs/recipes.md#supervised-fine-tuning) has starting
+# values by size of model, with their sources.
 #
 # **Predict:** does LoRA on a model of 8 billion parameters fit into 24 GB, with our rows and 16 of them a step?
 
@@ -401,13 +420,14 @@ print(f"three epochs of {len(train_rows)} rows, 16 a step: {steps} steps")
 # 3. Quantise the base to four bits ([lesson 5](05_qlora.ipynb)).
 # 4. Shorten rows, if what you cut is not the answer.
 #
-# An **epoch** is one pass over all rows. Three epochs would be 114 steps. We take 60, which is enough here.
+# An **epoch** is one pass over all rows. Three epochs would be 114 steps. We take 60, which is enough here. A file of 60 rows has
+# only a few steps an epoch, so it needs more epochs, and the validation loss shows how many.
 #
 # ## Train, and watch
 #
-# A **tracker** keeps the curves of all your runs, so that you can compare them next week. `report_to="tensorboard"` writes
-# them into a folder, on this machine and without an account; `tensorboard --logdir FOLDER` shows them in a browser. Every 15 steps the run
-# is evaluated and saved, and at the end the best checkpoint is loaded.
+# A **tracker** keeps the curves of all your runs, so that you can compare them later. `report_to="tensorboard"` writes
+# them into a folder, on this machine and without an account, and `tensorboard --logdir FOLDER` shows them in a browser. The
+# trainer evaluates and saves the model every 15 steps, and at the end it loads the best checkpoint.
 #
 # **Predict:** three people answered, each in words of their own, and nothing in a message says who will. What will the
 # validation loss look like at the end: close to 0, as for `sailor` in lesson 3, or not?
@@ -426,7 +446,7 @@ runtime.seed_everything(0)
 config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 settings = SFTConfig(
     output_dir=str(tracked),
-    max_steps=60,
+    max_steps=60,  # Own rows: if you change it, change the 30 and 60 in the next cells, too
     per_device_train_batch_size=16,
     learning_rate=1e-2 if paths.is_shipped_base() else 2e-4,
     lr_scheduler_type="linear",
@@ -466,18 +486,23 @@ masks = tokenizer.apply_chat_template(
     return_dict=True,
     return_assistant_tokens_mask=True,
 )["assistant_masks"]
-floor = len(validation_rows) * math.log(3) / sum(map(sum, masks))
-print(f"the choice among three wordings alone costs {floor:.3f} nats per token")
-losses = curves["validation"][1]
-title = "Read back from the tracker's file: the loss levels off above 0"
+WORDINGS = 3  # Own rows: in how many ways the same reply may be worded; 1 if there is one way
+floor = len(validation_rows) * math.log(WORDINGS) / sum(map(sum, masks))
+print(f"the choice among {WORDINGS} wordings alone costs {floor:.3f} nats per token")
+evaluated, losses = curves["validation"]
+if floor:
+    curves["floor"] = (evaluated[0], evaluated[-1]), (floor, floor)
+title = f"The validation loss ends at {losses[-1]:.3f}, and the floor is {floor:.3f}"
 plotting.show(
-    plotting.curves(curves, title, "step", "loss, nats per token"),
-    f"{title}. Validation loss {losses[0]:.3f} at step 15, {losses[-1]:.3f} at step 60.",
+    plotting.curves(curves, title, "step", "loss, nats per token", log_y=True),
+    f"{title}. At step {evaluated[0]} the validation loss was {losses[0]:.3f}.",
 )
 
 # %% [markdown]
-# It can't reach 0. If nothing tells which of three people will answer, even the best guess costs ln 3 ≈ 1.1 nats a reply,
-# which is 0.050 per token here. The run ends at 0.081, so more than half of what is left can't be learned by anyone. If your loss stops above 0, ask what in your rows is a matter of taste before you train longer.
+# The loss can't reach 0. Nothing in a message tells which of the three people will answer, so even the best guess costs
+# ln 3 ≈ 1.1 [nats](../docs/glossary.md#nat) a reply. This is 0.050 nats per token here, the floor in the figure. The run ends at 0.081, so more
+# than half of the loss that remains can't be learned by anyone. If your loss stops above 0, ask what in your rows is a
+# matter of taste before you train longer.
 #
 # Stop when the validation loss has risen or stood still for a few evaluations. If the machine stops a run,
 # `trainer.train(resume_from_checkpoint=True)` goes on from the last checkpoint.
@@ -485,8 +510,11 @@ plotting.show(
 # ## Score replies that have no single right wording
 #
 # **Exact match** counts a reply only if it equals the desk's to the letter, but here three wordings are right. A **rubric** asks
-# what a reply must do, one question at a time. Ours asks whether it has all facts that the desk took from the message,
-# whether it adds none, and whether it tells lost from found.
+# what a reply must do, one question at a time. Ours has three questions. Does the reply have all facts that the desk took from
+# the message? Does it add none? Does it treat the thing as lost or as found, as the desk did? The desk's replies about found
+# things, and no others, say "thank" or "owner".
+#
+# If your replies are labels or fields, use exact match. Our rubric would accept *every* label, because labels are common words.
 #
 # **Predict:** what will exact match say about the trained model, and what will the rubric say?
 
@@ -494,6 +522,7 @@ plotting.show(
 # %%
 def rubric(row, reply):
     """What a reply to a row's messages does right, a dict of bools."""
+    # Own rows: ask what a reply of yours must do, with at least one question that can fail.
     *before, desk_reply = row["messages"]
     said = words(" ".join(message["content"] for message in before))
     facts = (words(desk_reply["content"]) - COMMON) & said
@@ -553,14 +582,14 @@ plotting.table(
 )
 
 # %% [markdown]
-# Exact match gives the trained model 34%, close to the one in three that luck gives, and the rubric gives it 99%. The rubric
-# also says what is wrong at step 30: it asks for a place that was given, or leaves its sentence unfinished. It
-# has blind spots, too, such as grammar, so read samples as well.
+# Exact match gives the trained model 34%, because it has to guess one of three wordings. The rubric gives it 99%. The rubric
+# also helps you to find what is wrong at step 30: the model asks for a place that was given, or leaves its sentence unfinished. A
+# rubric has blind spots, for example grammar, so read samples as well.
 #
 # ## Say how sure you are
 #
 # Show the same 100 messages to two models, and note for each which reply is better: 1 for the new model, −1 for the old
-# one, 0 for a tie. The mean says which model wins, and an **interval** how far another hundred messages could move it.
+# one, 0 for a tie. The mean says which model wins, and an **interval** says how far another hundred messages could move it.
 #
 # ### Exercise: is the new model better? (core, 15 min)
 #
@@ -598,14 +627,15 @@ assert abs(_mean) < 1e-9 and abs(_high - 0.19699) < 1e-4 and abs(_low + _high) <
 #
 # Where no rubric can be computed, people let a large language model judge. Such judges are known for three biases
 # ([Zheng et al. 2023](https://arxiv.org/abs/2306.05685)): they prefer what stands first, what is longer, and what they might
-# have written themselves. No such model fits into this lesson, so short programs stand for it: they judge by our rubric, and
-# three of the four have one of these biases. The tests are those for a real judge.
+# have written themselves. No such model fits into this lesson, so four short programs take its place. They judge by our
+# rubric, and three of them have one of these biases. You can test a real judge in the same way.
 #
 # 1. **Order:** show two different replies in both orders. How often does the verdict stay with the same reply?
 # 2. **Length:** set a reply against itself with a polite sentence added. How often does the longer one win?
 # 3. **Words:** set "Dear Ida, …" against "Hello Ida, …", with equal facts. How often does "Dear" win?
 #
-# **Predict:** which judge has which bias? Only one is fair.
+# **Predict:** the next cell gives judges A, C and D a bias each. Which number in the table will show each of them, and what
+# will the three numbers of the fair judge B be?
 
 
 # %%
@@ -631,7 +661,7 @@ def share(values):
     return f"{sum(values) / len(values):.0%}"
 
 
-POLITE = " We will do our best."
+POLITE = " We will do our best."  # Own rows: change it, and "Dear" and "Hello", to words of yours
 pairs = list(zip(asked, replies["step 30"], replies["step 60"]))
 results = []
 for name, judge in judges.items():
@@ -662,20 +692,24 @@ for what, (new, old) in comparisons.items():
 plotting.table(["compared", "judge", "mean", "95% interval"], rows_shown)
 
 # %% [markdown]
-# A prefers longer replies, D prefers "Dear", and C what stands first: with another order it changes its mind in 59 of 100
-# pairs. B is fair. In the second table C, with the new model always first, finds the model better *than itself*, with an
-# interval that leaves no doubt. **An interval measures chance. It knows nothing of a bias.**
+# A prefers longer replies, D prefers "Dear", and C prefers what stands first: if you swap the two replies, it changes its mind
+# in 59 of 100 pairs. B is fair: its verdict always stays, and neither the longer reply nor "Dear" ever wins. In the second table
+# judge C sees the new model first and finds it better *than itself*, with an interval that leaves no doubt. **An interval measures
+# chance. It knows nothing of a bias.**
 #
 # Ask in both orders, and count a win only if both verdicts agree: this cures the first bias. For length and words
 # there is no such cure, so test for them before you choose a judge.
 #
+# If all verdicts are equal, the interval has no width, even for nine messages. Then use the rule of three: if none of
+# *n* messages failed, up to 3/*n* of all messages may still fail.
+#
 # ## Keep a list of what must not break
 #
-# A **regression set** is a short list of messages with what their replies must and must not hold. You run it before each
-# release, and add each complaint that you get.
+# A **regression set** is a short list of messages, each with words that its reply must hold and words that it must not. Run
+# it before each release, and add a message for each complaint that you get.
 
 # %%
-MUST = [  # message, words that the reply must hold, words that it must not
+MUST = [  # Own rows: your messages, words that the reply must hold, words that it must not
     ("I lost my keys. Peter", ["Peter", "where"], []),
     ("I found a phone on the bus this morning. Sofia", ["Sofia", "phone", "bus"], ["lost"]),
     ("My ring is gone! I had it in the bakery. Call [phone]. Olga", ["Olga", "ring"], ["[phone]"]),
@@ -708,13 +742,13 @@ plotting.table(["message", "reply", "wrong"], regressions(reply_here))
 
 # %% [markdown]
 # Two of five are wrong, though 99 of 100 test messages got a usable reply. The model takes "Call" for Olga's name, and the ë of
-# "Zoë" comes back as half a letter. The test could not show the second, because it is drawn from the same file, whose names
-# have no accents. The cure is rows of that kind. What is not cured goes on the model card.
+# "Zoë" comes back as half a letter. The test could not show the second fault, because it is drawn from the same file, whose names
+# have no accents. Rows of that kind in training would be the cure. Write on the model card what you don't cure.
 #
 # ## Ship the adapter
 #
 # The folder needs a **model card**: what the adapter is for, what it was trained on, how good it is, what it can't do, and
-# its licence. `README.md` is the card, and the lines on top are for the hub to read.
+# its licence. The card is the file `README.md`. The hub reads the lines at its top.
 
 # %%
 adapter_folder = runs / "adapter"
@@ -726,6 +760,7 @@ card_data = ModelCardData(
     license="apache-2.0",
     tags=["lora", "sft"],
 )
+# Own rows: the title and the last line of the card.
 CARD = f"""---
 {card_data.to_yaml()}
 ---
@@ -745,8 +780,8 @@ assert report.ok
 # %% [markdown]
 # `tuned.push_to_hub("you/lost-property", private=True)` uploads the same files, if you are logged in.
 #
-# Next week there are new rows, and you want to go on from this adapter. What does `PeftModel.from_pretrained` give you
-# for training?
+# Suppose that there are new rows next week, and you want to train this adapter further. Is it trainable after
+# `PeftModel.from_pretrained`?
 
 # %%
 for given in ({}, {"is_trainable": True}):
@@ -756,11 +791,12 @@ for given in ({}, {"is_trainable": True}):
     print(given, "→", ", ".join(report.codes) or "ready to train")
 
 # %% [markdown]
-# By default an adapter is loaded to be used, so it is frozen. Say `is_trainable=True` to go on.
+# By default an adapter is loaded for inference, so it is frozen. Give `is_trainable=True` to train it further.
 #
 # ## Ship one model
 #
-# Most servers take a plain model. Merge, save with the tokenizer, and prove it, as in [lesson 7](07_merging.ipynb).
+# Most servers take a plain model. So merge the adapter, save the model with its tokenizer, and check the folder, as in
+# [lesson 7](07_merging.ipynb).
 
 # %%
 merged_folder = runs / "merged"
@@ -778,11 +814,15 @@ print(report)
 assert report.ok
 
 # %% [markdown]
+# The score in the last line is low because it counts exact matches. What matters here is that the merged model gives the
+# same answers.
+#
 # ## Serve it, and ask
 #
-# `transformers serve` is a server that speaks the OpenAI API, so any client library can talk to it; vLLM, Ollama
-# and llama.cpp's server speak it, too. `serving` starts it on a free port of this machine, and ends it with the
-# block. The client names the folder as `model`. Greedy decoding (`temperature=0`) makes replies comparable.
+# `transformers serve` is a server that speaks the OpenAI API, so any client library can talk to it. vLLM, Ollama
+# and llama.cpp's server speak the same API. `serving` starts the server on a free port of this machine, and stops it at the
+# end of the block, even after an error. The client gives the path of the folder as `model`. With greedy decoding
+# (`temperature=0`) you can compare replies.
 #
 # **Predict:** the same 50 prompts go to the model in this notebook and to the server. How many replies will be equal to the
 # letter?
@@ -821,18 +861,20 @@ same_list = on_server == regressions(reply_here)
 print(f"the regression set, asked over HTTP: {'the same' if same_list else 'other'} replies")
 
 # %% [markdown]
-# All 50, and each prompt has the length that our template gives it. If a server counts other `prompt_tokens` than
-# you do, it does not read what the model was trained on.
+# All 50 replies are equal, and each prompt has the length that our template gives it. If a server counts other
+# `prompt_tokens` than you do, then the model does not read there what it was trained on.
 #
 # vLLM serves adapters without a merge (`--enable-lora --lora-modules desk=FOLDER`). It refuses ranks above
-# `--max-lora-rank`, adapters with `modules_to_save`, and DoRA ([Recipes](../docs/recipes.md#a-server-for-many-adapters)). For these, merge.
+# `--max-lora-rank`, adapters with `modules_to_save`, and DoRA ([Recipes](../docs/recipes.md#a-server-for-many-adapters)), so
+# merge these.
 #
 # ## Ship one file
 #
-# Programs such as llama.cpp, Ollama and LM Studio read **GGUF**, one file with weights, tokenizer and template. For real models
-# `convert_hf_to_gguf.py` of llama.cpp writes it. Our `write_gguf` does the same for plain Llamas, with the `gguf`
-# package. The one surprise in it: llama.cpp rotates other pairs of numbers in the queries and keys, so their rows change places in
-# the file. `permute=False` forgets that.
+# Programs such as llama.cpp, Ollama and LM Studio read **GGUF**, one file with weights, tokenizer and template. For real models,
+# the script `convert_hf_to_gguf.py` of llama.cpp writes this file. Our `write_gguf` does the same for plain Llamas, with the
+# `gguf` package. There is one pitfall. A Llama encodes positions by rotating pairs of numbers in the queries and keys, and llama.cpp
+# pairs other numbers than transformers does. So the rows of these weights have to change places in the file. With
+# `permute=False` they stay where they were.
 #
 # llama.cpp itself is optional: `pip install llama-cpp-python` builds it, which takes a compiler and some minutes.
 #
@@ -862,8 +904,8 @@ for permute in (True, False) if paths.is_shipped_base() else ():
         back = AutoModelForCausalLM.from_pretrained(runs, gguf_file=file.name, dtype=torch.float32)
     back_tokenizer = AutoTokenizer.from_pretrained(runs, gguf_file=file.name)
     by_transformers = equal(generate(back.eval(), back_tokenizer, fifty, max_new_tokens=48))
-    by_llama = f"{equal(by_llama_cpp(file))} of 50" if has_llama_cpp else "not installed"
-    results.append([f"`permute={permute}`", f"{by_transformers} of 50", by_llama])
+    by_llama = f"{equal(by_llama_cpp(file))} of {len(fifty)}" if has_llama_cpp else "not installed"
+    results.append([f"`permute={permute}`", f"{by_transformers} of {len(fifty)}", by_llama])
 plotting.table(["GGUF file", "equal replies, read by transformers", "by llama.cpp"], results)
 
 # %% tags=["claim"]
@@ -882,20 +924,21 @@ right_in_4_bits = of_seeds.spread(right_by_engine["4 bits"], ".0f")
 right_in_pytorch = of_seeds.spread(in_pytorch, ".0f")
 
 # %% [markdown]
-# With the permutation all replies are equal, and without it none, so ask a file some rows before you hand it on. With another model,
-# the base with `reading` merged, we asked three sets of 50 questions. The server, the GGUF file and llama.cpp gave all 50 of 50 replies as PyTorch
-# does, and llama.cpp with the file that was not permuted {{equal_by_engine["llama.cpp, not permuted"][0]:.0f}} of 50, hardly one. 4 bits left {{in_4_bits}} equal
-# and {{right_in_4_bits}} right, where {{right_in_pytorch}} were.
+# With the permutation all replies are equal, and without it none. So ask a GGUF file some prompts before you hand it on.
+#
+# We measured the same with the base merged with the `reading` adapter, on three sets of 50 questions. The server, transformers
+# with the GGUF file, and llama.cpp gave the same replies as PyTorch, all 50 of 50 in each set. When llama.cpp read the file
+# without the permutation, hardly one reply was equal: {{equal_by_engine["llama.cpp, not permuted"][0]:.0f}} of 50 in the first set. After rounding to 4 bits, {{in_4_bits}} of 50 replies were equal and {{right_in_4_bits}} were right. PyTorch had {{right_in_pytorch}} right.
 #
 # ## Break it: four servers that are up
 #
-# "It was good in the notebook, and on the server it is bad." Here are four causes to look for first. Each is
-# made on purpose in a folder of its own. All four load, and the server's health check says `ok`.
+# "It was good in the notebook, and on the server it is bad." Here are four causes to look for first. We make each of them
+# on purpose, in folders of their own, and all of them load without an error.
 #
-# - **Another template:** the folder has ChatML's, which many models use and ours was not trained with.
-# - **BOS twice:** the client writes the template itself and sends the text. The tokenizer adds a begin token, and the text has one
-#   already.
-# - **Stop token:** `generation_config.json` names another token as the end than the template writes.
+# - **Another template:** the folder has the template ChatML. Many models use it, but ours was not trained with it.
+# - **BOS twice:** the client applies the template itself and sends the text. The text begins with BOS, the token at the
+#   beginning of each text, and the server's tokenizer adds another one.
+# - **Stop token:** the end token in `generation_config.json` is not the one that the template writes.
 # - **Dtype:** the weights were rounded, once to bfloat16, and once to 4 bits as in a GGUF file of type Q4_0.
 #
 # **Predict:** which of the four does the most damage, and which the least?
@@ -964,12 +1007,13 @@ plotting.table(
 )
 
 # %% [markdown]
-# Another template does the most damage: not one reply is usable. Its signs are no tokens of ours but text, so each prompt is 28 to
-# 52 tokens longer. With the wrong stop token the replies begin as ours do and then go on to the limit, and 20 of 50 are
-# still usable. BOS twice costs one reply in 50 here, so nobody would notice it from the replies, but each prompt has one token more.
-# Rounding to bfloat16 changes nothing here. Rounding to 4 bits changes 5 replies, and 47 of 50 are usable.
+# Another template does the most damage: not one reply is usable. Our model has no tokens for ChatML's markers and reads them
+# as text, so each prompt is 28 to 52 tokens longer. With the wrong stop token the replies begin as ours do and then go on to the
+# limit, and 20 of 50 are still usable. BOS twice changes one reply in 50 here, so you would hardly notice it in the replies, but
+# each prompt is one token longer. Rounding to bfloat16 does the least, because it changes no reply here. Rounding to 4 bits changes 5
+# replies, and 47 of 50 are usable.
 #
-# You don't need to read replies to tell these apart.
+# You don't need to read the replies to tell these causes apart.
 #
 # ### Exercise: what is wrong with this server? (stretch, 10 min)
 #
@@ -1022,16 +1066,17 @@ for name, got in heard.items():
 plotting.table(["broken", "what the server's answers say", "what the folder's check says"], results)
 
 # %% [markdown]
-# The three numbers are enough. The check of the folder finds the template and the rounded weights before anybody
-# serves them. The other two it calls `ok`: one is the client's doing, and the other one is a matter of what the model
-# was taught. **Ask the server what you asked the notebook, and compare lengths, ends and replies.**
+# Lengths, ends and replies are enough to name the cause. bfloat16 counts as fine, because no reply has changed. The check of
+# the folder finds the other template and the weights in 4 bits before anybody serves them. It can't find the other two.
+# BOS twice is a fault of the client, and for the stop token the check would need to know how the training rows ended. **Ask
+# the server what you asked the notebook, and compare lengths, ends and replies.**
 #
 # ## Recap
 #
-# You get from a messy file to a served model in stations, and each has a number that tells whether it went well: faults found, cases on
-# one side of the split only, a loss beside what can't be learned, a rubric beside exact match, an interval beside a mean, a list of what
-# must not break, and prompts as long on the server as in training. Most of what went wrong here raised no error. So the
-# last test is: ask the model over HTTP, as its users will, and compare with the replies that you had.
+# You get from a messy file to a served model in stations, and each station has a number that tells you whether it went
+# well: the faults found, the test rows that leak, the loss beside its floor, a rubric beside exact match, an interval beside a
+# mean, the list of what must not break, and the length of the prompts on the server. Most of what went wrong here raised no
+# error. So the last test is to ask the model over HTTP, as its users will, and to compare with the replies that you had.
 
 # %%
 plotting.table(
@@ -1041,8 +1086,10 @@ plotting.table(
         ["test rows that a split by row leaks", f"{leaked:.0%}"],
         ["exact match, rubric", f"{table_of['step 60'][0]}, {table_of['step 60'][-1]}"],
         ["regression set, right", f"{sum(not wrong for *_, wrong in on_server)} of {len(MUST)}"],
-        ["equal replies: served", f"{equal(reply for reply, _, _ in served)} of 50"],
-        *([name, f"{equal(reply for reply, _, _ in got)} of 50"] for name, got in heard.items()),
+        *(
+            [name, f"{equal(reply for reply, _, _ in got)} of {len(fifty)}"]
+            for name, got in {"equal replies: served": served, **heard}.items()
+        ),
     ],
 )
 progress("13")
@@ -1050,9 +1097,13 @@ progress("13")
 # %% [markdown]
 # ## Take it to work
 #
-# Run this lesson on a file of your own (`MY_FILE`, `SYSTEM` and `MUST`), first on the course's model to see that every
-# station works, then with `COURSE_BASE_MODEL` set to a real one and its rate from [Recipes](../docs/recipes.md). The next cell asks a
-# server that is running already whether it reads what you trained on.
+# Run this lesson on a file of your own, and change what the comments with "Own rows" name. Begin with the course's model to
+# see that every station works. Then set `COURSE_BASE_MODEL` to a real one, and take its learning rate from
+# [Recipes](../docs/recipes.md).
+#
+# The next cell asks a server that is already running whether the model reads there what it was trained on. To start one, run
+# `transformers serve --device cpu` in a terminal in the course's environment. `my_model` and `my_folder` are then both the full path
+# of your merged folder.
 
 # %%
 my_address, my_model, my_folder = None, None, None  # such as "http://127.0.0.1:8000/v1"

@@ -5,6 +5,7 @@ import random
 import re
 import runpy
 import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch
 from course_utils import paths
 from course_utils.exercises import lesson13
 from course_utils.judging import biased_judge
+from tools import build, editions
+
+LESSON = editions.parse((build.ROOT / "lessons" / "13_at_work.py").read_text(encoding="utf-8"))
 
 
 def right_messages(row, system):
@@ -265,6 +269,77 @@ def test_a_reference_is_no_answer():
         ("13.served", lesson13.cause_of),
     ):
         assert "the check's own solution" in CHECKS[name].outcome(reference).hint
+
+
+def test_the_rows_of_a_stranger_are_read():
+    """What files of one's own hold and the desk's file doesn't: a reply that is null, and cases with and without a number."""
+    assert lesson13.chat_messages({"text": "Hi", "reply": None})[-1]["content"] == ""
+    cases = [7, "line 2", 7, "A3", "line 2", 1]
+    marks = lesson13.held_out(cases, 0.5, 0)
+    assert sum({case: mark for case, mark in zip(cases, marks)}.values()) == 2
+    assert marks[0] == marks[2] and marks[1] == marks[4]
+
+
+NAMES = [first + second for first in "BDFGL" for second in ("a", "e", "i", "o", "u")]
+GOOD = [{"case": n, "text": f"My lid is loose. {name}", "reply": f"{name}: lid."} for n, name in enumerate(NAMES)]
+STRANGE = [
+    ({"text": "Hi", "reply": None}, "empty reply"),
+    ([1, 2], "broken JSON"),
+    ({"from": "user", "value": "Hi"}, "broken JSON"),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Anybody?"}]}, "empty reply"),
+    ({"text": "MY LID IS LOOSE. ba", "reply": "Ba: lid."}, "repeated"),
+    ({"text": "My lid is loose. Zo", "reply": "Ma: lid."}, "wrong reply"),
+]  # fmt: skip
+
+
+def cleaned(rows):
+    """The lesson's own cells, from the tokenizer to the table of faults, on a file with these rows."""
+    from transformers import AutoTokenizer
+
+    from course_utils import plotting
+
+    space = dict(
+        json=json, re=re, paths=paths, lesson13=lesson13, Counter=Counter, AutoTokenizer=AutoTokenizer, plotting=plotting,
+        lines=[json.dumps(row) for row in rows], SYSTEM="Be brief.", MY_FILE="mine.jsonl",
+    )  # fmt: skip
+    cells = [cell.source for cell in LESSON.cells if cell.cell_type == "code"]
+    starts = [
+        next(n for n, cell in enumerate(cells) if cell.startswith(first)) for first in ("tokenizer =", "planted =")
+    ]
+    for cell in cells[starts[0] : starts[1] + 1]:
+        exec(cell, space)
+    return space
+
+
+@pytest.mark.parametrize("row, fault", STRANGE)
+def test_the_lesson_cleans_a_file_of_ones_own(row, fault, capsys):
+    space = cleaned([*GOOD, row])
+    assert space["found"] == {each: [26] if each == fault else [] for each in space["found"]}
+    assert len(space["rows"]) == 25 and "25 rows of 25 cases are left" in capsys.readouterr().out
+
+
+def test_a_file_without_a_row_that_can_be_read_says_so():
+    with pytest.raises(AssertionError, match="No row is left"):
+        cleaned(["text,reply", "Hi,Hello"])
+
+
+def test_what_fits_only_the_desk_is_marked():
+    """The page and the lesson send readers to comments, so they are there: a cell that names the desk's things has one."""
+    cells = [cell.source for cell in LESSON.cells if cell.cell_type == "code"]
+    for held in (
+        "MY_FILE =",
+        "MAX_LENGTH =",
+        "wrong =",
+        "SHARE =",
+        "max_steps=",
+        "WORDINGS =",
+        "def rubric",
+        "POLITE =",
+        "MUST =",
+        "CARD =",
+    ):
+        (cell,) = (cell for cell in cells if re.search(rf"^ *{held}", cell, re.MULTILINE))
+        assert "# Own rows: " in cell, held
 
 
 def test_each_cause_is_asked_for():

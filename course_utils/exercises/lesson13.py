@@ -20,7 +20,7 @@ from course_utils.exercises import (
 def chat_messages(row, system=""):
     """The chat messages of a row: one system message in front unless `system` is empty, then the others, without space around them.
 
-    A row has "messages", or "text" and "reply".
+    A row has "messages", or "text" and "reply". A content that is null in the file is an empty one.
     """
     turns = row.get("messages") or [
         {"role": "user", "content": row["text"]},
@@ -28,7 +28,7 @@ def chat_messages(row, system=""):
     ]
     front = [{"role": "system", "content": system}] if system else []
     return front + [
-        {"role": turn["role"], "content": turn["content"].strip()} for turn in turns if turn["role"] != "system"
+        {"role": turn["role"], "content": (turn["content"] or "").strip()} for turn in turns if turn["role"] != "system"
     ]
 
 
@@ -116,8 +116,11 @@ def mask(function):
 
 @reference
 def held_out(cases, share, seed):
-    """One bool for each row: is it held out? Whole cases are, round(share · cases) of them, drawn with `seed`."""
-    different = sorted(set(cases))
+    """One bool for each row: is it held out? Whole cases are, round(share · cases) of them, drawn with `seed`.
+
+    Numbers and names may stand among the cases of one file.
+    """
+    different = sorted(set(cases), key=lambda case: (isinstance(case, str), case))
     drawn = set(random.Random(seed).sample(different, round(share * len(different))))
     return [case in drawn for case in cases]
 
