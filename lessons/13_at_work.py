@@ -186,7 +186,7 @@ def length(messages):
     return len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
 
 
-rows, found = [], {"broken JSON": [], "empty reply": [], "too long": [], "repeated": []}
+readable, found = [], {"broken JSON": [], "empty reply": [], "too long": [], "repeated": []}
 seen = set()
 for number, line in enumerate(lines, 1):
     try:
@@ -205,22 +205,24 @@ for number, line in enumerate(lines, 1):
     else:
         seen.add(key)
         case = row.get("case", f"line {number}")
-        rows.append({"number": number, "case": case, "messages": messages})
+        readable.append({"number": number, "case": case, "messages": messages})
 
 # %%
-counts = Counter(word for row in rows for word in words(row["messages"][-1]["content"]))
-COMMON = {word for word, count in counts.items() if count >= 0.08 * len(rows)}
+counts = Counter(word for row in readable for word in words(row["messages"][-1]["content"]))
+COMMON = {word for word, count in counts.items() if count >= 0.08 * len(readable)}
 # Own rows: if your replies rightly say more than the messages, such as answers, write wrong = [].
-wrong = [row for row in rows if foreign(row["messages"][:-1], row["messages"][-1]["content"])]
-rows = [row for row in rows if row not in wrong]
+wrong = [row for row in readable if foreign(row["messages"][:-1], row["messages"][-1]["content"])]
 found["wrong reply"] = [row["number"] for row in wrong]
-found["personal data"] = []
-for row in rows:
-    for message in row["messages"]:
-        text = lesson13.masked(message["content"])
-        if text != message["content"]:
-            found["personal data"].append(row["number"])
-        message["content"] = text
+rows, found["personal data"] = [], []
+for row in readable:
+    if row in wrong:
+        continue
+    messages = [
+        {**message, "content": lesson13.masked(message["content"])} for message in row["messages"]
+    ]
+    if messages != row["messages"]:
+        found["personal data"].append(row["number"])
+    rows.append({**row, "messages": messages})
 
 
 # %%

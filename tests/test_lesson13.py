@@ -308,6 +308,7 @@ def cleaned(rows):
     ]
     for cell in cells[starts[0] : starts[1] + 1]:
         exec(cell, space)
+        exec(cell, space)  # as a learner does who has changed something in it
     return space
 
 
