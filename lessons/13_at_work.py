@@ -245,7 +245,8 @@ print(f"{len(rows)} rows of {len({row['case'] for row in rows})} cases are left.
 if wrong:
     *_, message, reply = wrong[0]["messages"]
     print(f"A wrong reply: {message['content']} → {reply['content']}")
-assert MY_FILE or all(found[fault] == planted[fault] for fault in planted)
+if not MY_FILE and paths.is_shipped_base():  # another tokenizer finds other rows too long
+    assert all(found[fault] == planted[fault] for fault in planted)
 
 # %% [markdown]
 # We use 770 of 875 lines as they are, and 31 more after masking. All planted faults were found, on exactly their lines. The
