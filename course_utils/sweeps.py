@@ -134,9 +134,11 @@ def curves(lines, title: str, xlabel: str, ylabel: str, log: int | None = None, 
         axes.fill_between(list(points), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     if log:
         axes.set_xscale("log", base=log)
-        if log == 2:  # ranks read better as themselves than as powers
-            ticks = sorted({x for points in lines.values() for x in points})
+        ticks = sorted({x for points in lines.values() for x in points})
+        # Ranks and counts read better as themselves than as powers.
+        if log == 2 or all(isinstance(x, int) for x in ticks):
             axes.set_xticks(ticks, ticks)
+            axes.set_xticks([], minor=True)
     told = "; ".join(
         f"{label}: " + ", ".join(f"{mean:.2g} at {x:g}" for x, (mean, _, _) in points.items())
         for label, points in lines.items()

@@ -58,6 +58,10 @@ def test_curves_draw_the_mean_in_a_band_from_lowest_to_highest():
     crossed, text = sweeps.curves(lines, "Rank helps", "rank", "score", crosses={1: 0.4, 8: 0.9})
     assert list(crossed.axes[0].lines[-1].get_ydata()) == [0.4, 0.9]
     assert text.endswith("0.3 at 8. Crosses, one more run: 0.4 at 1, 0.9 at 8.")
+    counted, _ = sweeps.curves({"a": {10: (0, 0, 0), 300: (1, 1, 1)}}, "More room", "adapters", "share", log=10)
+    assert [tick.get_text() for tick in counted.axes[0].get_xticklabels()] == ["10", "300"]
+    rates, _ = sweeps.curves({"a": {1e-4: (0, 0, 0), 1e-2: (1, 1, 1)}}, "A rate", "rate", "score", log=10)
+    assert "0.0001" not in [tick.get_text() for tick in rates.axes[0].get_xticklabels()]
     plt.close("all")
 
 
