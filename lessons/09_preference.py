@@ -106,6 +106,9 @@ plotting.table(
 evaluation.band("honest at the start", at_start["untold_honest"], 0.1, 0.4, quiet=True)
 
 # %% [markdown]
+# When the passage contains the answer, nearly all replies are right. When it doesn't, most are guesses, and this is what
+# you will change.
+#
 # ## From examples to preferences
 #
 # ![SFT gives a start. From there RLHF trains a reward model on pairs, and then the model by reinforcement learning; DPO trains the model on the same pairs in one step](../images/preference.png)
@@ -205,9 +208,11 @@ assert dpo_loss(_same + 5, _same, _same, _same, 1.0) < 0.01
 #
 # ## The reference is free
 #
-# A full fine-tuning needs a second model as its reference. With LoRA, TRL has three ways. If you pass a `peft_config`, it
-# switches the adapter off; if your model already has an adapter, it keeps a frozen copy of that, named `ref`; or you pass
-# a second model as `ref_model`.
+# A full fine-tuning needs a second model as its reference. With LoRA, TRL offers three ways to get one:
+#
+# - If you pass a `peft_config`, TRL switches the new adapter off whenever it needs the reference.
+# - If your model already has an adapter, TRL keeps a frozen copy of it, named `ref`.
+# - You can also pass a second model as `ref_model`.
 #
 # **Predict:** which of the three needs the least memory, and do their first losses agree?
 
@@ -369,7 +374,10 @@ print(f"pairs ranked right in the last steps: {accuracy[-1]:.0%}")
 # reply loses more than the chosen one, so both may become less likely, and nonsense more likely. The SFT term works against
 # this, because it keeps the chosen replies likely ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)).
 #
-# The next table shows runs of a sweep, scored on held-out pairs and questions: means of three seeds, with the lowest and the
+# In the last steps only about seven in ten pairs are ranked right, although you have just seen good replies. Is this
+# accuracy the number to look at, then?
+#
+# The next table shows runs of a [sweep](../docs/glossary.md#sweep), scored on held-out pairs and questions: means of three seeds, with the lowest and the
 # highest. "DPO alone" is our run without the SFT term. **Near** questions ask what the passage doesn't say about a thing that it
 # mentions: "The bench is held by Garda. The feather lies by the dock. Who has the feather?" The
 # [KL divergence](../docs/glossary.md#kl-divergence-in-nats) says how far the policy has moved: the mean difference between
@@ -489,8 +497,8 @@ assert diagnose({**_run, "first_loss": 1.4, "broken": 0.9}) == "wrong reference"
 # %% [markdown]
 # ## Which pairs?
 #
-# The next runs have other pairs, and the last two use SFT instead of DPO: on the chosen replies, or on right replies that the
-# model has drawn itself.
+# The next runs train on other pairs, and the last two use SFT instead of DPO: on the chosen replies, or on right replies that
+# the model has drawn itself.
 #
 # **Predict:** in one run chosen and rejected are swapped in a fifth of the pairs. What share will be honest where not told?
 
@@ -516,8 +524,9 @@ for share in (told, honesty):
     assert abs(share["sft on chosen"][0] - share["lesson"][0]) < 0.02, "within two points"
 
 # %% [markdown]
-# The model is still honest in {{honesty["a fifth swapped"][0]:.0%}} of these cases, although the run ranks only {{ranked["a fifth swapped"][0]:.0%}} of the pairs rightly: here accuracy looks worse than the replies are.
-# If half of the pairs are swapped, right answers drop to {{told["half swapped"][0]:.0%}}; with only 100 pairs, to {{told["100 pairs"][0]:.0%}}.
+# With a fifth of the pairs swapped, the model is still honest in {{honesty["a fifth swapped"][0]:.0%}} of the cases where it isn't told, although the run ranks
+# only {{ranked["a fifth swapped"][0]:.0%}} of the pairs rightly: here accuracy looks worse than the replies are. If half of the pairs are swapped, right answers
+# drop to {{told["half swapped"][0]:.0%}}; with only 100 pairs, to {{told["100 pairs"][0]:.0%}}.
 #
 # Without near questions among the pairs, the model never says "Nobody knows." to such a question. So include the cases you
 # care about.
@@ -759,13 +768,14 @@ print(f"groups without spread in the last ten steps: {without_spread:.0%}")
 # %% [markdown]
 # In the last ten steps nearly half of the groups teach nothing, because their replies are all right or all wrong.
 #
-# RLOO ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)) compares each reply with the mean of the *others*, and
-# doesn't divide. The older PPO trains a second model to predict the reward.
+# Two other methods compute the advantage in other ways. [RLOO](../docs/glossary.md#rloo)
+# ([Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740)) compares each reply with the mean of the *others*, and doesn't
+# divide by the standard deviation. The older [PPO](../docs/glossary.md#ppo) trains a second model to predict the reward.
 #
 # ## Cheat a reward
 #
-# A program rewards exactly what you wrote, even if you meant something else. Suppose somebody wants to be lenient with
-# overlooked answers, and counts "Nobody knows." as right everywhere.
+# A program rewards exactly what you wrote, even if you meant something else. Suppose somebody doesn't want to punish a model
+# for being careful, and counts "Nobody knows." as right everywhere.
 #
 # **Predict:** what will the mean reward be after 20 steps, and what will the model reply?
 
@@ -822,8 +832,9 @@ assert honest_reading["from reading"] == (0, 0, 0), "never learns to say"
 
 # %% [markdown]
 # The two flawed rewards reach {{reward_after["refusal is never wrong"][0]:.2f}}. But with the first, no question is answered any more, and with the other, which rewards
-# long replies, every reply is broken. **A hacked reward looks like success until you read the replies.** From `reading` the
-# model never learns to say "Nobody knows.", because a reply that is never drawn can't get a reward.
+# long replies, every reply is broken. **A [hacked reward](../docs/glossary.md#reward-hacking) looks like success until you
+# read the replies.** If training starts from `reading`, the model never learns to say "Nobody knows.", because a reply that
+# is never drawn can't get a reward.
 #
 # ## A reward model, and the best of n
 #
@@ -878,9 +889,9 @@ assert value_rank[2] < 0.7, "hardly better than a coin"
 
 # %% [markdown]
 # The score rises all the way. Right replies rise from {{best_right[1][0]:.0%}} to {{best_right[most][0]:.0%}} at n = {{most}}, then fall to {{best_right[32][0]:.0%}} at n = 32, although for {{oracle[32][0]:.0%}}
-# of the questions a right reply was drawn. No pair contrasts one name with another. So the reward model ranks {{pair_rank[0]:.0%}} of
-# held-out pairs rightly, but where only a name or place is wrong it is hardly better than a coin ({{value_rank[0]:.0%}}). The more replies
-# you draw, the more often a wrong one scores highest: right where told falls from {{best_told[1][0]:.0%}} to {{best_told[32][0]:.0%}}. This is
+# of the questions a right reply was drawn. The cause lies in the pairs: none of them contrasts one name with another. So the
+# reward model ranks {{pair_rank[0]:.0%}} of held-out pairs rightly, but where only a name or place is wrong, it is hardly better than a coin
+# ({{value_rank[0]:.0%}}). The more replies you draw, the more often a wrong one scores highest: right where told falls from {{best_told[1][0]:.0%}} to {{best_told[32][0]:.0%}}. This is
 # [over-optimisation](../docs/glossary.md#over-optimisation) ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)).
 
 # %% [markdown]

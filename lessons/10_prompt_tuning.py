@@ -249,7 +249,7 @@ ways = {
 plotting.table(["", "right"], [[way, f"{share:.0%}"] for way, share in ways.items()])
 
 # %% [markdown]
-# The base gets none right: it answers in whole sentences. Telling it in words does not help, because it was hardly
+# The base gets none right: it answers in whole sentences. Telling it in words does not help, because the base was hardly
 # trained to follow instructions. Twenty vectors that started from the same words get nearly all right after training.
 # Compare the answers on a passage of your own.
 
@@ -262,8 +262,8 @@ for who, one in (("the base", base_model), ("20 vectors", model)):
 # ## Choose a rate, a number and a start
 #
 # You choose three settings: the learning rate, the number of virtual tokens, and where they start. The rates were tried
-# with one seed on validation rows, the others with three seeds on test rows, and the two kinds of score can't be compared
-# (lesson 3).
+# with one seed on validation rows, the others with three seeds on test rows. The two kinds of score can't be compared,
+# because the validation rows use many more words ([lesson 3](03_lora_finetuning.ipynb)).
 #
 # **Predict:** which matters most: the rate, the number of virtual tokens, or where they start?
 
@@ -334,7 +334,7 @@ assert length["RANDOM"] > 2 * length["SAMPLE_VOCAB"], "draws them larger"
 # ## See where it fails
 #
 # `reading` asks for words from the passage, `mood` for one of two words, `sailor` for the whole sentence in another
-# style, and `extract` for JSON. A sweep trained nine methods on each task, with three seeds, each at the best rate of a
+# style, and `extract` for JSON. A [sweep](../docs/glossary.md#sweep) trained nine methods on each task, with three seeds, each at the best rate of a
 # search of its own (three or four rates, a factor of three apart). The next section says what the others train. For now,
 # compare prompt tuning with two sizes of LoRA: rank 8 on all linear layers, and rank 1 on queries and values, which is
 # only {{counted["lora_1"]:,.0f}} numbers.
@@ -565,12 +565,13 @@ assert call["prefix", 100] < call["prompt", 100], "A prefix costs less"
 # With 200 virtual tokens a call takes {{call["prompt", 200]:.1f}} times as long, because the model computes each of them anew, and the time grows
 # with their number. With 20 it takes {{call["prompt", 20]:.2f}} times as long, but the difference is less than the scatter of the base's own
 # runs, from {{scatter[0]:.2f}} to {{scatter[1]:.2f}}. A prefix costs less, because its keys and values are there already: {{call["prefix", 100]:.1f}} instead of
-# {{call["prompt", 100]:.1f}} for 100 virtual tokens. These are short questions on one processor, so take the order from here, and not the factors.
+# {{call["prompt", 100]:.1f}} for 100 virtual tokens. These are short questions on one processor, so on your machine expect the same order, but other
+# factors.
 
 # %% [markdown]
 # ### Try what works with a soft prompt
 #
-# **Predict:** which of these work: merging a soft prompt, adding a second one, switching to that, adding a LoRA adapter,
+# **Predict:** which of these work: merging a soft prompt, adding a second one, switching to the second, adding a LoRA adapter,
 # and using both soft prompts in one batch?
 
 
@@ -671,8 +672,8 @@ plotting.table(
 )
 
 # %% [markdown]
-# It is the pads: they alone lower the score of single questions, with nothing sampled and nothing cut off. LoRA's score
-# stays the same. The reason is the order of the parts:
+# It is the pads: they alone lower the score of single questions, with dropout off, nothing sampled and nothing cut off.
+# LoRA's score stays the same. The reason is the order of the parts:
 #
 # | | |
 # |---|---|
@@ -735,7 +736,7 @@ assert p_tuned[2] - p_tuned[1] > 0.2, "differ so much"
 
 # %% [markdown]
 # With the cure, a batch is answered like single questions. PEFT's padded batches lose {{lost["reading"]}} points on `reading` and {{lost["mood"]}}
-# on `mood`, and no error says so. With five virtual tokens they lose more: {{five["test"]:.0%}} of `reading` become {{five["test_padded"]:.0%}}.
+# on `mood`, and no error says so. With five virtual tokens they lose more: the score of `reading` falls from {{five["test"]:.0%}} to {{five["test_padded"]:.0%}}.
 # For P-tuning the scores of `reading` say nothing, because its three runs differ so much: from {{p_tuned[1]:.0%}} to {{p_tuned[2]:.0%}}.
 
 # %% [markdown]
@@ -822,7 +823,7 @@ plotting.table(
 # ### Exercise: choose a method (core, 10 min)
 #
 # Name a method for each situation, one of: `a written prompt`, `prompt tuning`, `prefix tuning`, `IA3`, `layer norms`,
-# `VeRA`, `LoRA`. Each has the scores and sizes of this lesson's tables, LoRA of either rank.
+# `VeRA`, `LoRA`. Judge each by its scores and sizes in this lesson's tables. LoRA may have either rank.
 #
 # - **a**: The model has to answer in a style that it has never used, as in `sailor`. You ship a single merged model, to
 #   machines without PEFT.

