@@ -327,7 +327,7 @@ assert day_off[0] < 0.95 and reloaded[2] < trained[1], "falls"
 # whether or not gradients flow. They are [buffers](../docs/glossary.md#buffer), not parameters, so they are neither frozen nor in the
 # adapter's file, and the loaded model uses the old ones. Over three seeds, the share of correct answers in ink falls from
 # {{trained[0]:.0%}} to {{reloaded[0]:.0%}} on loading, and with the adapter off the model in memory names only {{day_off[0]:.0%}} of the drawings by day. (All three
-# runs adapt one classifier, which was trained apart from yours. How much yours loses can be quite different.) In
+# runs start from one classifier, which was trained separately from the one above, so yours may lose more or less.) In
 # memory this run even looks better than ours, because its running means are those of ink drawings, so nobody notices
 # the fault until the adapter is loaded somewhere else.
 #
