@@ -71,10 +71,12 @@ def encode(captions) -> torch.Tensor:
         if unknown := [word for word in words if word not in VOCABULARY]:
             raise InputError(
                 f"The picture model doesn't know {', '.join(map(repr, unknown))} in {text!r}. "
-                f"It knows: {', '.join(VOCABULARY[1:])}."
+                f"Use only words that it knows: {', '.join(VOCABULARY[1:])}."
             )
         if len(words) > WORDS_IN_A_CAPTION:
-            raise InputError(f"{text!r} has {len(words)} words, and a caption has at most {WORDS_IN_A_CAPTION}.")
+            raise InputError(
+                f"{text!r} has {len(words)} words, and a caption has at most {WORDS_IN_A_CAPTION}. Leave some out."
+            )
         rows.append([VOCABULARY.index(word) for word in words] + [0] * (WORDS_IN_A_CAPTION - len(words)))
     return torch.tensor(rows)
 

@@ -509,11 +509,14 @@ def read_folder(folder):
     """(pictures, captions) of the PNG and JPEG files in a folder, in the order of their names.
 
     A file's name is its caption: "red boat by day 2.png" has the caption "red boat by day".
-    Raises InputError if the folder doesn't exist or has no picture, or if one can't be read or isn't 32 × 32 pixels.
+    Raises InputError if the folder doesn't exist or has no picture, or if one can't be read, isn't 32 × 32 pixels or has no
+    word in its name.
     """
     import numpy
     from PIL import Image, UnidentifiedImageError
 
+    if not isinstance(folder, (str, Path)):
+        raise InputError(f"{folder!r} is no folder. Give the path of one folder, for example 'my_pictures'.")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name the folder that your pictures are in.")
@@ -534,8 +537,11 @@ def read_folder(folder):
                 f"{path.name} is {size[0]} × {size[1]} pixels, and the model takes {SIZE} × {SIZE}. "
                 f"Cut it to a square, then `image.resize(({SIZE}, {SIZE}))` with Pillow does it."
             )
+        words = [word for word in path.stem.replace("-", " ").replace("_", " ").split() if not word.isdigit()]
+        if not words:
+            raise InputError(
+                f"{path.name} has no caption in its name. Name it by what it shows, as in 'boat in ink 1.png'."
+            )
         drawn.append(numpy.asarray(picture))
-        captions.append(
-            " ".join(word for word in path.stem.replace("-", " ").replace("_", " ").split() if not word.isdigit())
-        )
+        captions.append(" ".join(words))
     return drawn, captions

@@ -829,11 +829,17 @@ plotting.table(
 )
 progress("12")
 
+# %% tags=["claim"]
+from course_utils.picture_model import WORDS_IN_A_CAPTION as _most
+
+assert _most == 5, "at most five words"
+
 # %% [markdown]
 # ## Take it to work
 #
 # Put a dozen pictures of 32 × 32 pixels into a folder, name each by its caption, for example `boat in ink 1.png`, and
-# enter the folder below. [Recipes](../docs/recipes.md) has starting values for Stable Diffusion and SDXL.
+# enter the folder below. A caption has at most five words, and only words from the model's table. If you use another one, the
+# cell lists those that you can choose from. [Recipes](../docs/recipes.md) has starting values for Stable Diffusion and SDXL.
 
 # %%
 my_folder = None

@@ -87,6 +87,13 @@ def test_a_folder_that_will_not_do_is_told_in_a_sentence(tmp_path):
         pictures.read_folder(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no PNG or JPEG file"):
         pictures.read_folder(tmp_path)
+    for wrong in (3, ["boat.png"]):
+        with pytest.raises(InputError, match="is no folder. Give the path"):
+            pictures.read_folder(wrong)
+    Image.new("RGB", (32, 32)).save(tmp_path / "001.png")
+    with pytest.raises(InputError, match="001.png has no caption in its name.*'boat in ink 1.png'"):
+        pictures.read_folder(tmp_path)
+    (tmp_path / "001.png").unlink()
     Image.new("RGB", (64, 48)).save(tmp_path / "boat.png")
     with pytest.raises(InputError, match="boat.png is 64 × 48 pixels.*32 × 32"):
         pictures.read_folder(tmp_path)
@@ -103,9 +110,9 @@ def test_captions_are_encoded_by_their_words():
     words = [[picture_model.VOCABULARY[one] for one in row] for row in ids]
     assert words == [["red", "boat", "by", "day", ""], ["fish", "in", "ink", "", ""]]
     assert torch.equal(picture_model.encode("red boat by day"), ids[:1])
-    with pytest.raises(InputError, match="doesn't know 'castle', 'huge' in .*It knows: boat"):
+    with pytest.raises(InputError, match="doesn't know 'castle', 'huge' in .*only words that it knows: boat"):
         picture_model.encode(["castle, huge"])
-    with pytest.raises(InputError, match="has 6 words, and a caption has at most 5"):
+    with pytest.raises(InputError, match="has 6 words, and a caption has at most 5. Leave some out"):
         picture_model.encode(["red boat by day by night"])
     for subject, style in EVERY:
         picture_model.encode([picture_model.caption(subject, style, "red")])
