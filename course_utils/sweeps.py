@@ -43,9 +43,12 @@ def steps_to_loss(rows, level: float) -> tuple:
 
 
 def spread(group, form: str = ".0%") -> str:
-    """A mean with its lowest and highest seed, "94% (92% to 95%)"; one number where all three look the same."""
+    """A mean with its lowest and highest seed, "94% (92% to 95%)"; one number where all three look the same.
+
+    The spaces in the brackets don't break, so that a narrow column keeps both numbers on one line.
+    """
     mean, low, high = (format(value, form) for value in group)
-    return mean if mean == low == high else f"{mean} ({low} to {high})"
+    return mean if mean == low == high else f"{mean} ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})"
 
 
 def table(rows, keys, columns) -> None:

@@ -849,8 +849,12 @@ print(f"{len(drawn)} pictures, the first of them {captions[0]!r}")
 if my_folder:
     mine = load_picture_model()
     train_painter(mine, "mine", to_tensor(drawn), captions)
-    made = to_arrays(generate_pictures(mine, sorted(set(captions))))
-    plotting.show(plotting.picture_rows({"made": made}, "My style"), "Pictures in my style.")
+    asked = sorted(set(captions))
+    made = to_arrays(generate_pictures(mine, asked))
+    figure = plotting.picture_rows(
+        {"": made}, "My style", [one.replace(" ", "\n") for one in asked]
+    )
+    plotting.show(figure, f"Pictures in my style: {', '.join(asked)}.")
 
 # %% [markdown]
 # ## Quiz

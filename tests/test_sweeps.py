@@ -36,9 +36,9 @@ def test_the_steps_to_a_loss_are_the_first_and_one_behind_the_last_if_never():
 
 
 def test_a_spread_is_shown_unless_it_is_below_the_digits():
-    assert sweeps.spread((0.5, 0.25, 0.75)) == "50% (25% to 75%)"
+    assert sweeps.spread((0.5, 0.25, 0.75)) == "50% (25%\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}75%)"
     assert sweeps.spread((0.951, 0.9509, 0.9511)) == "95%"
-    assert sweeps.spread((1234.5, 1000, 1500), ",.0f") == "1,234 (1,000 to 1,500)"
+    assert sweeps.spread((1234.5, 1000, 1500), ",.0f") == "1,234 (1,000\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}1,500)"
     assert sweeps.spread((float("inf"),) * 3, ".2f") == "inf"
 
 
@@ -91,7 +91,7 @@ def test_a_table_has_a_line_for_each_setting(capsys):
     sweeps.table(ROWS, ["rank", "alpha"], {"right": ("score", ".0%")})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| rank | alpha | right |" and lines[2:] == [
-        "| 1 | 16 | 50% (25% to 75%) |",
+        "| 1 | 16 | 50% (25%\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}75%) |",
         "| 8 | 16 | 100% |",
     ]
     sweeps.table(
@@ -106,8 +106,8 @@ def test_settings_side_by_side_are_the_columns_in_their_own_units(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "|  | rank eight | rank one |",
         "| --- | --- | --- |",
-        "| right | 100% | 50% (25% to 75%) |",
-        "| right, thousandths | 1,000 | 500 (250 to 750) |",
+        "| right | 100% | 50% (25%\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}75%) |",
+        "| right, thousandths | 1,000 | 500 (250\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}750) |",
     ]
 
 
