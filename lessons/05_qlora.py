@@ -152,10 +152,10 @@ assert lora_8b.optimizer == qlora_8b.optimizer and lora_8b.gradients == qlora_8b
 )
 
 # %% [markdown]
-# Only the weights are: {{qlora_8b.weights / 1e9:.1f}} GB instead of {{lora_8b.weights / 1e9:.1f}}. Embedding and output
-# layer are {{outside:.1f}} GB of them, because bitsandbytes leaves these two in 16 bits. Gradients and optimizer state
-# belong to the adapter, so they were small already. The activations are as large as before, and they grow with the number
-# and the length of the rows.
+# Only the weights are smaller: {{qlora_8b.weights / 1e9:.1f}} GB instead of {{lora_8b.weights / 1e9:.1f}}. The embedding and
+# the output layer make up {{outside:.1f}} GB of them, because bitsandbytes leaves these two in 16 bits. Gradients and
+# optimizer state belong to the adapter, so they were small already. The activations are as large as before, and they grow
+# with the number and the length of the rows.
 
 # %% [markdown]
 # ### Leave room on the card
@@ -794,10 +794,11 @@ of_70b = {
 assert _seconds["nf4"][1] < _seconds["fp32"][2], "within the spread of the seeds"
 assert abs(_peak["nf4"][0] - _peak["fp32"][0]) < _peak["fp32"][2] - _peak["fp32"][1], "disappear"
 assert 1.3e9 < _peak["fp32"][0] < 1.5e9, "fourteen hundred"
+assert 1.9 < _seconds["bf16"][0] / _seconds["fp32"][0] < 2.3, "takes twice as long"
 
 # %% [markdown]
-# On this CPU a step on NF4 takes as long as one on float32, within the spread of the seeds. On a GPU, where multiplying is fast,
-# reading the weights back counts: in LitGPT's runs above, QLoRA took {{slower_7b:.1f}} times as long as LoRA at 7 billion parameters, and
+# On this CPU a step on NF4 takes as long as one on float32, within the spread of the seeds. (A step in bfloat16 takes twice as long,
+# because many CPUs have no fast instructions for such numbers.) On a GPU, where multiplying is fast, reading the weights back counts: in LitGPT's runs above, QLoRA took {{slower_7b:.1f}} times as long as LoRA at 7 billion parameters, and
 # {{slower_13b:.1f}} times at 13 billion. **QLoRA saves memory, and on a GPU you pay for it with time.**
 #
 # The process needs about as much memory as before: the {{large - small:.0f}} MB saved disappear among the fourteen hundred
@@ -842,7 +843,7 @@ assert _seconds["nf4_checkpointing"][1] > _seconds["nf4"][2], "longer with every
 
 # %% [markdown]
 # The activations are many times larger than the model, and checkpointing makes them much smaller. The price is time: in the
-# sweep a step takes {{longer:.0%}} longer in the mean, and longer with every seed. If memory still runs out, use fewer rows a
+# sweep a step takes {{longer:.0%}} longer in the mean, and longer with every seed. So if memory runs out, use fewer rows a
 # step, or checkpointing.
 #
 # An optimizer in 8 bits (last row of the sweep's table) saves only {{eight:.1f}} MB, because the adapter is small.
@@ -977,11 +978,14 @@ rise_original, rise_4_bits, rise_noise = (
 rise_rounded, rise_noise_32 = (_rise["fp32", way][0] for way in ("rounded", "noise"))
 others = [1 - _same["nf4", way][0] for way in ("original", "four_bit")]
 assert rise_original <= rise_noise, "no more harm than noise"
+assert _same["nf4", "original"][0] < _same["nf4", "noise"][0] < _same["nf4", "original"][2], (
+    "changes a few more predictions, within the spread of the seeds"
+)
 assert rise_original > 0 and rise_rounded > 0, "cost something"
 
 # %% [markdown]
 # The original does no more harm than noise: it raises the loss by {{rise_original:.0%}}, and noise by {{rise_noise:.0%}}.
-# For adapters trained on float32, NF4 raises it by {{rise_rounded:.0%}}, and noise by {{rise_noise_32:.0%}}. So we see no
+# (In the questions it changes a few more predictions, within the spread of the seeds.) For adapters trained on float32, NF4 raises it by {{rise_rounded:.0%}}, and noise by {{rise_noise_32:.0%}}. So we see no
 # sign that an adapter makes up for its own rounding errors: it fits the weights that it was trained on, and all others cost
 # something.
 #

@@ -8,8 +8,8 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | merge an adapter and have the merged model answer where PEFT can't be imported; prove the merge; find out what is wrong with folders that others call merged; merge a model that doesn't fit into memory |
-# | **What you'll learn** | what each call changes and what it leaves; why merged models are faster, and sometimes twice as large; which check to run before you ship |
+# | **What you'll do** | merge an adapter; prove the merge; find what is wrong with others' folders; merge beyond your memory |
+# | **What you'll learn** | what each call changes; why merged models are faster, and sometimes twice as large; what to check |
 # | **What you'll need** | [lesson 2](02_lora_from_scratch.ipynb) for *Wx + s·BAx*; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -256,7 +256,7 @@ plotting.table(
 
 # %% [markdown]
 # The merged model takes as long as the base, up to timing noise: each median lies in or near the other's middle half of
-# times. With the adapter beside it the base is clearly slower, because each adapted layer computes two more small products.
+# times. With the adapter beside it the base is slower, because each adapted layer computes two more small products.
 # How much slower depends on the number of tokens and on what else the machine does
 # ([lesson 1](01_load_lora_adapter.ipynb) measures it), so compare percentages only within one table. In a large model these
 # products are a smaller part of the work, which is not measured here.
@@ -669,10 +669,11 @@ print(
 # %% [markdown]
 # ## Where to read on
 #
-# - [Lesson 8](08_combining.ipynb) makes several adapters into one. The [deep dive on rounding](deep_rounding.ipynb) shows
-#   what 16 bits cost, and how far unmerging drifts.
+# - [How exact is exact enough?](deep_rounding.ipynb), a deep dive: what 16 bits cost, and how far unmerging drifts
 # - [LoRA](https://arxiv.org/abs/2106.09685), Hu et al. 2021: section 4.1 on latency once merged
 # - [PEFT's guide to LoRA](https://huggingface.co/docs/peft/main/en/developer_guides/lora), on merging adapters into the
 #   base
 # - [Accelerate: big model inference](https://huggingface.co/docs/accelerate/usage_guides/big_modeling), on device maps
 # - [Symptom, cause, check](../docs/symptoms.md#merge-and-combine), and [Decide](../docs/decide.md)
+#
+# Next: [lesson 8](08_combining.ipynb) makes several adapters into one.

@@ -7,8 +7,8 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | add two skills and listen to the result; stack two adapters into one; find the weights that keep both skills; mend a combination that changes nothing; listen to skills that blend |
-# | **What you'll learn** | which combinations are exact sums; why an exact sum can lose a skill; when to combine, when to switch, and when to train again |
+# | **What you'll do** | add two skills; stack two adapters into one; mend a combination; find weights that keep both skills |
+# | **What you'll learn** | which combinations are exact sums; how a sum can lose a skill; when to combine, switch or train again |
 # | **What you'll need** | [lesson 7](07_merging.ipynb); a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
 
@@ -70,7 +70,7 @@ for active in (["reading"], ["extract"], pair):
 plotting.table(["prompt", *columns], [list(row) for row in zip(prompts, *columns.values())])
 
 # %% [markdown]
-# It does both tasks, but worse. JSON appears where it was asked for, and an answer where a question was asked, but the tickets
+# The model does both tasks, but worse. JSON appears where it was asked for, and an answer where a question was asked, but the tickets
 # are now with Anna, and the last JSON stops in the middle. Before you look for the cause, make sure that the addition itself
 # is right.
 #
@@ -396,7 +396,7 @@ assert (
 
 # %% [markdown]
 # No. At *w* = 0.6 `reading` answers {{at_06["first"]:.0%}} of its questions beside `sailor`, and {{at_06["first_beside_random"]:.0%}} beside a random change of the same size, about
-# as many as alone. A random change does far less harm than `reading` to `extract`, too: at 0.5 it scores {{of_control["second_beside_random"]["reading+extract", 0.5]:.0%}} instead of {{of_control["second"]["reading+extract", 0.5]:.0%}}.
+# as many as alone. A random change does far less harm than `reading` to `extract`, too: at 0.5 `extract` scores {{of_control["second_beside_random"]["reading+extract", 0.5]:.0%}} instead of {{of_control["second"]["reading+extract", 0.5]:.0%}}.
 # So the harm comes from what the other adapter has learned, and not from the size of its change.
 #
 # ## Give partial credit
@@ -587,8 +587,8 @@ assert by_training["reading+sailor"] > max(weaker_of["reading+sailor"].values())
 # %% [markdown]
 # In all three seeds the trained adapter reaches at least {{by_training["reading+sailor"]:.0%}} in both, which is far more than any weights keep, and {{by_training["reading+extract"]:.0%}} with `reading` and
 # `extract`. So one adapter of rank 8 has room for both skills, and adding is the problem. If you have the rows of both tasks,
-# train on both. If you don't, keep two adapters and switch between them. (The training took 120 steps at the rate that lesson 3 found for this small
-# model; real models need far lower ones, 1e-4 to 2e-4.)
+# train on both. If you don't, keep two adapters and switch between them. (The learning rate is the one that lesson 3 found for
+# this small model; real models need far lower ones, 1e-4 to 2e-4.)
 #
 # ## Recap
 #
@@ -665,4 +665,5 @@ else:
 # - [PEFT: model merging](https://huggingface.co/docs/peft/main/en/developer_guides/model_merging), and [PEFT welcomes new
 #   merging methods](https://huggingface.co/blog/peft_merging), Hugging Face 2024
 # - [Symptom, cause, check](../docs/symptoms.md#merge-and-combine), and [Decide](../docs/decide.md)
-# - [Lesson 9](09_preference.ipynb) trains on preferences. [Lesson 7](07_merging.ipynb) merges and ships one model.
+#
+# Next: [lesson 9](09_preference.ipynb) trains on preferences.

@@ -7,7 +7,7 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | make the fault by hand, on any processor; see what it does to training and to a saved model; prove that the remedy works |
+# | **What you'll do** | make the fault by hand; see what it does to training and to a saved model; prove the remedy |
 # | **What you'll learn** | why an evaluation can change what is learned later; what to compare when weights may be damaged |
 # | **What you'll need** | [lesson 5](05_qlora.ipynb) to *Train on four bits*; a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
@@ -331,7 +331,8 @@ print(reports["NF4"])
 # %% [markdown]
 # ## Meet a size that the fast product refuses
 #
-# The fast product takes inputs in multiples of 64 and outputs in multiples of 32. The next model has layers of 96 × 96.
+# The fast product has another limit: it only takes layers whose inputs are a multiple of 64 and whose outputs are a multiple of
+# 32. The next model has layers of 96 × 96, which don't fit.
 
 # %%
 odd_config = AutoConfig.for_model(

@@ -7,7 +7,7 @@
 #
 # | | |
 # |---|---|
-# | **What you'll do** | derive a tolerance and try it against a small mistake; merge in 32 and in 16 bits and compare; find out which changes get lost; merge and unmerge a hundred times |
+# | **What you'll do** | derive a tolerance; merge in 32 and in 16 bits; find which changes get lost; unmerge a hundred times |
 # | **What you'll learn** | why sums in another order differ, and by how much; what 16 bits cost; when unmerging is not the way back |
 # | **What you'll need** | [lesson 7](07_merging.ipynb); a laptop, no GPU, no network |
 # | **Time to run** | {{time}} on {{cores}} CPU cores, with at most {{peak_gb}} GB of memory |
@@ -120,9 +120,9 @@ assert ((separate - wrong).abs() <= worst_case).all()
 assert ((separate - wrong).abs() > typical).any()
 
 # %% [markdown]
-# They agree to 1e-5, as the first row shows, which is well inside both tolerances. Even the tolerance with √n is generous,
-# because it takes each rounding at its largest. The wrong scaling is off by 7e-04. So √n notices it, and the worst case lets
-# it pass.
+# Both ways agree to 1e-5, as the first row shows, which is well inside both tolerances. Even the tolerance with √n is generous,
+# because it takes each rounding at its largest. The wrong scaling is off by 7e-04. So the tolerance with √n notices it, and
+# the worst case lets it pass.
 #
 # **Work a tolerance out from the number of roundings.** Take the worst case if a right answer must never fail, and √n if a
 # small mistake must not pass.
@@ -343,7 +343,7 @@ print(f"Of a change of {sizes[place]:.1%} of the weights, rounding spoils")
 print(", ".join(f"{part:.1%} in {name}" for name, part in spoilt_16.items()))
 
 # %% [markdown]
-# It spoils about a tenth in bfloat16, and about a tenth of that in float16. This adapter itself (the dotted line) changes the
+# Rounding spoils about a tenth in bfloat16, and about a tenth of that in float16. This adapter itself (the dotted line) changes the
 # weights by about a fifth of their size, which is a lot, so little of it gets lost, as the share printed first also says. **Before
 # you merge an adapter with a small change into a bfloat16 base, look how large the change is.** And keep the unmerged adapter in any case, because you can't get
 # it back from the merged file.
