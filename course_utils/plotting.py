@@ -225,8 +225,10 @@ def stacked_bars(bars, title, xlabel):
                 # White lines between the parts, and a pattern for each, so that they differ without colours.
                 axes.barh(place, sizes[part], left=left, color=color, hatch=hatch, edgecolor="white", height=0.62,
                           label=part if place == 0 else None)  # fmt: skip
-                if sizes[part] > 0.05 * max(sums.values()):
-                    axes.text(left + sizes[part] / 2, place, f"{sizes[part]:.3g}", ha="center", va="center",
+                share = sizes[part] / max(sums.values())
+                if share > 0.05:
+                    digits = 2 if share < 0.08 and sizes[part] < 100 else 3  # three would not fit into a narrow part
+                    axes.text(left + sizes[part] / 2, place, f"{sizes[part]:.{digits}g}", ha="center", va="center",
                               color="black", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2})  # fmt: skip
                 left += sizes[part]
             axes.text(left, place, f"  {left:.3g}", ha="left", va="center", fontweight="bold")

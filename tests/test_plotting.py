@@ -332,6 +332,17 @@ def test_stacked_bars_put_parts_side_by_side_and_say_them():
     )
 
 
+def test_a_narrow_part_has_a_shorter_number():
+    bars = {"all": {"weights": 16.13, "optimizer": 81.2}, "QLoRA": {"weights": 5.87, "optimizer": 0.2}}
+    figure, _ = plotting.stacked_bars(bars, "QLoRA needs less", "GB")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    number = next(text for text in axes.texts if text.get_text() == "5.9")
+    bar = next(bar for bar in axes.patches if bar.get_width() == 5.87)
+    assert number.get_window_extent().width < bar.get_window_extent().width
+    assert "16.1" in {text.get_text() for text in axes.texts}
+
+
 def test_stacked_bars_refuse_bars_of_other_parts():
     with pytest.raises(ValueError, match="the same parts, in the same order"):
         plotting.stacked_bars({"a": {"x": 1, "y": 2}, "b": {"y": 2, "x": 1}}, "t", "GB")
