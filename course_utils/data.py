@@ -90,6 +90,22 @@ def held_out_texts(tokenizer) -> list[str]:
     return [f"{tokenizer.bos_token or ''} {text}{tokenizer.eos_token or ''}" for text in texts]
 
 
+def check_texts(texts) -> None:
+    """Check the texts that a reader has typed into a cell. A lone text would be taken letter by letter.
+
+    Raises InputError unless they are a list with at least one text, and none is empty.
+    """
+    if isinstance(texts, str):
+        raise InputError(f"This is one text, {texts!r:.60}. Put it into a list: [{texts!r:.60}].")
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise InputError(
+            f'A list with at least one text is needed, such as ["Fenna keeps the lantern."], not {texts!r:.60}.'
+        )
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"One of the texts is {text!r:.60}. Put words between quotes, or take it out of the list.")
+
+
 def load_results(name: str, folder: str | Path | None = None) -> list[dict]:
     """The rows of the results `name` of an experiment, committed ones unless a `folder` is given.
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from adapter_checks.errors import InputError
-from adapter_checks.model_folder import is_hub_id
+from adapter_checks.model_folder import is_hub_id, local_folder
 from adapter_checks.safetensors_header import read_safetensors_header
 
 
@@ -125,6 +125,17 @@ def is_shipped_base() -> bool:
     """True if the lessons run on the model that the course ships, so that its exact expectations hold."""
     chosen = os.environ.get("COURSE_BASE_MODEL", "").strip()
     return not chosen or _chosen_folder(chosen).resolve() == (models_dir() / "base").resolve()
+
+
+def own_folder(name: str | Path) -> Path:
+    """The folder of the reader's own model or adapter: `name` itself, or for a hub id the folder that it is fetched into.
+
+    Raises InputError if there is neither, in place of the many lines of an attempt to reach the hub.
+    """
+    try:
+        return local_folder(name)
+    except InputError as error:
+        raise InputError(f"{error} Put the path of a folder here, or a hub id such as organisation/name.") from None
 
 
 def _chosen_folder(chosen: str) -> Path:

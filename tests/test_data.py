@@ -91,6 +91,22 @@ def test_a_further_part_is_loaded_alone_and_missed_where_there_is_none(place):
         data.load_task("reading", "own_words")
 
 
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        ("Who?", r"one text, 'Who\?'. Put it into a list"),
+        ([], "at least one text is needed"),
+        (None, "at least one text is needed"),
+        (["Who?", 3], "One of the texts is 3"),
+        (["Who?", " "], "One of the texts is ' '"),
+    ],
+)
+def test_what_a_reader_typed_has_to_be_a_list_of_texts(texts, sentence):
+    with pytest.raises(InputError, match=sentence):
+        data.check_texts(texts)
+    data.check_texts(["Who?"])
+
+
 def test_missing_and_broken_files_are_named(place):
     with pytest.raises(InputError, match="sailor.*git checkout"):
         data.load_task("sailor")

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from adapter_checks.errors import InputError
 from course_utils.exercises import lesson06
 from tools import build, editions
 
@@ -430,6 +431,24 @@ def test_conversion_rewrites_the_configuration_that_it_is_given(tmp_path, quiet_
     assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights == "olora"
     model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert LoraConfig.from_pretrained(tmp_path / "start").init_lora_weights is True
+
+
+def test_a_change_of_the_configuration_is_saved_and_a_mistyped_one_is_named(tmp_path, quiet_peft):
+    from peft import LoraConfig
+
+    adapted().save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    for settings, sentence in (
+        (["lora_alpha", 32], "A dict is needed"),
+        ({"init_lora_weight": "olora"}, "no setting 'init_lora_weight'. Do you mean 'init_lora_weights'"),
+        ({"zzz": 1}, "no setting 'zzz'. Take one of the names"),
+        ({"lora_alpha": "32"}, "lora_alpha is a number.* without quotes, not '32'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            lesson06.change(tmp_path, settings)
+        assert (tmp_path / "adapter_config.json").read_bytes() == before
+    assert lesson06.change(tmp_path, {"init_lora_weights": True}).init_lora_weights is True
+    assert LoraConfig.from_pretrained(tmp_path).init_lora_weights is True
 
 
 def test_the_folder_that_comes_back_has_one_word_changed_and_its_numbers_kept(tmp_path, quiet_peft):

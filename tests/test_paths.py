@@ -197,6 +197,14 @@ def shipped_adapter(tiny_model, tmp_path, monkeypatch):
     return folder
 
 
+def test_own_folder_is_a_folder_or_says_what_to_put_there(tmp_path):
+    assert paths.own_folder(tmp_path) == paths.own_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "file").touch()
+    for name, sentence in (("missing", "no folder missing"), (str(tmp_path / "file"), "is a file"), (3, "This is 3")):
+        with pytest.raises(InputError, match=f"{sentence}.* Put the path of a folder here, or a hub id"):
+            paths.own_folder(name)
+
+
 def test_adapter_path(shipped_adapter):
     assert paths.adapter_path("reading") == shipped_adapter
     with pytest.raises(InputError, match="no adapter 'raeding'.* Choose one of: reading"):

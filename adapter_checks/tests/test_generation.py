@@ -136,6 +136,10 @@ def test_generate_refuses_what_can_not_work(tiny_model, tiny_tokenizer):
         generate(tiny_model, tiny_tokenizer, ["a" * 250], max_new_tokens=48)
     with pytest.raises(ValueError, match="4 prompts and 1 adapter names"):
         generate(tiny_model, tiny_tokenizer, PROMPTS, adapter_names=["reading"])
+    with pytest.raises(InputError, match=r"one text, 'Who\?'. Give a list of texts"):
+        generate(tiny_model, tiny_tokenizer, "Who?")
+    with pytest.raises(InputError, match="One of the prompts is 7. Each has to be a text"):
+        generate(tiny_model, tiny_tokenizer, ["Who?", 7])
     bare = make_tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(InputError, match="no chat template"):

@@ -1,6 +1,8 @@
 """Checks of lesson 6: start as OLoRA does, read steps off a curve, convert to plain LoRA, ship it. And the folder that the lesson mends."""
 
 import copy
+import dataclasses
+import difflib
 import functools
 import math
 import shutil
@@ -8,6 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from adapter_checks.errors import InputError
 from course_utils.exercises import (
     TryAgain,
     call_learner,
@@ -32,6 +35,30 @@ def lend(adapter, folder, base):
     with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory() as out:
         model = PeftModel.from_pretrained(base, adapter)
         model.save_pretrained(out, path_initial_model_for_weight_conversion=str(folder))
+
+
+def change(folder, settings):
+    """The configuration of the adapter in `folder` with `settings`, {name: value}, in place of its own; it is saved there, too.
+
+    Raises InputError if the settings are not a dict, a name is no setting of the configuration, or a number is not one.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(folder)
+    if not isinstance(settings, dict):
+        raise InputError(f'A dict is needed, such as {{"lora_alpha": 32}}, not {settings!r:.60}.')
+    known = [field.name for field in dataclasses.fields(config)]
+    for setting, value in settings.items():
+        if setting not in known:
+            close = difflib.get_close_matches(str(setting), known, 1)
+            advice = f"Do you mean {close[0]!r}?" if close else "Take one of the names in adapter_config.json."
+            raise InputError(f"There is no setting {setting!r}. {advice}")
+        before = getattr(config, setting)
+        if type(before) in (int, float) and not isinstance(value, (int, float)):
+            raise InputError(f"{setting} is a number, {before}. Give a number without quotes, not {value!r:.60}.")
+        setattr(config, setting, value)
+    config.save_pretrained(folder)
+    return config
 
 
 def _parts(value, number, names):

@@ -34,9 +34,9 @@ def generate(
 
     Returns the answers in the order of the prompts, without special tokens and outer white space. They are those that each prompt
     gets alone, with virtual tokens as well (prompt tuning, P-tuning), where PEFT's own generate gives others.
-    Raises InputError if the tokenizer has no chat template, a prompt with the virtual tokens and the answer doesn't fit the model's
-    context, or the adapter's method can't be mixed in a batch, and ValueError if the number of adapter names is another than
-    that of the prompts, or the temperature is below 0.
+    Raises InputError if the prompts aren't a list of such, the tokenizer has no chat template, a prompt with the virtual tokens and
+    the answer doesn't fit the model's context, or the adapter's method can't be mixed in a batch, and ValueError if the number of
+    adapter names is another than that of the prompts, or the temperature is below 0.
     """
     import torch
     from transformers import GenerationConfig
@@ -44,6 +44,13 @@ def generate(
     if temperature < 0:
         raise ValueError(f"The temperature is {temperature}; give 0 for the likeliest answer, or a number above 0.")
 
+    if isinstance(prompts, str):
+        raise InputError(
+            f"The prompts are one text, {prompts!r:.60}. Give a list of texts, even if it is one: [{prompts!r:.60}]."
+        )
+    for prompt in prompts:
+        if not isinstance(prompt, (str, Sequence)):
+            raise InputError(f"One of the prompts is {prompt!r:.60}. Each has to be a text, or a list of messages.")
     if not tokenizer.chat_template:
         raise InputError("This tokenizer has no chat template. Use a model made for chat, or give it a template.")
     adapter_names = None if adapter_names is None else list(adapter_names)
