@@ -20,6 +20,7 @@ import warnings
 
 from adapter_checks import memory
 from adapter_checks.bitsandbytes_workarounds import quiet_int8, stop_repacking
+from adapter_checks.model_folder import load_config
 from adapter_checks.saving import saving
 from course_utils import data, evaluation, paths, plotting, runtime, validation
 from course_utils.exercises import lesson05, progress
@@ -297,7 +298,7 @@ zero = torch.zeros(1, dtype=torch.float64)
 levels = torch.cat([-quantiles_above_0(7), zero, quantiles_above_0(8).flip(0)])
 levels = levels / levels.max()
 NF4 = functional.get_4bit_type("nf4", device="cpu")
-print("our 16 levels:", " ".join(f"{level:.3f}" for level in levels))
+print("our 16 levels:\n" + " ".join(f"{level:.3f}" for level in levels))
 print(f"they differ from bitsandbytes' table by at most {(levels - NF4).abs().max():.0e}")
 assert (levels - NF4).abs().max() < 1.5e-7
 
@@ -1119,7 +1120,7 @@ progress("05")
 
 # %%
 my_model = ""
-my_config = AutoConfig.from_pretrained(my_model or base_folder)
+my_config = load_config(my_model or base_folder)
 print(validation.check_quantization_config(my_config, four_bits(double=True)))
 for way, (method, options) in ways.items():
     total = dict(estimate(my_config, method, rank_16, **options).rows())["total"]

@@ -601,7 +601,7 @@ with model.disable_adapter():
 with warnings.catch_warnings(action="ignore"):  # PEFT says in general terms what you see here
     unloaded = PeftModel.from_pretrained(load_base(), plain).unload()
 rows.append(described("OLoRA, `unload()`", unloaded))
-plotting.table(["", "reply", "logits differ from the base model's by"], rows)
+plotting.table(["", "reply", "differs from the base by"], rows)
 print(validation.check_adapters(unloaded, original_base=base_model))
 
 # %% [markdown]
@@ -681,8 +681,8 @@ plotting.table(
         "rank",
         "alpha",
         "file",
-        "differs from the trained model by",
-        "switched off, from the base by",
+        "differs from trained by",
+        "switched off, from base by",
     ],
     rows,
 )
@@ -784,10 +784,7 @@ assert LoraConfig.from_pretrained(_out).init_lora_weights is True
 MY_CHANGE = {}
 returned = folder / "came_back"
 lesson06.lend(plain, returned, load_base())
-config = LoraConfig.from_pretrained(returned)
-for setting, value in MY_CHANGE.items():
-    setattr(config, setting, value)
-config.save_pretrained(returned)
+config = lesson06.change(returned, MY_CHANGE)
 suspect = PeftModel.from_pretrained(load_base(), returned)
 print(evaluation.generate(suspect, tokenizer, question, max_new_tokens=24)[0])
 print(f"differs from the trained model by {apart(logits(suspect), trained_logits)}\n")
@@ -857,11 +854,13 @@ progress("06")
 
 # %%
 my_adapter, my_base = "", ""
-checked, on_base = my_adapter or plain, my_base or base_folder
-print(validation.check_adapter_folder(checked), "\n")
-loaded, untouched = (AutoModelForCausalLM.from_pretrained(on_base) for _ in range(2))
-loaded = PeftModel.from_pretrained(loaded, checked)
-print(validation.check_adapters(loaded, original_base=untouched))
+checked, on_base = my_adapter or plain, paths.own_folder(my_base or base_folder)
+report = validation.check_adapter_folder(checked)
+print(report, "\n")
+if report.ok:
+    loaded, untouched = (AutoModelForCausalLM.from_pretrained(on_base) for _ in range(2))
+    loaded = PeftModel.from_pretrained(loaded, checked)
+    print(validation.check_adapters(loaded, original_base=untouched))
 
 # %% [markdown]
 # ## Quiz

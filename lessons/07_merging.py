@@ -52,6 +52,7 @@ print(
 
 # %%
 MY_SENTENCES = ["Fenna keeps the lantern.", "The map is in the cellar.", "Tom carries a blue bag."]
+data.check_texts(MY_SENTENCES)
 base_folder, adapter_folder = paths.base_model(), paths.adapter_path("sailor")
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 if tokenizer.pad_token is None:  # a base without one: any token will do, since pads are masked
@@ -132,7 +133,7 @@ differences = {
 }
 plotting.table(
     ["compared", "largest difference"],
-    [[what, f"{value:.1e}"] for what, value in differences.items()],
+    [[what, f"{value:.2g}"] for what, value in differences.items()],
 )
 plotting.table(["sentence", "merged"], [list(pair) for pair in zip(MY_SENTENCES, ask(merged))])
 
@@ -200,7 +201,7 @@ def note(call, model):
     """One row: how far is this model from the adapter's logits and from the base's?"""
     found = logits(model)
     from_both = [largest(found, known) for known in (adapter_logits, base_logits)]
-    states.append([f"`{call}`", *(f"{distance:.1e}" for distance in from_both)])
+    states.append([f"`{call}`", *(f"{distance:.2g}" for distance in from_both)])
 
 
 model = load_adapted()

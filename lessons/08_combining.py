@@ -50,6 +50,7 @@ MY_PROMPTS = [
     "Anna has the map and Peter has the tickets. Who has the tickets?",
     "Give who, what and where as JSON: Maria put the lamp in the garage.",
 ]
+data.check_texts(MY_PROMPTS)
 tasks = ("reading", "sailor", "extract", "mood")
 rows = {task: data.load_task(task, "test").select(range(32)) for task in tasks}
 base = AutoModelForCausalLM.from_pretrained(paths.base_model(), dtype=runtime.dtype())
@@ -622,17 +623,18 @@ progress("08")
 # %% [markdown]
 # ## Take it to work
 #
-# Put your base and your adapters here. The cell combines them with equal weights, and reports what is loaded, what is active
-# and whether anything has no effect. Then score each of your tasks.
+# Put your adapters here, and their base unless it is the course's. The cell combines them with equal weights, and reports what
+# is loaded, what is active and whether anything has no effect. Then score each of your tasks.
 
 # %%
 my_base, my_adapters = "", {}  # {name: folder}
-if my_base and my_adapters:
-    first, *others = my_adapters
-    mine = AutoModelForCausalLM.from_pretrained(my_base)
-    mine = PeftModel.from_pretrained(mine, my_adapters[first], adapter_name=first)
+if my_adapters:
+    folders = {name: paths.own_folder(folder) for name, folder in my_adapters.items()}
+    first, *others = folders
+    mine = AutoModelForCausalLM.from_pretrained(paths.own_folder(my_base or paths.base_model()))
+    mine = PeftModel.from_pretrained(mine, folders[first], adapter_name=first)
     for name in others:
-        mine.load_adapter(my_adapters[name], adapter_name=name)
+        mine.load_adapter(folders[name], adapter_name=name)
     equal = [1 / len(my_adapters)] * len(my_adapters)
     mine.add_weighted_adapter(list(my_adapters), equal, "combined", combination_type="cat")
     mine.set_adapter("combined")

@@ -317,9 +317,11 @@ for form, double in (("NF4", False), ("NF4, double quantisation", True)):
         for one, two in pairs
     )
     seen = validation.compare_models(fresh, back, line, atol=math.inf)
-    words = ("as before" if same else "others" for same in (same_numbers, same_scales))
-    rows.append([form, *words, f"{seen.kl:.1e}", ", ".join(reports[form].codes) or "ok"])
-plotting.table(["repacked, saved, loaded", "numbers", "scales", "KL", "check_quantised"], rows)
+    words = ("as before" if same else "changed" for same in (same_numbers, same_scales))
+    rows.append([form, *words, f"{seen.kl:.2g}", ", ".join(reports[form].codes) or "ok"])
+plotting.table(
+    ["repacked, saved, loaded", "numbers", "scales", "KL, nats", "check_quantised"], rows
+)
 print(reports["NF4"])
 
 # %% [markdown]
