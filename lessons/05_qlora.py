@@ -788,6 +788,12 @@ large, small = (_state[form][0] / 1e6 for form in ("fp32", "nf4"))
 longer = _seconds["nf4_checkpointing"][0] / _seconds["nf4"][0] - 1
 eight = (_state["nf4"][0] - _state["nf4_adamw8bit"][0]) / 1e6
 slower_7b, slower_13b = 3.83 / 2.36, 6.55 / 3.19
+_on_a_gpu = [row for row in data.load_results("real_sizes") if row["size"] == "8B"]
+slower_8b = sorted(
+    sum(row[loop] for row in _on_a_gpu if row["method"] == "lora")
+    / sum(row[loop] for row in _on_a_gpu if row["method"] == "qlora")
+    for loop in ("tokens_a_second", "trl_tokens_a_second")
+)
 of_70b = {
     method: _estimate(_llama(8192, 28672, 80, 64, 8, 128256), method).total / 1e9
     for method in ("lora", "qlora")
@@ -800,7 +806,7 @@ assert 1.9 < _seconds["bf16"][0] / _seconds["fp32"][0] < 2.3, "takes twice as lo
 # %% [markdown]
 # On this CPU a step on NF4 takes as long as one on float32, within the spread of the seeds. (A step in bfloat16 takes twice as long,
 # because many CPUs have no fast instructions for such numbers.) On a GPU, where multiplying is fast, reading the weights back counts: in LitGPT's runs above, QLoRA took {{slower_7b:.1f}} times as long as LoRA at 7 billion parameters, and
-# {{slower_13b:.1f}} times at 13 billion. **QLoRA saves memory, and on a GPU you pay for it with time.**
+# {{slower_13b:.1f}} times at 13 billion. On an NVIDIA H200 we measured {{slower_8b[0]:.1f}} to {{slower_8b[1]:.1f}} times at 8 billion ([Recipes](../docs/recipes.md#measure-it-on-a-gpu)). **QLoRA saves memory, and on a GPU you pay for it with time.**
 #
 # The process needs about as much memory as before: the {{large - small:.0f}} MB saved disappear among the fourteen hundred
 # that libraries and activations take. With large models the saving counts: at 70 billion parameters the estimate is
