@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -49,17 +50,20 @@ def show(fig, alt: str) -> None:
 def table(header, rows) -> None:
     """Show rows of cells under a header as a Markdown table; outside a notebook, print them.
 
-    A line break or `|` in a cell is shown as such and doesn't break the table.
+    A line break or `|` in a cell is shown as such and doesn't break the table. A shape such as 256 × 64 stays on one line.
     Raises ValueError if a row has another number of cells than the header.
     """
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"A row has {len(row)} cells and the header {len(header)}: {row}")
     lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) + " |" for line in lines
-    )
+    text = "\n".join("| " + " | ".join(map(_table_cell, line)) + " |" for line in lines)
     _display(text, markdown=text)
+
+
+def _table_cell(cell) -> str:
+    text = str(cell).replace("|", "\\|").replace("\n", "<br>")
+    return re.sub(r"(?<=\d) × (?=\d)", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}", text)
 
 
 def token_strip(tokenizer, input_ids, labels) -> None:

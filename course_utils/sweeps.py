@@ -91,6 +91,7 @@ def trade_off(methods, columns, title: str, xlabel: str, ylabel: str, base: floa
     which stands beside each mark. A mark is a mean over the seeds. base: an x to mark with a line, before any training.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
 
     of_x, of_y, of_setting = columns
     told = []
@@ -105,12 +106,20 @@ def trade_off(methods, columns, title: str, xlabel: str, ylabel: str, base: floa
             axes.plot([x[key] for key in settings], [y[key] for key in settings], marker=mark, color=color, label=label)
             for key in settings:
                 axes.annotate(
-                    f"{key:g}", (x[key], y[key]), xytext=(6, -11), textcoords="offset points", fontsize=9, color=color
+                    f"{key:g}",
+                    (x[key], y[key]),
+                    xytext=(6, -11),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=color,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],  # where a line crosses it
+                    zorder=3,
                 )
             points = ", ".join(f"{y[key]:.2g} and {x[key]:.3g} at {key:g}" for key in settings)
             told.append(f"{label}: {points}")
         if base is not None:
             axes.axvline(base, color="black", linewidth=1, linestyle=":")
+        axes.margins(0.1)  # room for the settings beside the lowest and the last mark
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.legend()
         plotting.write_title(figure, title)

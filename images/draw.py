@@ -30,7 +30,7 @@ PAGE_DPI, SHARPNESS = 96, 2
 BLOCKS = 4
 ATTENTION = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
 MLP = [["gate_proj", "up_proj"], ["down_proj"]]
-CARTRIDGES = {"reading": READING, "sailor": SAILOR, "extract": EXTRACT}
+CARTRIDGES = {"reading": READING, "sailor": SAILOR, "extract": EXTRACT, "mood": "#8C6D00"}
 
 
 class Canvas:
@@ -200,7 +200,7 @@ def _linear_layer(canvas):
 def _cartridges(canvas):
     canvas.box(46, 152, 80, 10, face=QUIET, edge=QUIET, corner=2, line=0)
     for place, (name, color) in enumerate(CARTRIDGES.items()):
-        x, y = 36 + 124 * place, 82 if place == 0 else 60
+        x, y = 36 + 111 * place, 82 if place == 0 else 60
         for pin in range(5):
             canvas.box(x + 22 + 12 * pin, y + 56, 7, 20, face="#C9A227", corner=1, line=0, order=1)
         canvas.box(x, y, 100, 58, face=tint(color), edge=color, corner=6, line=2)
@@ -573,7 +573,7 @@ def draw_sft():
     for words, face, edge in ((prompt, FROZEN, EDGE), (answer, tint(FLOW, 0.25), FLOW)):
         left = x
         for word in words:
-            width = 18 + 6.9 * len(word)
+            width = 22 + 7.2 * len(word)
             canvas.box(x, 226, width, 34, face=face, edge=edge)
             canvas.text(x + width / 2, 243, word)
             x += width + 4
@@ -585,10 +585,10 @@ def draw_sft():
     canvas.text(answered, 274, "label: the token itself", color=QUIET, ha="left")
     middle = (answered + answered_end) / 2
     canvas.arrow((middle, 226), (middle, 188))
-    canvas.box(middle - 156, 152, 312, 36, face=tint(FLOW, 0.25), edge=FLOW)
+    canvas.box(middle - 164, 152, 328, 36, face=tint(FLOW, 0.25), edge=FLOW)
     canvas.text(middle, 170, "loss: the mean over the answer's tokens", size=11)
     canvas.arrow((middle, 152), (middle, 118))
-    canvas.box(middle - 156, 62, 312, 56, face=tint(READING), edge=READING)
+    canvas.box(middle - 164, 62, 328, 56, face=tint(READING), edge=READING)
     canvas.text(middle, 100, "the adapter, A and B", size=12, weight="bold")
     canvas.text(middle, 78, "trained", color=DARK_READING)
     canvas.box(asked, 62, 300, 56)

@@ -198,6 +198,11 @@ def test_table_is_markdown_and_survives_bars_and_line_breaks(capsys):
     assert capsys.readouterr().out.splitlines() == ["| a | b |", "| --- | --- |", "| 1\\|2 | x<br>y |"]
 
 
+def test_table_keeps_a_shape_on_one_line(capsys):
+    plotting.table(["shape", "factor"], [["256 × 64", "2 × as fast"]])
+    assert capsys.readouterr().out.splitlines()[-1] == "| 256\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}64 | 2 × as fast |"
+
+
 def test_table_refuses_a_row_of_another_length():
     with pytest.raises(ValueError, match="1 cells and the header 2"):
         plotting.table(["a", "b"], [["1"]])

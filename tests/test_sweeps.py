@@ -124,6 +124,11 @@ def test_a_trade_off_follows_each_method_from_its_lowest_setting():
     line, base = axes.lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.5, 4.5], [0.25, 0.5])
     assert list(base.get_xdata()) == [1.5, 1.5] and [note.get_text() for note in axes.texts] == ["0.01", "0.1"]
+    figure.canvas.draw()
+    frame = axes.get_window_extent()
+    for note in axes.texts:
+        box = note.get_window_extent()
+        assert frame.x0 < box.x0 < box.x1 < frame.x1 and frame.y0 < box.y0 < box.y1 < frame.y1, "cut by the frame"
     assert text == (
         "Both grow. right and nats lost by rate, means over the seeds: a: 0.25 and 1.5 at 0.01, 0.5 and 4.5 at 0.1."
     )
