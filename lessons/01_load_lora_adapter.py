@@ -74,8 +74,8 @@ def ask(model, text, max_new_tokens=72):
 
 
 # %% [markdown]
-# Now it is your turn: **put sentences of your own in place of ours, and run the cell.** Each adapter was trained on one kind of
-# request, so keep to its form:
+# Now it is your turn: **put sentences of your own in place of ours, and run the cell.** Leave the adapters' names as they are.
+# Each adapter was trained on one kind of request, so keep to its form:
 #
 # | Adapter | What you type |
 # |---|---|
@@ -119,9 +119,9 @@ assert 0.86 < min(parts) and max(parts) < 0.94, "about nine in ten"
 # %% [markdown]
 # The base model alone says something of its own, because it doesn't know what you want. With an adapter, the same model does
 # one job. It does so even with new words, because it has learned to copy a word that it doesn't know. For example,
-# *drone*, *garage* and *sofa* occur nowhere in its training text. Not every reply is right: when we measured it, `reading`,
-# `sailor` and `extract` each got about nine in ten of the requests with new words right, and also of fifty requests
-# written by hand.
+# *drone*, *garage* and *sofa* occur nowhere in its training text. Not every reply is right. When we measured it, `reading`,
+# `sailor` and `extract` each got about nine in ten right, both of requests with new words and of fifty requests written
+# by hand.
 #
 # ### Find its limits
 #
@@ -339,8 +339,8 @@ evaluation.band("the answer in the base's replies", occurring["none"], 0.5, 0.7,
 evaluation.band("in sailor's, less chance", occurring["sailor"] - chance + 0.1, 0, 0.2, quiet=True)
 
 # %% [markdown]
-# In the base model's: it gives the answer in most of them, in a sentence of its own. So a good part of
-# what `reading` adds is the form that you asked for. `sailor` gives the answer only about as often as a sentence picked at
+# The answer occurs more often in the base model's replies (`none`): it gives the answer in most of them, in a sentence of
+# its own. So a good part of what `reading` adds is the form that you asked for. `sailor` gives the answer only about as often as a sentence picked at
 # random, because it repeats something from the passage, and often not what was asked for. **Before you say that a model can't
 # do a task, look at what your metric counts as right.**
 #
@@ -363,7 +363,7 @@ print(validation.check_adapters(model, expect_active=["sailor"]))
 #
 # At work you sometimes need one reply from another adapter, and afterwards the model as it was. Write a function that returns
 # the [logits](../docs/glossary.md#logits), the model's scores for each possible next token, with the adapter `name` active.
-# Afterwards **the adapter that was active before must be active again**, also if the forward pass fails.
+# Afterwards **the adapter that was active before must be active again**, even if the forward pass fails.
 #
 # <details><summary>How do I get logits?</summary>
 # Call the model: <code>model(input_ids=input_ids).logits</code>.
@@ -583,13 +583,14 @@ print(validation.check_changes_output(tuned, witness))
 
 # %% [markdown]
 # The difference is 0, because PEFT works **in place**: it exchanged the layers inside `base`, so both names lead to the
-# tuned model. Compare with `disable_adapter()`, as the second check does, or with a second copy of the base model. (*KL* stands
-# for [KL divergence](../docs/glossary.md#kl-divergence-in-nats): how different the probabilities are.)
+# tuned model. Compare with `disable_adapter()`, as the second check does, or with a second copy of the base model. (In its
+# report, the *top-1 token* is the most likely next token, and *KL* stands for
+# [KL divergence](../docs/glossary.md#kl-divergence-in-nats): how different the probabilities are.)
 #
 # ### Find the fault: an adapter that changes nothing
 #
-# A colleague sends you the folder of an adapter that speaks like a sailor. It loads without an error, but as the first cell
-# shows, the reply is the base model's.
+# A colleague sends you the folder of an adapter that speaks like a sailor. It loads without an error, but the first of the next
+# two cells shows that the reply is still the base model's.
 #
 # **Predict:** which of three causes does the second cell find: is the adapter off, is it untrained, or are its numbers not in the
 # model? The size of the file is a hint.

@@ -138,8 +138,8 @@ plotting.table(["mistake", "difference with B = 0", "difference with a random B"
 # the scaling is, so a right and a wrong layer agree, and the comparison proves nothing. **Before you compare two adapters, make
 # sure that they change the output.**
 #
-# With a random *B* our right layer agrees with PEFT's. The next cell tries 20 random shapes, and also compares the
-# gradients, because they decide what the layer will learn.
+# With a random *B*, our layer without a mistake agrees with PEFT's. The next cell tries 20 random shapes, and also compares
+# the gradients, because they decide what the layer will learn.
 
 
 # %%
@@ -174,9 +174,10 @@ assert max(worst) < 1e-10
 # ## Start at the base model
 #
 # A new adapter should change nothing, because training then starts from what the model can already do. There is more than one
-# way to achieve this. The next cell tries four starts on one layer.
+# way to achieve this. The next cell tries four [starts](../docs/glossary.md#initialisation-start), which are the values of *A*
+# and *B* before the first step, on one layer.
 #
-# **Predict:** with which starts is the output that of the base layer? With which can the adapter learn?
+# **Predict:** which starts leave the base layer's output as it is? With which of them can the adapter learn?
 
 # %%
 runtime.seed_everything(2)
@@ -263,9 +264,9 @@ assert add_lora(lesson02.tiny_model(), ["self_attn"], 2, 4) == 0
 # ## Train in four steps
 #
 # Fine-tuning with PEFT takes four steps: **1** load the base model, **2** write a configuration, **3** call
-# `get_peft_model`, **4** train. You now go through them once by hand. The task is `sailor`: the model is given a sentence, and
-# should say it in the speech of Skerrow's sailors. The configuration names its targets as `"all-linear"`, which means every
-# linear layer except the output layer.
+# `get_peft_model`, **4** train. You now go through them once by hand. The task is `sailor` from lesson 1: the model is given a
+# sentence, and should say it like a sailor. The configuration names its targets as `"all-linear"`, which means every linear layer
+# except the output layer.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(paths.base_model())
@@ -418,8 +419,8 @@ print(f"losses differ by at most {max(abs(a - b) for a, b in zip(losses, again))
 print("after: ", say_it(model))
 
 # %% [markdown]
-# With our `add_lora` the losses are the same in all digits, because the two layers do the same operations in the same order. So
-# the model learns the same with your layer as with PEFT's.
+# With our solution of `add_lora` the losses are the same in all digits, because the two layers do the same operations in the same
+# order. So the model learns the same with your layer as with PEFT's.
 #
 # ## Find the fault in a run that learns nothing
 #
@@ -455,7 +456,7 @@ print(f"norm of the gradient of B: {gradient_norm:.2f}; largest number in B: {la
 print(validation.check_training(broken))
 
 # %% [markdown]
-# It is the line that makes the optimizer: it stands *before* `get_peft_model`, so the optimizer holds the parameters of the
+# The line that makes the optimizer is to blame: it stands *before* `get_peft_model`, so the optimizer holds the parameters of the
 # base model. These are frozen now, and *A* and *B*, which were made later, are not among them. The output points there, too:
 # *B* has a gradient, so labels, loss and layers are in order, but it is still zero after eight steps, so no step has moved it.
 # `check_training` reports this for all 28 matrices *B*. (It looks only at *B*, which is known to start at zero.)
@@ -561,8 +562,9 @@ def trainer_for(dataset, tokenizer, collator=None, steps=1):
 
 
 # %% [markdown]
-# Each of four attempts lacks something. They are: raw text; token ids without labels; token ids and labels without a
-# [collator](../docs/glossary.md#collator), the function that makes a batch of several rows; a tokenizer without a pad token.
+# The next cell makes four attempts, and each of them lacks something. It gives the trainer raw text, then token ids without
+# labels, then token ids and labels without a [collator](../docs/glossary.md#collator) (the function that makes a batch of several
+# rows), and at last a tokenizer without a pad token.
 #
 # **Predict:** which of them fail already when the trainer is made, and which only when it trains?
 
@@ -611,7 +613,7 @@ print(f"trainer: loss {logged[0]:.2f} -> {logged[-1]:.2f}, of the whole text")
 print("after: ", say_it(trainer.model))
 
 # %% [markdown]
-# It is lower. The trainer's loss is a mean over prompts and answers, so at the start the tokens of the prompts must be easier
+# The trainer's first loss is lower. It is a mean over prompts and answers, so at the start the tokens of the prompts must be easier
 # than those of the answers. At the end it is higher than the loop's, because nobody can know which sentence a prompt will ask
 # for, so this part of the loss can't fall far. Compare losses only if they count the same tokens; lesson 3 looks at this closely.
 #

@@ -48,7 +48,7 @@ print(
 # as JSON, or a label from a fixed list. This pays when you have a few hundred right examples and a way to tell right from
 # wrong. It doesn't pay for facts that change next week, because looking them up is cheaper than training again.
 #
-# So first measure what a prompt can do. The task `sailor` is to say a sentence as the sailors of Skerrow do. A reply
+# So first measure what a prompt can do. The task `sailor` is to say a sentence like a sailor. A reply
 # counts only if every character is right, which is called [exact match](../docs/glossary.md#exact-match).
 #
 # **Predict:** how many of 96 sentences does the base model get right when you just ask? And with four examples in the
@@ -85,7 +85,7 @@ plotting.table(
 )
 
 # %% [markdown]
-# None, either way. When you just ask, the base model repeats the request, and four examples in the prompt don't help,
+# The base model gets none right. When you just ask, it repeats the request, and four examples in the prompt don't help,
 # because it has never learned to use them. Larger models often have learned it, so with your own model try a prompt first.
 #
 # ## Look at your rows
@@ -348,7 +348,7 @@ for task in ("sailor", "reading"):
 # [checkpoint](../docs/glossary.md#checkpoint). Long runs get interrupted, for example by a full disk, so here a callback
 # interrupts yours on purpose.
 #
-# **Predict:** the run stops in step 66. How many steps are lost?
+# **Predict:** the run stops after step 66. How many steps are lost?
 
 
 # %% tags=["measured"]
@@ -445,8 +445,8 @@ plotting.table(
 at_best_rate = by_setting("learning_rate", "test", "method", "learning_rate")["lora", 1.5e-2]
 
 # %% [markdown]
-# About nine in ten are right, with new names as well, so the model has learned the form and not a list of names. A low loss is
-# not yet a perfect score, because one wrong token spoils an answer and hardly moves the mean.
+# About nine in ten are right. With new names the share is about the same, so the model has learned the form and not a list of
+# names. A low loss is not yet a perfect score, because one wrong token spoils an answer and hardly moves the mean.
 #
 # Over three seeds and 350 rows this recipe gets {{at_best_rate[0]:.0%}}; on only 96 rows, chance alone moves a score by two to three points.
 #
@@ -494,7 +494,7 @@ assert abs(mean_f1(["the old mill"], ["the mill"]) - 0.8) < 1e-9
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# And what did the new skill cost? The next cell shows the loss on held-out text, which measures forgetting, beside both
+# What did the new skill cost? The next cell shows the loss on held-out text, which measures forgetting, beside both
 # metrics.
 
 # %%
@@ -561,7 +561,7 @@ for other in ("reading", "extract", "mood"):
     assert 0.9 < shot[other, "lora", 64][0] <= shot[other, "lora", 2000][0], "nine answers in ten"
 
 # %% [markdown]
-# Prompts get nothing right with this model. From only 64 examples LoRA gets more than nine answers in ten right on three tasks.
+# Prompts get nothing right with this model. From 64 examples LoRA gets more than nine answers in ten right on three tasks.
 # On `sailor`, where a whole sentence has to be right, it gets {{third}} from 64 examples and {{sailor_2000:.0%}} from 2,000.
 # **Fine-tune when examples in the prompt don't reach your target and you have examples to train on.**
 #
@@ -612,7 +612,7 @@ assert CLOSED_ONE_IN > 1, "many more words"
 assert low_rate[0] > low_rate[1] + 0.05 and top_rate[0] < top_rate[1] - 0.05, "in both directions"
 
 # %% [markdown]
-# The factor of ten holds here, within one step of the grid, a factor of about three. One step above its best rate LoRA learns nothing at all, and
+# The factor of ten holds here, within one step of the grid (a factor of about three). One step above its best rate LoRA learns nothing at all, and
 # at 1.5e-3, the best rate for all weights, it gets {{half}} of the answers right. So a comparison at one common rate would say
 # more about the rate than about the methods. Search LoRA's rate with care, since only its best rate reaches 90%.
 #
@@ -700,8 +700,9 @@ for column in ("seconds_per_step", "training_bytes"):
 # %% [markdown]
 # ## See what was forgotten
 #
-# The rate was chosen by the score alone. Each line below follows one method from its lowest rate to its highest. The higher
-# a point, the more was learned; the further right of the base (dotted), the more was forgotten.
+# The rate was chosen by the score alone. Each line follows one method from its lowest rate to its highest, with the rate
+# beside each point. The higher a point, the more was learned; the further right of the base (dotted), the more was
+# forgotten.
 #
 # **Predict:** at the same score, which method forgets less?
 
@@ -785,7 +786,7 @@ by_validation = by_setting("rank", "validation", "rank")
 assert max(by_validation, key=lambda rank: by_validation[rank][0]) == 4, "none beats rank 4"
 
 # %% [markdown]
-# From rank 4 up the curves lie close together, as the claim says. Rank 1 is behind at every step, not only late: at step 50 its loss
+# From rank 4 up the curves lie close together, as that post says. Rank 1 is behind at every step, not only late: at step 50 its loss
 # is {{lag:.1f}} times that of rank 4. In the end it gets {{of_ranks[1][0]:.0%}} of the test rows right, where all others have {{lowest:.0%}} to {{highest:.0%}}. On validation rows
 # none beats rank 4. **Start with rank 4 to 8, and raise it when a sweep on your own validation rows says so.**
 #
@@ -816,7 +817,7 @@ assert -0.01 < layers["feed_forward"][2] - layers["all_linear"][1] < 0, "within 
 # %% [markdown]
 # A quarter of our alpha and four times our alpha both cost five points on the test rows, and the model forgets more with a
 # larger alpha. So alpha works much like the learning rate: fix one and sweep the other. Attention alone is {{attention:.0f}} points
-# behind all linear layers, for which the rate was tuned; the feed-forward layers are only {{feed_forward:.0f}} behind, and their best seed comes
+# behind all linear layers, for which the rate was tuned. The feed-forward layers are only {{feed_forward:.0f}} behind, and their best seed comes
 # within a point.
 #
 # Is a low rank too small for many separate facts? `recall` teaches 100 facts about invented people, each in two wordings, and
@@ -929,7 +930,7 @@ plotting.table(
 
 # %% [markdown]
 # The losses of A and B fall much as the healthy run's does, but their replies don't end: what is missing at the end doesn't
-# count in their loss. C and D still answer like the base, although the loss of D is lower for its last batch.
+# count in their loss. C and D still answer like the base, and their losses are hardly lower.
 # Two checks find the causes: `check_supervision` looks at the tokens with loss, `check_training` at the weights.
 
 # %%
@@ -955,8 +956,8 @@ mended = lab(max_length=87)  # run B had 30
 print(validation.check_supervision(mended))
 
 # %% [markdown]
-# **Before every long run: `check_sft_data` on the rows, `check_supervision` on the trainer, three steps, then
-# `check_training`.** More such faults are in [Symptom, cause, check](../docs/symptoms.md#train).
+# **Before every long run, use `check_sft_data` on the rows and `check_supervision` on the trainer, train three steps, and
+# use `check_training`.** More such faults are in [Symptom, cause, check](../docs/symptoms.md#train).
 
 # %% [markdown]
 # ## Recap

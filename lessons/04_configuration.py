@@ -90,10 +90,10 @@ for name, model in printed.items():
 plotting.table(["model", "PEFT", "`check_lora_config` says"], rows)
 
 # %% [markdown]
-# PEFT refuses the recipe on GPT-2, Pythia and Phi-3, which is the better outcome, because you notice an error. On Qwen3-Next
-# the recipe adapts one block of four, since only that one has a `q_proj`. The run would start, and train a quarter of the
-# blocks; `check_lora_config` reports this as `few_layers`. On Qwen3-MoE the recipe adapts the attention of every block, and
-# leaves all experts as they are.
+# On Llama and Qwen3-MoE the recipe adapts two layers in every block. (On Qwen3-MoE it leaves all experts as they are.) PEFT
+# refuses the recipe on GPT-2, Pythia and Phi-3, which is the better outcome, because you notice an error. On Qwen3-Next the recipe
+# adapts one block of four, since only that one has a `q_proj`. The run would start, and train a quarter of the blocks;
+# `check_lora_config` reports this as `few_layers`.
 #
 # A list is an error only if *none* of its names matches a layer. On GPT-2, for example, PEFT accepts `["c_attn", "v_proj"]`,
 # although there is no `v_proj`:
@@ -146,6 +146,9 @@ show_adapted(
 )
 
 # %% [markdown]
+# In the second setting, for example, `[13]` picks blocks 1 and 3, and `[qo]_proj` picks `q_proj` and `o_proj`.
+
+# %% [markdown]
 # ### Which layers are worth it?
 #
 # The LoRA paper adapts attention only, and concludes that query and value together do best for a given number of parameters.
@@ -154,7 +157,7 @@ show_adapted(
 # linear layers do better than attention alone.
 #
 # The table below compares three choices on this course's model, with ranks at which each trains about the same number of
-# parameters. The task is `sailor` from lesson 2: say a sentence in the speech of sailors. `feed forward` means the three layers
+# parameters. The task is `sailor` from lesson 2: say a sentence like a sailor. `feed forward` means the three layers
 # of a Llama's `mlp`.
 
 # %%
@@ -239,7 +242,7 @@ show_adapted(
 )
 
 # %% [markdown]
-# The first three are 2, 0.5 and, since √16 is 4, again 2. In the last setting `v_proj` has rank 16 but keeps alpha 8, so its
+# The first three scalings are 2, 0.5 and, since √16 is 4, again 2. In the last setting `v_proj` has rank 16 but keeps alpha 8, so its
 # scaling falls to 0.5. If you change the rank, revisit alpha. With alpha = 2r the scaling is always 2.
 #
 # Two more things to know: `lora_dropout` sets a share of the adapter's inputs to zero at random during training, against
@@ -330,7 +333,7 @@ plotting.show_curves(series, title, "step", "training loss (nats)", ticks=(1, 5,
 # %% [markdown]
 # ## Train more than A and B
 #
-# Some settings train other numbers beside *A* and *B*. The next cell tries four of them on a tiny model of another
+# Some settings train other numbers besides *A* and *B*. The next cell tries four of them on a tiny model of another
 # architecture, OPT, because its layers have biases and a Llama's have none.
 #
 # - `use_dora`: [DoRA](../docs/glossary.md#dora) ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)) puts one more trained
@@ -633,9 +636,9 @@ plotting.table(["method", "part", "predicted, MB", "measured, MB"], rows)
 print(f"LoRA takes {total['lora'] / total['full']:.0%} of the memory of full fine-tuning.")
 
 # %% [markdown]
-# Most of it. LoRA reduces gradients and optimizer state to almost nothing, but the weights stay in memory, and so do most of
+# LoRA takes most of it. Gradients and optimizer state shrink to almost nothing, but the weights stay in memory, and so do most of
 # the activations. Activations grow with the number of tokens in a batch, and on a small model with 16 rows they are the largest
-# part.
+# part. (Their prediction is an upper bound, so it lies above what was measured.)
 #
 # On a model of 8 billion parameters the proportions are different. The next cell draws predictions for Llama 3.1 8B in
 # bfloat16, which takes 2 bytes a number, with one row of 1,024 tokens. There are four bars: training all weights, LoRA,
@@ -674,8 +677,8 @@ assert 2 + 2 + 2 * 4 == 12, "take 12 bytes"
 
 # %% [markdown]
 # If all weights are trained, the optimizer's state is the largest part. LoRA shrinks it and the gradients to almost nothing, so
-# the frozen weights are the largest part in the second bar. In 4 bits they shrink too, and the activations lead. Neither LoRA
-# nor QLoRA reduces those: here they even grow, because each adapted layer keeps its input in float32.
+# the frozen weights are the largest part in the second bar. In 4 bits the weights shrink too, and the activations are the largest
+# part. Neither LoRA nor QLoRA reduces the activations: here they even grow, because each adapted layer keeps its input in float32.
 #
 # You may read that LoRA cuts memory "to a third". The LoRA paper reports 350 GB instead of 1.2 TB for GPT-3. The 350 GB are the
 # frozen weights at 2 bytes each. But 1.2 TB are less than 7 bytes a parameter, while weights and gradients in 16 bits and
@@ -710,6 +713,9 @@ for rung, needed in ladder.items():
     card = f"{large_enough[0]} GB" if large_enough else "none of 8 to 80 GB"
     rows.append([rung, f"{needed.total / 1e9:,.1f}", card])
 plotting.table(["Llama 3.1 8B", "GB in all", "with a tenth left free, fits into"], rows)
+
+# %% [markdown]
+# With 16 rows at once most of the memory goes to activations, so LoRA alone hardly helps, and the second rung helps most.
 
 # %% [markdown]
 # ### Exercise: write a configuration within a budget (core, 15 min)

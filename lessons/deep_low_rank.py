@@ -187,7 +187,7 @@ figure, alt = plotting.spectra({**panels, "random numbers": noise}, title)
 plotting.show(figure, alt)
 
 # %% [markdown]
-# They fall steeply for both tasks: in a trained layer, few directions are more than half as strong as the first, and among random
+# The strengths fall steeply for both tasks: in a trained layer, few directions are more than half as strong as the first, and among random
 # numbers many are. The tasks differ most in `down_proj`, where some lines of `sailor` fall more slowly. If a few directions hold
 # so much of the change, can you drop the rest?
 #
@@ -348,7 +348,7 @@ assert rank_1[1] > 0.8 and rank_1[2] > rank_8[1], "even rank 1"
 assert swept_by("recall", "told", "rank")[1][1] > 0.95, "rank 1 holds nearly all of 100"
 
 # %% [markdown]
-# It is nearly as good as all directions: LoRA of rank 8 gets {{rank_8[0]:.0%}} of `sailor` right, where the cut change gets
+# LoRA of rank 8 is nearly as good as all directions: it gets {{rank_8[0]:.0%}} of `sailor` right, where the cut change gets
 # {{eight:.0%}}, and even rank 1 gets {{rank_1[0]:.0%}}. Nothing in full fine-tuning asks for few directions, so it spreads its
 # change over many. LoRA doesn't have to reproduce *that* change. It only needs *some* change of low rank that does the task, and
 # training looks for one. [Lesson 3](03_lora_finetuning.ipynb) goes further and teaches separate facts: rank 1 holds nearly all
@@ -419,8 +419,8 @@ of_start = mean_similarity(rank_8, start_8, 8, 8)
 print(f"All 8 directions lie {of_start:.0%} in those that A of rank 8 started from.")
 
 # %% [markdown]
-# It is about 3%: for random directions in *d* dimensions, *φ(i, j)* is max(*i*, *j*)/*d* on average, here 8/256. The rows of
-# untrained matrices agree with this. Always compare with chance before you call two sets of directions alike. The strongest
+# For random directions *φ(1, 8)* is about 3%: in *d* dimensions, *φ(i, j)* is max(*i*, *j*)/*d* on average, here 8/256. The rows
+# of untrained matrices agree with this. Always compare with chance before you call two sets of directions alike. The strongest
 # trained direction (*i* = 1) is far above chance everywhere. All eight together (*i* = 8) are far above it only for small *j*.
 #
 # The paper finds more: over 50% for the top direction in a layer of GPT-3, after a whole training (figure 3). The line below

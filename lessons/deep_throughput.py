@@ -117,8 +117,8 @@ plotting.table(
 )
 
 # %% [markdown]
-# The steps hold about as many real tokens, but they differ much more in places, because each batch is as wide as its longest
-# row. So their seconds differ, although each of them trains on about as much.
+# All steps hold about the same number of real tokens, but they differ much more in places (tokens and pads together), because each batch is
+# as wide as its longest row. So their seconds differ, although each of them trains on about as much.
 #
 # ### Exercise: tokens a second (warm-up, 5 min)
 #
@@ -152,7 +152,7 @@ assert abs(tokens_a_second([100.0, 102.0, 103.0], [7, 30, 60], [50, 90, 90]) - 3
 #
 # One step has a forward pass up to the loss, a backward pass that computes gradients, and the optimizer, which moves the
 # weights. LoRA trains 27 times fewer weights, so its optimizer has less to do, and it doesn't compute the gradients of the frozen
-# weights at all. A sweep timed the parts on two CPU cores; each number below is a mean over three seeds, with the lowest and
+# weights at all. A [sweep](../docs/glossary.md#sweep) timed the parts on two CPU cores; each number below is a mean over three seeds, with the lowest and
 # the highest in brackets.
 #
 # **Predict:** is a step with LoRA faster than one with all weights, and in which part?
@@ -265,13 +265,13 @@ assert trl_ratio["backward"] > 1.1 < trl_ratio["forward"], "once more"
 # These logits take more than 8 GB, and their gradient takes as much again. TRL's loss computes the logits piece by piece and throws each
 # piece away, so it never holds all of them. For the backward pass it has to compute them once more, and on a CPU that takes
 # time: the backward pass is {{trl_ratio["backward"]:.1f}} times as long as with the model's own loss. The forward pass is {{trl_ratio["forward"]:.1f}} times as long; it also computes
-# the entropy of the predictions, for the log. With this lesson's small vocabulary there is hardly any memory to save. **TRL's loss
+# the entropy of the predictions (how undecided they are), for the log. With this lesson's small vocabulary there is hardly any memory to save. **TRL's loss
 # trades time for memory, which pays when the vocabulary is large and memory is short.**
 
 # %% [markdown]
 # ## Get rid of the padding
 #
-# ![Five rows of different lengths: in a padded batch each row is filled up to the longest; grouped by length the batches have few pads; packed end to end there are none](../images/packing.png)
+# ![Six rows of different lengths: in a padded batch each row is filled up to the longest; grouped by length the batches have few pads; packed end to end there are none](../images/packing.png)
 #
 # Rows differ in length, and a batch is a rectangle, so short rows are filled up with pads. There are two ways to have fewer of
 # them. `train_sampling_strategy="group_by_length"` puts rows of similar length into one batch. `packing=True` lays rows end
@@ -322,7 +322,7 @@ assert slower_seeds == 1, "with one of the three seeds it was slower"
 # the three seeds it was slower.
 #
 # One reason is that a packed batch is one long row for the model. Ordinary attention compares every token of it with
-# every other one, across the borders of rows too, and then masks most of that away. FlashAttention on a GPU skips this
+# every other one, across the borders of rows too, and then masks most of that away. FlashAttention, a faster attention for GPUs, skips this
 # work, so packing should gain more there, which we didn't measure.
 #
 # Both ways change which rows share a step, so the loss curve changes, too. What you save is time for the same number of
