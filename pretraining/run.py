@@ -2,7 +2,7 @@
 
     python -m pretraining.run                 everything (about three hours on two CPU cores; with COURSE_DEVICE=cuda minutes)
     python -m pretraining.run tasks adapters card
-    python -m pretraining.run pictures        the text-to-image model (about twenty minutes on two CPU cores)
+    python -m pretraining.run pictures        the text-to-image model (about half an hour on two CPU cores)
 
 A stage that was interrupted goes on where it stopped. Work is kept under `runs/pretraining/`.
 """
