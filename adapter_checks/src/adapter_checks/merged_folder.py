@@ -356,12 +356,11 @@ def _check_tokenizer(report, wanted, merged: Path):
 
 def _check_stop(report, tokenizer, merged: Path, base: Path) -> None:
     """The token with which the template ends a reply has to be one at which generation stops, or replies go on to the limit."""
-    end = _end_of_a_reply(tokenizer)
-    stops = _stops(merged)
-    if end is None or end in stops:
+    end, stops = _end_of_a_reply(tokenizer), _stops(merged)
+    if end is None or stops is None or end in stops:
         return
     names = ", ".join(repr(tokenizer.decode([stop])) for stop in sorted(stops)) or "no token at all"
-    at_fault = report.fail if end in _stops(base) else report.warn
+    at_fault = report.fail if end in (_stops(base) or ()) else report.warn
     at_fault(
         "end_ignored",
         f"Generation with the merged model stops at {names}, and its chat template ends a reply with {tokenizer.decode([end])!r}: "
@@ -386,14 +385,16 @@ def _end_of_a_reply(tokenizer) -> int | None:
     )
 
 
-def _stops(folder: Path) -> set[int]:
-    """The ids of the tokens at which `generate` stops with the model in this folder."""
+def _stops(folder: Path) -> set[int] | None:
+    """The ids of the tokens at which `generate` stops with the model in this folder; None for one that writes no text."""
     import transformers
 
     if (folder / "generation_config.json").is_file():
         settings = transformers.GenerationConfig.from_pretrained(folder)
     else:
         settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not hasattr(settings, "eos_token_id"):
+        return None
     stops = settings.eos_token_id
     return set(stops) if isinstance(stops, (list, tuple)) else {stops} - {None}
 
