@@ -91,6 +91,7 @@ MY_REQUESTS = {
     "extract": "Give who, what and where as JSON: Yesterday my sister left a drone on the sofa.",
     "mood": "Is the guest happy or unhappy? We went to the inn on Friday. I found the beds dirty.",
 }
+data.check_texts(list(MY_REQUESTS.values()))
 rows = []
 for adapter, request in MY_REQUESTS.items():
     with model.disable_adapter():

@@ -18,6 +18,7 @@ import warnings
 
 from adapter_checks import counting, memory
 from adapter_checks.errors import InputError
+from adapter_checks.model_folder import load_config
 from course_utils import data, layers, loop, paths, plotting, runtime, sweeps, validation
 from course_utils.exercises import lesson04, progress
 
@@ -800,7 +801,7 @@ progress("04")
 # %%
 my_model = ""
 my_lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-my_config = AutoConfig.from_pretrained(my_model or paths.base_model())
+my_config = load_config(my_model or paths.base_model())
 print(validation.check_lora_config(counting.meta_model(my_config), my_lora))
 print(counting.count_lora_parameters(my_config, my_lora))
 print(

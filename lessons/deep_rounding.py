@@ -418,8 +418,8 @@ progress("deep")
 
 # %%
 my_base, my_adapter = "", ""
-mine = AutoModelForCausalLM.from_pretrained(my_base or paths.base_model())
-mine = PeftModel.from_pretrained(mine, my_adapter or paths.adapter_path("mood"))
+mine = AutoModelForCausalLM.from_pretrained(paths.own_folder(my_base or paths.base_model()))
+mine = PeftModel.from_pretrained(mine, paths.own_folder(my_adapter or paths.adapter_path("mood")))
 shares = [
     (layer.get_delta_weight("default").norm() / layer.get_base_layer().weight.float().norm()).item()
     for layer in mine.modules()
