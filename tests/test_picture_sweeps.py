@@ -44,6 +44,16 @@ def test_a_style_is_measured_on_taught_and_other_subjects(few):
     assert set(picture_style.SEEN) | set(picture_style.UNSEEN) == set(SUBJECTS)
 
 
+def test_a_seed_decides_where_an_adapter_starts_whatever_ran_before():
+    def start(seed):
+        model, _ = picturing.adapted("attention", seed)
+        return next(weight for name, weight in model.named_parameters() if "lora_A" in name)
+
+    first = start(0)
+    torch.rand(1)
+    assert torch.equal(start(0), first) and not torch.equal(start(1), first)
+
+
 def test_each_target_is_a_layer_of_the_model_and_none_is_missing():
     sizes = {}
     for targets in picturing.TARGETS:
