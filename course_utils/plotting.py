@@ -161,9 +161,10 @@ def curves(series, title, xlabel, ylabel, log_y=False):
         ends.sort()
         scale = axes.yaxis.get_transform()  # to where heights on the page are differences
         low, high = scale.transform(axes.get_ylim())
-        heights = scale.inverted().transform(
-            _spread(list(scale.transform([end[0] for end in ends])), gap=0.075 * (high - low))
-        )
+        gap = 0.075 * (high - low)
+        places = _spread(list(scale.transform([end[0] for end in ends])), gap=gap)
+        # The lowest stay above the x axis, too.
+        heights = scale.inverted().transform([max(place, low + gap * (n + 0.5)) for n, place in enumerate(places)])
         right = max(end[1] for end in ends)
         for height, (_, _, label, color) in zip(heights, ends):
             axes.annotate(

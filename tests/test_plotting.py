@@ -387,3 +387,11 @@ def test_a_staircase_orders_both_alike_and_shows_each_error():
     errors = fig.axes[0].collections[-1].get_segments()
     assert [abs(segment[1][1] - segment[0][1]) for segment in errors] == pytest.approx([0, 0.1, 0])
     assert "steps at 3 levels" in alt and "largest error is 0.100" in alt
+
+
+def test_no_label_of_a_curve_lies_on_the_x_axis():
+    fig = plotting.curves({f"rank {n}": ([0, 1], [5, 0.01 * n]) for n in (1, 2, 3, 4)}, "t", "step", "loss")
+    fig.canvas.draw()
+    axes = fig.axes[0]
+    bottom = axes.get_window_extent().y0
+    assert len(axes.texts) == 4 and all(text.get_window_extent().y0 >= bottom for text in axes.texts)
